@@ -1,0 +1,33 @@
+"""Build metadata, read from settings.ini (nbdev's own setup.py does not run on today's setuptools)."""
+
+import shlex
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+config = ConfigParser(delimiters=["="])
+config.read(ROOT / "settings.ini", encoding="utf-8")
+settings = config["DEFAULT"]
+
+setup(
+    name=settings["lib_name"],
+    version=settings["version"],
+    description=settings["description"],
+    long_description=(ROOT / "README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    author=settings["author"],
+    author_email=settings["author_email"],
+    url=settings["git_url"],
+    license="Apache-2.0",
+    keywords=settings["keywords"],
+    packages=find_packages(include=["refimg", "refimg.*"]),
+    include_package_data=True,
+    package_data={"refimg": ["sandbox/data/*", "py.typed"]},
+    python_requires=f">={settings['min_python']},<{settings['max_python']}",
+    install_requires=shlex.split(settings["requirements"]),
+    extras_require={"dev": shlex.split(settings["dev_requirements"])},
+    classifiers=["Programming Language :: Python :: 3", "Framework :: Jupyter"],
+    zip_safe=False,
+)
