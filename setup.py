@@ -1,4 +1,4 @@
-"""Build metadata, read from settings.ini (nbdev's own setup.py does not run on today's setuptools)."""
+"""Build metadata, read from settings.ini (nbdev's own setup.py breaks on new setuptools)."""
 
 import shlex
 from configparser import ConfigParser
@@ -21,10 +21,11 @@ setup(
     author_email=settings["author_email"],
     url=settings["git_url"],
     license="Apache-2.0",
+    license_files=["LICENSE"],
     keywords=settings["keywords"],
     packages=find_packages(include=["refimg", "refimg.*"]),
     include_package_data=True,
-    package_data={"refimg": ["sandbox/data/*", "py.typed"]},
+    package_data={"refimg": ["py.typed", "sandbox/data/*", "sandbox/weights/*"]},
     python_requires=f">={settings['min_python']},<{settings['max_python']}",
     install_requires=shlex.split(settings["requirements"]),
     extras_require={"dev": shlex.split(settings["dev_requirements"])},

@@ -1,1 +1,32 @@
+"""Good reference images for video: enhance, draw, score, chain."""
+
 __version__ = "0.1.0"
+
+from refimg.enhance import enhance_prompt_iterative
+from refimg.generate import GenerationFailed, generate_images
+from refimg.pipeline import (
+    GenerationCancelled,
+    Pipeline,
+    Scene,
+    Story,
+    StoryResult,
+    choose,
+    generate_enhanced_reference_images_with_sequential_references,
+)
+from refimg.score import rank_images_by_quality, score_image, score_images
+
+__all__ = [
+    "GenerationCancelled",
+    "GenerationFailed",
+    "Pipeline",
+    "Scene",
+    "Story",
+    "StoryResult",
+    "choose",
+    "enhance_prompt_iterative",
+    "generate_enhanced_reference_images_with_sequential_references",
+    "generate_images",
+    "rank_images_by_quality",
+    "score_image",
+    "score_images",
+]

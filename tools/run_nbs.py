@@ -1,8 +1,10 @@
 """Execute notebooks in place, so that their outputs can be committed.
 
 Cells under `#| notest` (they need a key) keep the outputs they have; the export cell is not run.
+The kernel is this environment's, whatever else the machine has.
 """
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -22,15 +24,17 @@ class Runner(NotebookClient):
         return await super().async_execute_cell(cell, cell_index, **kwargs)
 
 
-def execute(source: Path, target: Path | None = None) -> None:
-    """Runs the notebook in its own folder and writes it, with outputs, to `target` (itself)."""
+def executed(source: Path) -> nbformat.NotebookNode:
+    """The notebook with the outputs of a run in its own folder."""
+    os.environ["JUPYTER_PATH"] = str(Path(sys.prefix) / "share" / "jupyter")
     nb = nbformat.read(source, as_version=4)
     where = {"metadata": {"path": str(source.resolve().parent)}}
-    Runner(nb, timeout=300, kernel_name="python3", resources=where).execute()
-    nbformat.write(nb, target or source)
+    quiet = ["--IPKernelApp.log_level=40"]
+    options = {"timeout": 300, "kernel_name": "python3", "extra_arguments": quiet}
+    return Runner(nb, resources=where, **options).execute()
 
 
 if __name__ == "__main__":
     for name in sys.argv[1:]:
-        execute(Path(name))
+        nbformat.write(executed(Path(name)), name)
         print("ran", name)

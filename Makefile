@@ -1,0 +1,52 @@
+# Every target sets up what it needs in .venv first (tools/bootstrap.py); a second run installs nothing.
+# Another Python: make test PYTHON=python3.12
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+unexport PYTHONPATH PYTHONHOME MPLBACKEND
+export JUPYTER_PATH := $(CURDIR)/.venv/share/jupyter
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help setup demo test lab bench bench-long docs readme clean
+
+help:
+	@echo "make demo   a story through the whole pipeline, offline, into output/demo/"
+	@echo "make test   lint, notebooks and modules in step, notebooks run, pytest with coverage"
+	@echo "make lab    JupyterLab on the notebooks"
+	@echo "make bench  the short benchmarks; make bench-long the rest"
+	@echo "make docs   the documentation site in _docs/ (needs Quarto)"
+	@echo "make readme README.md from nbs/index.ipynb"
+	@echo "make clean  removes what was built; .venv stays"
+
+setup:
+	@$(PYTHON) tools/bootstrap.py
+
+demo: setup
+	@$(BIN)/python tools/demo.py
+
+test: setup
+	$(BIN)/ruff check .
+	$(BIN)/python tools/check_sync.py
+	$(BIN)/nbdev_test --n_workers 2
+	$(BIN)/python -m pytest --cov=refimg --cov-report=term --cov-fail-under=90
+
+lab: setup
+	$(BIN)/jupyter lab nbs
+
+bench: setup
+	$(BIN)/python tools/bench.py
+
+bench-long: setup
+	$(BIN)/python tools/bench.py --long
+
+docs: setup
+	@command -v quarto >/dev/null || { echo "make docs needs Quarto on the PATH, which is not installed here. The published site is built by .github/workflows/docs.yml." >&2; exit 1; }
+	@touch README.md
+	$(BIN)/nbdev_docs
+
+readme: setup
+	$(BIN)/python tools/readme.py
+
+clean:
+	rm -rf output _docs _proc build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage
