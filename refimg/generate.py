@@ -29,11 +29,11 @@ from refimg.storage.files import (
 )
 
 # %% auto #0
-__all__ = ['logger', 'ImageRequest', 'GeneratedImage', 'ImageModel', 'ImageGenerationResult', 'Drawn', 'draw', 'keep',
-           'variation_seed', 'check_model', 'check_references', 'GenerationFailed', 'generate_images']
+__all__ = ['ImageRequest', 'GeneratedImage', 'ImageModel', 'ImageGenerationResult', 'Drawn', 'draw', 'keep', 'variation_seed',
+           'check_model', 'check_references', 'GenerationFailed', 'generate_images']
 
-# %% ../nbs/01_generate.ipynb #73d953b1
-logger = logging.getLogger(__name__)
+# %% ../nbs/01_generate.ipynb #8d8a1e01
+_logger = logging.getLogger(__name__)
 
 # %% ../nbs/01_generate.ipynb #f8345424
 class ImageRequest(BaseModel, frozen=True):
@@ -100,7 +100,7 @@ class Drawn:
     seconds: float
     timestamp: str
 
-# %% ../nbs/01_generate.ipynb #129d2de4
+# %% ../nbs/01_generate.ipynb #b4d3f863
 async def draw(
     model: ImageModel,  # the model to call, once
     request: ImageRequest,  # what to ask it for
@@ -110,7 +110,8 @@ async def draw(
     image = await model.generate(request)
     seconds, now = time.perf_counter() - started, datetime.now(UTC)
     pixels = await asyncio.to_thread(decode_image, image.data)
-    return Drawn(pixels, image, request, model.name, seconds, now.isoformat(timespec="seconds"))
+    arrived = now.isoformat(timespec="milliseconds")
+    return Drawn(pixels, image, request, model.name, seconds, arrived)
 
 # %% ../nbs/01_generate.ipynb #a4a4a109
 def _known_seed(drawn: Drawn) -> int | None:
@@ -171,21 +172,24 @@ def variation_seed(
     digest = hashlib.sha256(f"{seed}/{scene}/{variation}/{attempt}".encode()).digest()
     return int.from_bytes(digest[:4], "big")
 
-# %% ../nbs/01_generate.ipynb #74fb3c04
+# %% ../nbs/01_generate.ipynb #39e4c86c
 def _check_variations(num_variations: int) -> None:
     whole = isinstance(num_variations, int) and not isinstance(num_variations, bool)
     if not whole or not 1 <= num_variations <= 20:
-        raise ValueError(f"num_variations={num_variations!r}: a whole number from 1 to 20 is allowed")
+        raise ValueError(f"num_variations={num_variations!r}: allowed are whole numbers 1 to 20")
 
 
 def _check_aspect_ratio(model: ImageModel, aspect_ratio: str) -> None:
     known = model.aspect_ratios
-    form = isinstance(aspect_ratio, str) and re.fullmatch(r"[1-9][0-9]*:[1-9][0-9]*", aspect_ratio)
-    if not form if known is None else aspect_ratio not in known:
-        allowed = 'W:H in whole numbers, like "16:9"' if known is None else ", ".join(known)
+    if known is None:
+        good = re.fullmatch(r"[1-9][0-9]*:[1-9][0-9]*", str(aspect_ratio))
+        allowed = "W:H in whole numbers, like 16:9"
+    else:
+        good, allowed = aspect_ratio in known, ", ".join(known)
+    if not good:
         raise ValueError(f"aspect_ratio={aspect_ratio!r}: {model.name} allows {allowed}")
 
-# %% ../nbs/01_generate.ipynb #1cb087bb
+# %% ../nbs/01_generate.ipynb #7682d274
 def check_model(
     model: ImageModel,  # the model that would be called
     *,
@@ -197,15 +201,15 @@ def check_model(
     _check_variations(num_variations)
     _check_aspect_ratio(model, aspect_ratio)
     if references > model.max_references:
-        raise ValueError(f"references: {references} given, {model.name} takes {model.max_references}")
+        most = model.max_references
+        raise ValueError(f"references: {references} given, {model.name} takes at most {most}")
 
-# %% ../nbs/01_generate.ipynb #a2d9bb37
+# %% ../nbs/01_generate.ipynb #4cb83475
 def check_references(
     references: Iterable[str | Path],  # image files
 ) -> tuple[Path, ...]:
     """Their absolute paths; a ValueError names the one that is missing or no image."""
-    single = isinstance(references, (str, Path))
-    paths = tuple(Path(path).resolve() for path in ([references] if single else references))
+    paths = tuple(Path(path).resolve() for path in references)
     for path in paths:
         read_image(path)
     return paths
@@ -223,12 +227,12 @@ class GenerationFailed(RuntimeError):
         more = len(self.causes) - len(listed)
         return "; ".join([self.what, *listed, *([f"and {more} more"] if more else [])])
 
-# %% ../nbs/01_generate.ipynb #f158fd20
+# %% ../nbs/01_generate.ipynb #7b205eeb
 async def _attempt(model: ImageModel, request: ImageRequest) -> Drawn | Exception:
     try:
         return await draw(model, request)
     except Exception as error:
-        logger.warning("%s of %s failed: %r", request.slot, model.name, error)
+        _logger.warning("%s of %s failed: %r", request.slot, model.name, error)
         return error
 
 
@@ -241,10 +245,10 @@ async def _together(calls: Iterable[Coroutine[Any, Any, Any]]) -> list[Any]:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-# %% ../nbs/01_generate.ipynb #401df11c
-def _unless_missing(model: ImageModel, able: bool, what: str, value: Any) -> Any:
+# %% ../nbs/01_generate.ipynb #86248735
+def _if_able(model: ImageModel, able: bool, what: str, value: Any) -> Any:
     if value is not None and not able:
-        logger.warning("%s takes no %s: %r is not sent", model.name, what, value)
+        _logger.warning("%s takes no %s: %r is not sent", model.name, what, value)
         return None
     return value
 
@@ -260,13 +264,21 @@ def _check_seed(seed: int | None) -> int | None:
         raise ValueError(f"seed={seed!r}: a whole number or None is allowed")
     return seed
 
-# %% ../nbs/01_generate.ipynb #ad234536
-def _requests(number: int, seed: int | None, stem: str, **same: Any) -> list[ImageRequest]:
-    seeds = [variation_seed(seed, 1, variation) for variation in range(1, number + 1)]
-    return [
-        ImageRequest(seed=own, slot=f"{stem}/v{variation}/a1", **same)
-        for variation, own in enumerate(seeds, 1)
-    ]
+# %% ../nbs/01_generate.ipynb #b5a00cae
+def _ready(output_dir: Path, references: Iterable[str | Path]) -> tuple[Path, tuple[Path, ...]]:
+    folder = Path(output_dir).resolve()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output_dir={str(output_dir)!r}: {error}") from error
+    return folder, check_references(references)
+
+
+def _variations(
+    request: ImageRequest, number: int, seed: int | None, stem: str
+) -> list[ImageRequest]:
+    own = [(k, variation_seed(seed, 1, k)) for k in range(1, number + 1)]
+    return [request.model_copy(update={"seed": s, "slot": f"{stem}/v{k}/a1"}) for k, s in own]
 
 
 def _default_model() -> ImageModel:
@@ -274,7 +286,7 @@ def _default_model() -> ImageModel:
 
     return image_model()
 
-# %% ../nbs/01_generate.ipynb #a3297fd2
+# %% ../nbs/01_generate.ipynb #9b467626
 async def generate_images(
     prompt: str,  # what to draw; sent as it is
     num_variations: int = 4,  # 1 to 20
@@ -290,23 +302,20 @@ async def generate_images(
     """The records of the pictures that worked, in variation order."""
     model = _default_model() if model is None else model
     prompt, stem, seed = _check_prompt(prompt), check_stem(stem), _check_seed(seed)
-    paths = await asyncio.to_thread(check_references, references)
+    unwanted = clean_text(negative_prompt) if negative_prompt else None
+    given = (references,) if isinstance(references, (str, Path)) else tuple(references)
     check_model(
-        model, num_variations=num_variations, aspect_ratio=aspect_ratio, references=len(paths)
+        model, num_variations=num_variations, aspect_ratio=aspect_ratio, references=len(given)
     )
-    seed = _unless_missing(model, model.takes_seed, "seed", seed)
-    negative_prompt = _unless_missing(
-        model, model.takes_negative_prompt, "negative prompt", negative_prompt
+    folder, paths = await asyncio.to_thread(_ready, output_dir, given)
+    seed = _if_able(model, model.takes_seed, "seed", seed)
+    unwanted = _if_able(model, model.takes_negative_prompt, "negative prompt", unwanted)
+    request = ImageRequest(
+        prompt=prompt, negative_prompt=unwanted, aspect_ratio=aspect_ratio, references=paths
     )
-    same = dict(
-        prompt=prompt,
-        negative_prompt=negative_prompt,
-        aspect_ratio=aspect_ratio,
-        references=paths,
-    )
-    asked = _requests(num_variations, seed, stem, **same)
-    made = await _together(_attempt(model, request) for request in asked)
+    asked = _variations(request, num_variations, seed, stem)
+    made = await _together(_attempt(model, one) for one in asked)
     drawn = [item for item in made if isinstance(item, Drawn)]
     if not drawn:
         raise GenerationFailed(made)
-    return [await keep(item, output_dir=output_dir, stem=stem) for item in drawn]
+    return [await keep(item, output_dir=folder, stem=stem) for item in drawn]

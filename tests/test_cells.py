@@ -23,7 +23,9 @@ HEAVY = {
 }  # fmt: skip
 DIRECTIVE = re.compile(r"^#\|\s*(\S+?):?(?:[ \t]+(.*))?$", re.MULTILINE)
 MAX_BYTES = 1_000_000
-ABSOLUTE = re.compile(r"(?<![\w.:/])(?:/(?:home|root|Users|tmp|work|private|mnt)/|[A-Z]:\\{1,2}Users)")
+ABSOLUTE = re.compile(
+    r"(?<![\w.:/])(?:/(?:home|root|Users|tmp|work|private|mnt)/|[A-Z]:\\{1,2}Users)"
+)
 KEY = re.compile(
     r"(?<![A-Za-z0-9])(?:sk-[\w-]{16,}|r8_\w{16,}|hf_\w{20,}|gh[po]_\w{20,}|AKIA[0-9A-Z]{16})"
 )

@@ -1,11 +1,13 @@
 """What may go wrong between pictures and their ranks: scorers that fail, weights, groups, files."""
 
+import gc
 import json
 import os
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -195,6 +197,28 @@ def test_a_scorer_that_fails_on_batches_is_tried_image_by_image(caplog):
     assert "MemoryError: too many" in caplog.text
 
 
+def test_what_a_failed_call_had_made_is_gone_before_the_second_try():
+    class Tensor:
+        pass
+
+    alive = []
+
+    def score(batch):
+        gc.collect()
+        alive.append([ref() for ref in made])
+        tensor = Tensor()
+        made.append(weakref.ref(tensor))
+        if len(batch.images) > 1:
+            raise MemoryError("out of memory")
+        return [RawScore(1)]
+
+    made: list = []
+    scorer = identity("a")
+    scorer.score = score
+    raw_scores(Batch(plain(1, 2), "x"), [scorer])
+    assert alive == [[], [None], [None, None]]
+
+
 def test_one_poisonous_image_costs_the_others_nothing():
     def value(image, prompt):
         return ValueError("no face") if image.getpixel((0, 0))[0] == 20 else 5.0
@@ -259,7 +283,7 @@ def test_an_error_with_lone_surrogates_can_still_be_written():
     error = ValueError("a file named \udcff.png")
     scorer = FakeScorer(value=lambda image, prompt: error)
     graded = grade(raw_scores(Batch(plain(1), "x"), [scorer]), [scorer])[0]
-    assert "a file named ?.png" in graded.model_dump_json()
+    assert "a file named \ufffd.png" in graded.model_dump_json()
 
 
 # the map to 0..100
