@@ -314,11 +314,11 @@ def scoring_thread() -> ThreadPoolExecutor:
     with _making:
         return _thread_of(os.getpid())
 
-# %% ../nbs/02_score.ipynb #e3df338d
+# %% ../nbs/02_score.ipynb #6ce1daf2
 def _open(path: Path) -> Image.Image | str:
     """The decoded picture, or the reason why there is none."""
     try:
-        return read_image(Path(path))
+        return read_image(path)
     except Exception as error:
         return f"the image could not be opened, {_reason(error)}"
 

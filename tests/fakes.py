@@ -25,7 +25,7 @@ def critique(score: float, **over: Any) -> str:
 
 
 class FakeChat:
-    """A chat model that plays a script: each item is a text, a Reply, an exception or a function."""
+    """A chat model that plays a script: items are texts, Replies, exceptions or functions."""
 
     def __init__(self, script: Any = (), *, name: str = "fake-chat", seconds: float = 0.0):
         self.name, self.seconds = name, seconds
@@ -38,7 +38,7 @@ class FakeChat:
         await asyncio.sleep(self.seconds)
         item = self.script
         if not callable(item):
-            item = item[min(number, len(item)) - 1] if item else f"a better prompt, version {number}"
+            item = item[min(number, len(item)) - 1] if item else f"a better prompt, {number}"
         if callable(item):
             item = item(messages, schema, number)
         if isinstance(item, BaseException):
@@ -104,7 +104,7 @@ class FakeImages:
 
 
 class FakeScorer:
-    """A scorer; the value is the image's red channel unless `value(image, prompt)` says otherwise."""
+    """A scorer; its value is the image's red channel, or what `value(image, prompt)` says."""
 
     model = "fake-model"
     calibration = "fake-identity"

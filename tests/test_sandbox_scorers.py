@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from refimg.sandbox.painter import Painter
-from refimg.sandbox.scorers import TruthScorer, agreement
 
 from refimg.generate import ImageRequest
+from refimg.sandbox.painter import Painter
+from refimg.sandbox.scorers import TruthScorer, agreement
 from refimg.sandbox.world import VOCABULARY, read_prompt
 from refimg.score import Batch, RawScore, raw_scores, score_images
 from refimg.storage.files import decode_image, encode_png
@@ -17,6 +17,11 @@ from tests.fakes import picture
 
 TEXT = "a lighthouse keeper on a rocky coast at night, in fog"
 STATED = read_prompt(TEXT)
+
+
+def another(name: str) -> str:
+    """A value of the attribute that the text does not state."""
+    return next(value for value in VOCABULARY[name] if value != STATED.get(name))
 
 
 def painted(chunk: object) -> bytes:
@@ -40,14 +45,16 @@ def test_the_text_of_these_tests_states_something():
 
 def test_each_stated_attribute_counts_the_same():
     for name in STATED:
-        for drawn in (STATED | {name: "other"}, {n: v for n, v in STATED.items() if n != name}):
+        missing = {n: value for n, value in STATED.items() if n != name}
+        for drawn in (STATED | {name: another(name)}, missing):
             found = truths(of(drawn))[0]
             assert found.value == pytest.approx(1 - 1 / len(STATED))
             assert found.note.startswith(f"{name} is ") and STATED[name] in found.note
 
 
 def test_all_right_all_wrong_and_more_than_was_asked_for():
-    right, wrong, more = truths(of(STATED), of({}), of(dict.fromkeys(VOCABULARY, "x") | STATED))
+    more_than_stated = {name: another(name) for name in VOCABULARY} | STATED
+    right, wrong, more = truths(of(STATED), of({}), of(more_than_stated))
     assert (right, more) == (RawScore(1), RawScore(1)) and wrong.value == 0
 
 

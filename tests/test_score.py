@@ -383,7 +383,7 @@ async def test_names_and_weights_that_are_refused(names, weights, says, tmp_path
             refused()
         assert says in str(error.value)
     with pytest.raises(ValueError):
-        await score_images([tmp_path / "a.png"], "x", scorers=scorers, weights=weights)
+        await score_images(write(tmp_path, 1), "x", scorers=scorers, weights=weights)
     assert all(scorer.batches == [] for scorer in scorers)
 
 
@@ -420,7 +420,17 @@ def test_exactly_half_is_enough_however_the_halves_are_made():
         assert overalls(row) == [30.0], count
     row = {"a": None, "b": 1.0, "c": 1.0, "d": 1.0}
     assert overalls(row, weights={"a": 0.3, "b": 0.1, "c": 0.1, "d": 0.1}) == [1.0]
+    for halves in ({"a": 0.1, "b": 2.1}, {"a": 0.3, "b": 2.8}, {"a": 1.9, "b": 1.8, "c": 0.7}):
+        total = round(sum(halves.values()), 1)
+        known = dict.fromkeys(halves, 5.0) | {"z": None}
+        assert overalls(known, weights=halves | {"z": total}) == [5.0], halves
     assert overalls(row, weights={"a": 0.301, "b": 0.1, "c": 0.1, "d": 0.1}) == [None]
+
+
+@pytest.mark.parametrize("value", [0.3, 0.6, 99.9, 100.0])
+def test_the_mean_of_equal_metrics_is_that_number(value):
+    assert overalls(dict.fromkeys(("pickscore", "clip_score", "aesthetic"), value)) == [value]
+    assert overalls(dict.fromkeys(("pickscore", "vqa_score", "aesthetic"), value)) == [value]
 
 
 def test_half_is_half_of_what_was_configured():

@@ -37,7 +37,7 @@ def mix(
     """The colour between two."""
     return np.asarray(one, np.float32) * (1 - share) + np.asarray(two, np.float32) * share
 
-# %% ../../nbs/sandbox/figures.ipynb #4e0b2c64
+# %% ../../nbs/sandbox/figures.ipynb #39a3e712
 @dataclass
 class Layer:
     """A transparent piece of picture, its scale, and the light on it."""
@@ -48,7 +48,7 @@ class Layer:
     y: float  # pixel row of the origin
     light: Light = field(default_factory=Light)
     flip: bool = False  # mirrored left to right
-    tint: float = 0.55  # share of the ambient light that its colours take
+    tint: float = 0.5  # share of the ambient light that its colours take
     glows: list[tuple[float, float, float, tuple, float]] = field(default_factory=list)
 
     def at(self, points: Sequence[Sequence[float]]) -> np.ndarray:
@@ -70,7 +70,7 @@ def blank(width: int, height: int, scale: float, light: Light) -> Layer:
     """An empty layer with its origin at the bottom left."""
     return Layer(np.zeros((height, width, 5), np.float32), scale, 0.0, float(height), light)
 
-# %% ../../nbs/sandbox/figures.ipynb #e1e43a71
+# %% ../../nbs/sandbox/figures.ipynb #9561a457
 def _box(layer: Layer, points: np.ndarray, pad: float) -> tuple[int, int, int, int] | None:
     """Left, top, right, bottom of the part of the layer the points touch."""
     height, width = layer.pixels.shape[:2]
@@ -79,39 +79,42 @@ def _box(layer: Layer, points: np.ndarray, pad: float) -> tuple[int, int, int, i
     right, bottom = min(width, int(high[0]) + 1), min(height, int(high[1]) + 1)
     return (left, top, right, bottom) if right > left and bottom > top else None
 
-def _mask(layer: Layer, shapes: Sequence[np.ndarray], soft: float = 0.0) -> tuple | None:
-    """Coverage of some polygons, drawn at twice the size: (mask image, rows, columns)."""
-    box = _box(layer, np.concatenate(shapes), 1 + 2.5 * soft)
+def _mask(layer: Layer, points: np.ndarray, ends: Sequence[int], soft: float = 0.0) -> tuple | None:
+    """Coverage of polygons, one up to each end, at twice the size: (mask image, rows, columns)."""
+    box = _box(layer, points, 1 + 2.5 * soft)
     if box is None:
         return None
     left, top, right, bottom = box
     image = Image.new("L", ((right - left) * 2, (bottom - top) * 2))
     draw = ImageDraw.Draw(image)
-    for points in shapes:
-        moved = (points - (left, top)) * 2
-        draw.polygon([tuple(p) for p in moved.tolist()], fill=255)
+    flat, start = ((points - np.array((left, top), np.float32)) * 2).ravel().tolist(), 0
+    for end in ends:
+        draw.polygon(flat[2 * start : 2 * end], fill=255)
+        start = end
     image = image.reduce(2)
     if soft > 0.3:
-        image = image.filter(ImageFilter.GaussianBlur(soft))
+        image = image.filter(ImageFilter.GaussianBlur(float(soft)))
     return image, slice(top, bottom), slice(left, right)
+
+_BOX = Image.Resampling.BOX
 
 def _share(image: Image.Image) -> np.ndarray:
     """A grey image as numbers from 0 to 1."""
     return np.asarray(image, np.float32) * np.float32(1 / 255)
 
-# %% ../../nbs/sandbox/figures.ipynb #87fb04fb
+# %% ../../nbs/sandbox/figures.ipynb #198b4372
 def _relief(layer: Layer, image: Image.Image, size: float) -> np.ndarray:
     """How far each point of a shape faces the light, from -1 to 1."""
-    height, width = layer.pixels.shape[:2]
-    radius = max(0.6, float(size))
-    soft = _share(image.filter(ImageFilter.GaussianBlur(radius)))
-    if min(soft.shape) < 2:
-        return np.zeros_like(soft)
+    width, height = image.size
+    step = max(1.0, size / 2.5)
+    small = image.resize((max(2, round(width / step)), max(2, round(height / step))), _BOX)
+    radius = max(0.6, float(size / step))
+    soft = _share(small.filter(ImageFilter.GaussianBlur(float(radius))))
     down, across = np.gradient(soft)
-    dx = layer.light.x * 2 - 1
-    dy = 0.35 + layer.light.y
+    dx, dy = layer.light.x * 2 - 1, 0.35 + layer.light.y
     length = float(np.hypot(dx, dy))
-    return np.clip((down * dy - across * dx) * (2.6 * radius / length), -1, 1)
+    slope = Image.fromarray((down * dy - across * dx) * np.float32(2.6 * radius / length))
+    return np.clip(np.asarray(slope.resize(image.size, Image.Resampling.BICUBIC)), -1, 1)
 
 def _lit(layer: Layer, colour: np.ndarray, relief: np.ndarray, depth: float) -> np.ndarray:
     """A colour under the layer's light, with volume."""
@@ -149,7 +152,7 @@ def _outline(points: Sequence[Sequence[float]], widths: Sequence[float]) -> np.n
     start = xy[0] - half[0] * (np.cos(turn) * out[0] + np.sin(turn) * along[0])
     return np.concatenate([xy + out * half, end, (xy - out * half)[::-1], start])
 
-# %% ../../nbs/sandbox/figures.ipynb #9398b19d
+# %% ../../nbs/sandbox/figures.ipynb #0919101e
 def lay_shapes(
     layer: Layer,  # what to draw on
     shapes: Sequence[Sequence[Sequence[float]]],  # polygons in the layer's unit
@@ -161,15 +164,16 @@ def lay_shapes(
     lit: bool = True,  # False: the colour as it is, for lamps
 ) -> None:
     """Lays some polygons of one colour on the layer, under its light."""
-    points = [layer.at(s) for s in shapes]
-    found = _mask(layer, points, soft * layer.scale)
+    points = layer.at(np.concatenate(shapes))
+    ends = np.cumsum([len(s) for s in shapes]).tolist()
+    found = _mask(layer, points, ends, soft * layer.scale)
     if found is None:
         return
     image, rows, columns = found
     paint = np.asarray(colour, np.float32)
     if lit:
-        size = np.sqrt(np.prod(np.ptp(points[0], axis=0))) * 0.16 if depth else 0
-        relief = _relief(layer, image, size) if depth else np.zeros((1, 1), np.float32)
+        size = float(np.sqrt(np.prod(np.ptp(points[: ends[0]], axis=0)))) * 0.16 if depth else 0.0
+        relief = _relief(layer, image, size) if size > 0.25 else np.zeros((1, 1), np.float32)
         paint = _lit(layer, paint, relief, depth)
     layer.lay(_share(image) * alpha, rows, columns, paint, mark)
 
@@ -296,7 +300,7 @@ def _cap(pen: Pen, y=0.895, r=0.072) -> None:
                (1.0 * r, y + 0.4 * r)], "cap", shade=0.5)
     pen.dot(0.62 * r, y + 0.82 * r, 0.13 * r, 0.13 * r, (0.95, 0.78, 0.3), depth=0.5)
 
-# %% ../../nbs/sandbox/figures.ipynb #22a3fd20
+# %% ../../nbs/sandbox/figures.ipynb #392339ad
 def _keeper(pen: Pen) -> None:
     """A lighthouse keeper: long coat, peaked cap, beard, a hand on his hip."""
     _legs(pen, pen.vary(0.0, 0.025))
@@ -336,9 +340,9 @@ def _woman(pen: Pen) -> None:
     pen.limb([(-0.05, 0.81), (-0.13 - wind, 0.78), (-0.22 - 2 * wind, 0.80 + wind)],
              (0.05, 0.045, 0.07), "scarf", shade=0.9)
     pen.limb([(-0.06, 0.815), (0.01, 0.79), (0.07, 0.812)], (0.04, 0.055, 0.04), "scarf")
-    _arm(pen, (0.078, 0.745), (0.14, 0.62), (0.08, 0.69 + pen.vary(0, 0.03)))
+    _arm(pen, (0.078, 0.745), (0.115, 0.6), (0.03, 0.6 + pen.vary(0, 0.05)))
 
-# %% ../../nbs/sandbox/figures.ipynb #ab236880
+# %% ../../nbs/sandbox/figures.ipynb #c4fe2080
 def _old_man(pen: Pen) -> None:
     """An old man, bent a little, on a stick."""
     _legs(pen, 0.0)
@@ -350,7 +354,7 @@ def _old_man(pen: Pen) -> None:
     pen.shape([(-0.07, 0.875), (-0.074, 0.92), (-0.03, 0.958), (0.03, 0.955), (0.07, 0.92),
                (0.074, 0.898), (0.0, 0.905)], "cap")
     pen.limb([(-0.072, 0.9), (0.0, 0.902), (0.078, 0.9)], (0.028, 0.03), "cap", shade=0.75)
-    pen.limb([(-0.066, 0.89), (-0.06, 0.83), (-0.035, 0.82)], (0.03, 0.035, 0.02), "beard")
+    pen.limb([(-0.056, 0.89), (-0.056, 0.845), (-0.034, 0.822)], (0.016, 0.03, 0.02), "beard")
     pen.limb([(0.16, 0.475), (0.2, 0.5), (0.225, 0.47), (0.215, 0.0)], (0.016, 0.016), "wood")
     _arm(pen, (0.08, 0.735), (0.115, 0.6), (0.2, 0.49))
 
@@ -664,7 +668,7 @@ def _balloon(pen: Pen) -> None:
     pen.dot(0.0, 0.2, 0.022, 0.035, (1.0, 0.85, 0.5), lit=False, soft=0.01)
     pen.glow(0.0, 0.3, 0.4, (1.0, 0.7, 0.3), 0.2 + 0.35 * pen.layer.light.lamps)
 
-# %% ../../nbs/sandbox/figures.ipynb #862de4f0
+# %% ../../nbs/sandbox/figures.ipynb #9c1c75ae
 def _tree(pen: Pen) -> None:
     """A broad tree, its crown in clumps."""
     pen.limb([(0.0, 0.0), (0.01, 0.25), (-0.02, 0.5)], (0.13, 0.075, 0.05), "bark")
@@ -696,7 +700,8 @@ def _bench(pen: Pen) -> None:
 
 def _lighthouse(pen: Pen) -> None:
     """A lighthouse with its lamp lit."""
-    pen.shape([(-0.2, 0.0), (-0.16, 0.03), (0.16, 0.03), (0.2, 0.0)], (0.45, 0.43, 0.42), smooth=False)
+    pen.shape([(-0.24, 0.0), (-0.2, 0.035), (-0.1, 0.05), (0.05, 0.06), (0.17, 0.04), (0.24, 0.0),
+               (0.0, -0.02)], (0.42, 0.40, 0.40), depth=1.0)
     edge = lambda y: 0.135 - 0.062 * y / 0.76
     pen.shape([(-edge(0), 0.02), (-edge(0.76), 0.76), (edge(0.76), 0.76), (edge(0), 0.02)],
               (0.95, 0.94, 0.9), smooth=False, depth=1.3)
@@ -732,7 +737,7 @@ _DRAWINGS: dict[str, Callable[[Pen], None]] = {
     "tree": _tree, "bench": _bench, "lighthouse": _lighthouse,
 }
 
-# %% ../../nbs/sandbox/figures.ipynb #9cf8c5f9
+# %% ../../nbs/sandbox/figures.ipynb #2e906c52
 PIGMENTS: dict[str, tuple[float, float, float]] = {
     "red": (0.80, 0.11, 0.12), "orange": (0.94, 0.46, 0.09), "yellow": (0.97, 0.80, 0.16),
     "green": (0.20, 0.55, 0.24), "teal": (0.05, 0.56, 0.56), "blue": (0.15, 0.42, 0.85),
@@ -743,28 +748,29 @@ _SKINS = ((0.96, 0.80, 0.69), (0.89, 0.68, 0.53), (0.70, 0.47, 0.33), (0.48, 0.3
 _HAIRS = ((0.16, 0.11, 0.10), (0.36, 0.21, 0.12), (0.62, 0.40, 0.20), (0.55, 0.22, 0.12), (0.5, 0.5, 0.52))
 _OWN = {"dog": "brown", "cat": "black", "boat": "blue", "lantern": "black"}
 
-def _colours(kind: str, colour: str | None, pose: np.random.Generator) -> dict:
+def _colours(kind: str, colour: str | None, look: np.random.Generator) -> dict:
     """The colours of a figure; `colour` None: a companion in its own colour."""
     main = np.array(PIGMENTS[colour or _OWN.get(kind, "brown")], np.float32)
     scarf = (0.93, 0.88, 0.78) if main.mean() < 0.6 else (0.32, 0.2, 0.2)
     cap = (0.12, 0.15, 0.25) if main[2] < 0.5 or main.mean() > 0.5 else (0.3, 0.27, 0.25)
     return {
         "main": tuple(main), "light": tuple(mix(main, (1, 0.97, 0.92), 0.78)),
-        "dark": tuple(main * 0.4 + 0.03), "skin": _SKINS[pose.integers(len(_SKINS))],
-        "hair": _HAIRS[pose.integers(len(_HAIRS))], "beard": (0.93, 0.92, 0.9), "scarf": scarf,
+        "dark": tuple(main * 0.4 + 0.03), "skin": _SKINS[look.integers(len(_SKINS))],
+        "hair": _HAIRS[look.integers(len(_HAIRS) - (kind in ("child", "woman")))], "beard": (0.93, 0.92, 0.9), "scarf": scarf,
         "cap": cap, "trim": (0.95, 0.82, 0.5), "trousers": (0.22, 0.22, 0.28),
         "stockings": (0.2, 0.17, 0.2), "boots": (0.2, 0.14, 0.11), "wood": (0.56, 0.36, 0.2),
         "bark": (0.3, 0.22, 0.17), "leaf": (0.3, 0.46, 0.2), "sail": (0.97, 0.94, 0.86),
         "feather": (0.96, 0.96, 0.95), "wing": (0.6, 0.64, 0.7), "glass": (0.5, 0.64, 0.74),
     }
 
-# %% ../../nbs/sandbox/figures.ipynb #81059596
+# %% ../../nbs/sandbox/figures.ipynb #ac3272bd
 def draw_figure(
     kind: str,  # a name in SIZES
     colour: str | None,  # a name in PIGMENTS; None: as it is in life
     size: float,  # height in pixels
     light: Light,  # of the scene
-    pose: np.random.Generator,  # where gesture, skin and hair come from
+    pose: np.random.Generator,  # where the gesture comes from
+    look: np.random.Generator,  # where skin and hair come from
     flip: bool = False,  # looks to the left
 ) -> Layer:
     """A layer with the figure on it, its origin between the feet."""
@@ -772,5 +778,5 @@ def draw_figure(
     height = max(8, int(size * 1.12) + 8)
     pixels = np.zeros((height, width, 5), np.float32)
     layer = Layer(pixels, size, width / 2, height - 0.04 * size - 3, light, flip)
-    _DRAWINGS[kind](Pen(layer, _colours(kind, colour, pose), pose))
+    _DRAWINGS[kind](Pen(layer, _colours(kind, colour, look), pose))
     return layer
