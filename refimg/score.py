@@ -107,12 +107,12 @@ def _finite(answer: RawScore) -> RawScore:
         return answer
     return RawScore(None, "; ".join(filter(None, [f"not finite: {answer.value}", answer.note])))
 
-# %% ../nbs/02_score.ipynb #074fb9bc
+# %% ../nbs/02_score.ipynb #4c7da923
 def _alone(scorer: Scorer, image: Image.Image, prompt: str) -> RawScore:
     """The scorer's answer on one picture in a batch of its own, or None with the error's text."""
     try:
         return _answers(scorer, Batch((image,), prompt))[0]
-    except Exception as error:
+    except (Exception, asyncio.CancelledError) as error:
         return RawScore(None, _reason(error))
 
 
@@ -120,7 +120,7 @@ def _column(scorer: Scorer, batch: Batch) -> list[RawScore]:
     """One finite answer a picture: from one call if that works, else picture by picture."""
     try:
         return [_finite(answer) for answer in _answers(scorer, batch)]
-    except Exception as error:
+    except (Exception, asyncio.CancelledError) as error:
         tried = (scorer.name, len(batch.images), _reason(error))
     _logger.warning("%s failed on %d images, next try image by image: %s", *tried)
     return [_finite(_alone(scorer, image, batch.prompt)) for image in batch.images]

@@ -1,4 +1,4 @@
-"""The backend's door: one call, lists in, absolute paths out, in a process that knows no notebook."""
+"""The backend's door: one call, lists in, absolute paths out, from a process without notebooks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from PIL import Image
 import refimg
 from refimg import defaults
 from refimg.generate import GenerationFailed
-from refimg.pipeline import GenerationCancelled, MARKERS
+from refimg.pipeline import GenerationCancelled
 from refimg.pipeline import generate_enhanced_reference_images_with_sequential_references as door
 
 from .fakes import FakeChat, FakeImages, FakeScorer, critic, critique, director, picture
@@ -36,6 +36,7 @@ SIGNATURE = {  # DESIGN §2: "order and defaults as given"
     "num_variations": 4,
     "max_enhancement_iterations": 4,
 }
+MARKERS = ("style", "color_palette", "lighting", "composition", "mood", "subject_description")
 HEAVY = {"nbdev", "fastcore", "IPython", "torch", "torchvision", "open_clip", "transformers",
          "openai", "replicate", "matplotlib", "pandas", "scipy", "ipywidgets"}
 
@@ -110,11 +111,6 @@ async def test_defaults_are_four_variations_and_the_users_image_is_scene_1s_refe
     assert sent == [((tmp_path / "mine.png").resolve(),)] * 4 + [(Path(made[0]),)] * 4
 
 
-def labelled(text: str) -> str:
-    """A text as it must be found in a prompt, whatever stands around it."""
-    return " ".join(text.split())
-
-
 async def test_markers_and_notes_reach_the_prompt_that_is_sent(tmp_path, models):
     markers = {name: f"marker {name}" for name in MARKERS}
     markers |= {"weather of the day": "sleet", "palette": ["teal", "ochre"], "empty": ""}
@@ -124,7 +120,7 @@ async def test_markers_and_notes_reach_the_prompt_that_is_sent(tmp_path, models)
         consistency_guidelines=["guideline 1", "guideline 2", "guideline 3"],
         transition_notes=["never sent 2", "transition 2", "transition 3"], num_variations=1)
     for scene in (1, 2, 3):
-        sent = labelled(models.sent(scene))
+        sent = models.sent(scene)
         for value in ("sleet", "teal, ochre", *(f"marker {name}" for name in MARKERS)):
             assert value in sent
         assert f"guideline {scene}" in sent and "never sent" not in sent
@@ -135,11 +131,13 @@ async def test_markers_and_notes_reach_the_prompt_that_is_sent(tmp_path, models)
         assert not any(other in sent for other in others)
 
 
-async def test_the_american_spelling_of_the_palette_is_known(tmp_path, models):
-    await door(["one"], tmp_path / "images", "id",
-               {"mood": "calm", "color_palette": "teal and ochre"}, num_variations=1)
-    sent = models.sent(1)
-    assert sent.index("teal and ochre") < sent.index("calm")
+async def test_both_spellings_of_the_palette_are_known(tmp_path, models):
+    for spelling in ("color_palette", "colour_palette"):
+        models.images.requests.clear()
+        await door(["one"], tmp_path / "images", "id",
+                   {"mood": "calm", spelling: "teal and ochre"}, num_variations=1)
+        sent = models.sent(1)
+        assert sent.index("teal and ochre") < sent.index("calm")
 
 
 async def test_both_agents_are_told_of_markers_and_notes(tmp_path, models):

@@ -149,8 +149,8 @@ async def test_the_variations_of_a_scene_are_drawn_together_scenes_in_turn(run):
 
 
 async def test_without_a_chain_scenes_are_drawn_together_within_the_limit(run):
-    images = Meeting(4)
-    await run(a_pipeline(images, chain="none", max_concurrency=2), a_story(4))
+    images, limits = Meeting(4, seconds=0.01), {"max_concurrency": 2}
+    await run(a_pipeline(images, chain="none", max_enhancement_iterations=0, **limits), a_story(4))
     assert images.most == 4
 
 
@@ -328,6 +328,15 @@ async def test_long_and_foreign_prompts_arrive_as_they_are(run, text):
     assert result.scenes[0].prompt == text
     assert {r.prompt for r in images.requests} == {text.strip()}
     assert {batch.prompt for batch in scorer.batches} == {text}
+
+
+@pytest.mark.parametrize("keep", [False, True])
+async def test_a_run_leaves_images_and_only_on_request_traces(run, tmp_path, keep):
+    result = await run(a_pipeline(keep_traces=keep))
+    images = {v.image.image_path for s in result.scenes for v in s.variations}
+    others = {p for p in tmp_path.rglob("*") if p.is_file()} - images
+    assert bool(others) == keep
+    assert {p.relative_to(tmp_path).parts[0] for p in others} <= {"reference_image_traces"}
 
 
 # what is sent

@@ -127,7 +127,7 @@ def test_every_option_of_run_is_passed_on(tmp_path, story, pipeline):
 
 
 def raised(call) -> BaseException:
-    with pytest.raises(BaseException) as caught:  # noqa: B017, PT011
+    with pytest.raises(BaseException) as caught:
         call()
     return caught.value
 
