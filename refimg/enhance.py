@@ -337,7 +337,15 @@ def _repair(messages: list[Message], answer: str, error: Exception) -> list[Mess
 # %% ../nbs/00_enhance.ipynb #82d0ba88
 _T = TypeVar("_T")
 
-# %% ../nbs/00_enhance.ipynb #2e1c9e84
+# %% ../nbs/00_enhance.ipynb #4a21ee46
+async def _reply(model: ChatModel, messages: list[Message], **shape: Any) -> Reply:
+    """The model's reply; a TypeError where it is something else."""
+    reply = await model.reply(messages, **shape)
+    if not isinstance(reply, Reply):
+        raise TypeError(f"{type(reply).__name__} is no Reply")
+    return reply
+
+# %% ../nbs/00_enhance.ipynb #244fa1bc
 async def ask(
     model: ChatModel,  # who is asked
     messages: list[Message],  # what is asked
@@ -350,7 +358,7 @@ async def ask(
     shape = {"schema": schema} if schema else {}
     for turn in (1, 2):
         bill.append(None)
-        bill[-1] = reply = await model.reply(messages, **shape)
+        bill[-1] = reply = await _reply(model, messages, **shape)
         try:
             return read(reply.text)
         except ValueError as error:
@@ -545,7 +553,7 @@ async def _round(run: _Run, number: int) -> Iteration:
         timestamp=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
-# %% ../nbs/00_enhance.ipynb #e4ea71f4
+# %% ../nbs/00_enhance.ipynb #7e66fca8
 async def _rounds(run: _Run, max_iterations: int, threshold: float) -> StopReason:
     """Why the rounds ended; the usable ones are in the run."""
     for number in range(1, max_iterations + 1):
@@ -566,7 +574,7 @@ async def _unwanted(run: _Run, prompt: str) -> str | None:
     try:
         run.bill.append(None)
         asked = _talk(_NEGATIVE, prompt=prompt, context=run.context)
-        run.bill[-1] = reply = await run.director.reply(asked)
+        run.bill[-1] = reply = await _reply(run.director, asked)
         return parse_prompt(reply.text)
     except Exception as error:
         run.warnings.append(f"no negative prompt: {type(error).__name__}: {str(error)[:300]}")

@@ -130,7 +130,7 @@ def _picture(path: Path, alt: str, width: int = 256) -> Html:
         text = f"{path.name} is missing or unreadable"
         return element("div", text, role="img", aria_label=f"{alt} ({text})", style=_BOX)
 
-# %% ../nbs/05_view.ipynb #c3bae0ac
+# %% ../nbs/05_view.ipynb #0aa1f099
 def _names(scene: SceneResult) -> Iterator[str]:
     """Every model that had a part in the scene: agents, image models, scorers."""
     yield from (scene.enhancement.director, scene.enhancement.critic)
@@ -141,7 +141,7 @@ def _names(scene: SceneResult) -> Iterator[str]:
 
 def _scenes(result: StoryResult | SceneResult) -> list[SceneResult]:
     """The scenes of a story, or the one scene."""
-    return list(result.scenes) if isinstance(result, StoryResult) else [result]
+    return list(getattr(result, "scenes", [result]))
 
 # %% ../nbs/05_view.ipynb #d6acc64c
 def sandbox_models(

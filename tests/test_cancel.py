@@ -27,6 +27,10 @@ from .fakes import FakeChat, FakeImages, FakeScorer, critique, picture
 ROOT = Path(__file__).resolve().parent.parent
 CANCEL_SECONDS, STOP_SECONDS, MARGIN, TRIES = 0.5, 1.0, 5, 3
 TRACES = "reference_image_traces"
+pytestmark = [  # a coroutine that is made and never awaited is lost work
+    pytest.mark.filterwarnings("error::RuntimeWarning"),
+    pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning"),
+]
 QUIET = 0.3  # seconds in which nothing more may happen: three looks of `cancellation_check`
 
 
@@ -326,7 +330,7 @@ async def test_a_check_that_cancels_the_task_leaves_no_watch_behind(tmp_path):
     await stage.check_gone()
 
 
-@pytest.mark.parametrize("steps", range(12))
+@pytest.mark.parametrize("steps", range(6))
 async def test_a_task_cancelled_in_any_of_its_first_steps_tidies_up(tmp_path, steps):
     stage = Stage("generate", tmp_path)
     task = asyncio.create_task(stage.run())
@@ -538,6 +542,20 @@ async def test_a_callback_that_hangs_does_not_hold_up_the_stop(tmp_path):
     await stage.check_gone()
 
 
+async def test_a_callback_that_hangs_is_given_up_at_the_end_of_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("refimg.pipeline.GRACE", 0.2)
+
+    async def report(progress) -> None:
+        await asyncio.sleep(60)
+
+    stage = Stage("", tmp_path)
+    async with asyncio.timeout(10):
+        made = await stage.run(on_progress=report)
+    assert len(made.references) == 3
+    await asyncio.sleep(0)
+    await stage.check_gone()
+
+
 async def test_a_callback_may_stop_the_run_through_its_check(tmp_path):
     """What a web handler does: the report of a stage raises the flag that the check reads."""
     seen = []
@@ -708,8 +726,8 @@ class Kernel:
                 return message["content"]
 
     def run_until_drawing(self, code: str) -> str:
-        """The id of a cell that is sent and has begun to draw."""
-        sent = self.client.execute(code, store_history=False)
+        """The id of a cell that is sent and has begun to draw; its error aborts no later cell."""
+        sent = self.client.execute(code, store_history=False, stop_on_error=False)
         while True:
             message = self.client.get_iopub_msg(timeout=60)
             ours = message["parent_header"].get("msg_id") == sent

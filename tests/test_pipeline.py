@@ -640,6 +640,17 @@ async def test_the_cause_of_a_failed_enhancement_is_in_the_record_and_the_error_
     assert any(r.levelname == "ERROR" and "agent down" in r.getMessage() for r in caplog.records)
 
 
+@pytest.mark.parametrize("role", ["director", "critic"])
+@pytest.mark.parametrize("answer", ["a text", None], ids=["text", "None"])
+async def test_an_agent_that_does_not_answer_with_a_reply_has_failed(run, role, answer):
+    class Odd(FakeChat):
+        async def reply(self, messages, schema=None):
+            return answer
+
+    scene = (await run(a_pipeline(**{role: Odd()}), a_story(1))).scenes[0]
+    assert (scene.enhancement.stop_reason, scene.reference_from) == ("failed", "fallback")
+
+
 async def test_a_failed_enhancement_leaves_the_other_scenes_alone(run):
     def write(messages, schema, number):
         return BOOM if "view b" in messages[1].content else "a better prompt"

@@ -299,6 +299,19 @@ def test_the_frame_has_one_row_a_variation_with_the_records_values(result):
     assert frame.clip_score.isna().all() and frame.cost.isna().all()
 
 
+@pytest.mark.parametrize("name", ["scene", "path", "rank"])
+async def test_a_scorers_name_does_not_overwrite_another_column(run, name):
+    try:
+        result = await run(a_pipeline(scorers=[FakeScorer(name)]))
+    except ValueError as error:
+        assert name in str(error)
+        return
+    row = result.frame().iloc[3]
+    variation = result.scenes[1].variations[1]
+    assert (row.scene, row["rank"], row.path) == (2, 1, str(variation.image.image_path))
+    assert variation.scores.metrics[name] in list(row)
+
+
 async def test_the_frame_of_an_unscored_run_has_its_rows(run):
     frame = (await run(a_pipeline(scorers=[]))).frame()
     assert len(frame) == 4 and frame.overall.isna().all() and frame["rank"].isna().all()
@@ -464,6 +477,11 @@ BAD_NUMBERS = {
 )
 async def test_numbers_out_of_range_are_refused(refused, field, value, allowed):
     await refused([field, repr(value), allowed], **{field: value})
+
+
+@pytest.mark.parametrize("field", ["quality_threshold", "max_concurrency", "num_variations"])
+async def test_a_number_beyond_all_floats_is_refused_like_any_other(refused, field):
+    await refused([field], **{field: 10**400})
 
 
 @pytest.mark.parametrize(
@@ -691,6 +709,20 @@ async def test_a_rerun_keeps_the_reasons_of_earlier_choices(run):
     assert after.scenes[0].reference_from == "human" and "softer light" in str(after.settings)
 
 
+async def test_a_choice_that_was_drawn_over_is_forgotten(run):
+    pipeline = shaded()
+    chosen = choose(await run(pipeline, a_story(3)), 2, 3, "softer light")
+    after = await pipeline.rerun(chosen, 2)
+    assert after.scenes[1].reference_from == "ranked" and "softer" not in str(after.settings)
+
+
+async def test_the_cost_of_a_rerun_counts_every_image_of_the_result(run):
+    pipeline = a_pipeline(priced(0.04), max_enhancement_iterations=0)
+    before = await run(pipeline, a_story(3))
+    after = await pipeline.rerun(before, 3)
+    assert after.cost == pytest.approx(float(after.frame().cost.sum())) == pytest.approx(0.24)
+
+
 async def test_a_new_prompt_is_enhanced_that_of_the_others_is_not(run):
     pipeline = shaded()
     before = await run(pipeline, a_story(3))
@@ -758,6 +790,16 @@ async def test_a_rerun_of_what_is_not_there_is_refused(run, scene, prompt, word)
     pipeline.image_model.requests.clear()
     with pytest.raises(ValueError, match=word):
         await pipeline.rerun(result, scene, prompt=prompt)
+    assert pipeline.image_model.requests == []
+
+
+async def test_a_rerun_whose_reference_is_gone_is_refused_before_anything_is_paid(run):
+    pipeline = shaded()
+    result = await run(pipeline, a_story(3))
+    result.references[0].unlink()
+    pipeline.image_model.requests.clear()
+    with pytest.raises(ValueError, match=result.references[0].name):
+        await pipeline.rerun(result, 2)
     assert pipeline.image_model.requests == []
 
 

@@ -36,13 +36,15 @@ __all__ = ['PAINTER_VERSION', 'RATIOS', 'choose_attributes', 'paint_picture', 't
 # %% ../../nbs/sandbox/painter.ipynb #b4e4595d
 PAINTER_VERSION = 1  # rises whenever the same attributes and seed give another picture
 
-# %% ../../nbs/sandbox/painter.ipynb #e3322527
+# %% ../../nbs/sandbox/painter.ipynb #22390e8a
 _OFTEN = {
     "count": {"one": 0.86, "two": 0.09, "three": 0.05},
     "framing": {"wide": 0.36, "medium": 0.44, "close-up": 0.2},
     "weather": {"clear": 0.4, "cloudy": 0.2, "rain": 0.1, "snow": 0.1, "fog": 0.1, "storm": 0.1},
 }
+
 _CARRIED = ("subject", "colour", "style")
+
 _FOLLOW = 0.8
 
 def _pick(rng: np.random.Generator, attribute: str, without: tuple = ()) -> str:
@@ -83,8 +85,9 @@ def choose_attributes(
             chosen[attribute] = _decide(attribute, stated.get(attribute), seed, error, None, taken)
     return chosen
 
-# %% ../../nbs/sandbox/painter.ipynb #f4ad361f
+# %% ../../nbs/sandbox/painter.ipynb #06b39b66
 _PEOPLE = ("lighthouse keeper", "man", "woman", "old man", "child", "musician")
+
 _TALL = {"wide": 0.36, "medium": 0.66, "close-up": 0.86}
 
 def _extent(kind: str, framing: str, aspect: float, number: int = 1) -> tuple[float, float]:
@@ -103,14 +106,15 @@ def _extent(kind: str, framing: str, aspect: float, number: int = 1) -> tuple[fl
 def _feet(kind: str, framing: str, high: float, view: View) -> float:
     """Height of the feet above the lower edge."""
     if kind == "balloon":
-        return max(0.05, {"wide": 0.36, "medium": 0.2, "close-up": 0.1}[framing] - 0.1 * (high > 0.6))
+        return max(0.05,
+                   {"wide": 0.36, "medium": 0.2, "close-up": 0.1}[framing] - 0.1 * (high > 0.6))
     if view.afloat and kind == "boat":
         return {"wide": 0.25, "medium": 0.13, "close-up": 0.1}[framing]
     if framing == "close-up":
         return 0.9 - high if kind in _PEOPLE else 0.08
     return view.ground - 0.06 if framing == "wide" else 0.045
 
-# %% ../../nbs/sandbox/painter.ipynb #bda362fa
+# %% ../../nbs/sandbox/painter.ipynb #ae8a5d68
 def _group(attributes: Mapping[str, str], view: View) -> list[tuple]:
     """Where each figure stands: (kind, colour, height, x, y, number), from back to front."""
     kind, framing = attributes["subject"], attributes["framing"]
@@ -119,26 +123,32 @@ def _group(attributes: Mapping[str, str], view: View) -> list[tuple]:
     rng, step = view.rng("layout"), wide
     side, jitter = float(rng.uniform(-0.14, 0.14)), rng.uniform(-1, 1, (3, 2))
     relation = attributes.get("relation")
-    side = {"left of": 0.13, "right of": -0.13}.get(relation, side) * (1 if framing != "wide" else 1.2)
+    side = {"left of": 0.13, "right of": -0.13}.get(relation, side)
+    side = side * 1.2 if framing == "wide" else side
     centre = view.aspect * (0.5 + side)
     half = step * (number - 1) / 2 + wide / 2
-    centre = min(max(centre, half + 0.02), view.aspect - half - 0.02) if 2 * half < view.aspect else view.aspect / 2
+    fits = 2 * half + 0.04 < view.aspect
+    centre = min(max(centre, half + 0.02), view.aspect - half - 0.02) if fits else view.aspect / 2
     feet, placed = _feet(kind, framing, high, view), []
     for i in range(number):
         x = centre + (i - (number - 1) / 2) * step + 0.03 * wide * jitter[i, 0]
         back = 0.035 * (i % 2) * (1 if framing != "close-up" else 0.3)
-        placed.append((kind, attributes["colour"], high * (1 - 0.05 * (i % 2) + 0.02 * jitter[i, 1]), x, feet + back, i))
+        size = high * (1 - 0.05 * (i % 2) + 0.02 * jitter[i, 1])
+        placed.append((kind, attributes["colour"], size, x, feet + back, i))
     placed.sort(key=lambda f: -f[4])
     if "companion" in attributes:
         _accompany(placed, attributes, view, centre, half, high)
     return placed
 
-def _accompany(placed: list, attributes: Mapping[str, str], view: View, centre: float, half: float, high: float) -> None:
+# %% ../../nbs/sandbox/painter.ipynb #ef81e80c
+def _accompany(placed: list, attributes: Mapping[str, str], view: View, centre: float,
+               half: float, high: float) -> None:
     """Adds the companion on its side of the group, or before or behind it."""
     kind, framing, relation = attributes["companion"], attributes["framing"], attributes["relation"]
     tall, wide = _extent(kind, "medium" if framing == "close-up" else framing, view.aspect)
     feet = _feet(attributes["subject"], framing, high, view) if framing != "close-up" else 0.05
-    feet = view.ground - 0.06 if attributes["subject"] == "balloon" and framing == "wide" else min(feet, 0.16)
+    floats = attributes["subject"] == "balloon" and framing == "wide"
+    feet = view.ground - 0.06 if floats else min(feet, 0.16)
     turn = 1 if view.rng("company side").random() < 0.5 else -1
     turn = turn if 0.25 < centre / view.aspect < 0.75 else (1 if centre < view.aspect / 2 else -1)
     if relation in ("left of", "right of"):
@@ -153,23 +163,28 @@ def _accompany(placed: list, attributes: Mapping[str, str], view: View, centre: 
     elif relation == "behind":
         small = 0.86 if tall < 0.5 * high else 0.92
         x = centre + turn * (half * 0.8 + wide * 0.12)
-        placed.insert(0, (kind, None, tall * small, x, feet + (0.09 if framing == "wide" else 0.16), 7))
+        placed.insert(0, (kind, None, tall * small, x, feet + (0.09 if framing == "wide" else 0.16),
+                          7))
     else:
         scale = min(1.0, 0.56 * min(high, 0.86) / tall)
         x = centre + turn * half * 0.35
-        placed.append((kind, None, tall * scale, x, feet - (0.07 if framing == "wide" else 0.035), 7))
+        placed.append((kind, None, tall * scale, x, feet - (0.07 if framing == "wide" else 0.035),
+                       7))
 
-# %% ../../nbs/sandbox/painter.ipynb #16b5ea79
+# %% ../../nbs/sandbox/painter.ipynb #d3bbeff0
 def _paste(view: View, layer: Layer, left: int, top: int, alpha: float = 1.0) -> None:
     """Lays a figure's pixels on the frame."""
-    height, width = view.frame.pixels.shape[:2]
-    x0, y0, x1, y1 = max(0, left), max(0, top), min(width, left + layer.pixels.shape[1]), min(height, top + layer.pixels.shape[0])
-    if x0 >= x1 or y0 >= y1:
-        return
-    part = layer.pixels[y0 - top : y1 - top, x0 - left : x1 - left] * alpha
-    below = view.frame.pixels[y0:y1, x0:x1]
-    below *= 1 - part[..., 3:4]
-    below += part
+    above, below = _overlap(layer.pixels, view.frame.pixels, left, top)
+    below *= 1 - above[..., 3:4] * alpha
+    below += above * alpha
+
+def _overlap(piece: np.ndarray, whole: np.ndarray, left: int, top: int) -> tuple:
+    """The parts of two arrays that lie on each other, the piece put at a place of the whole."""
+    height, width = whole.shape[:2]
+    x0, y0 = max(0, left), max(0, top)
+    x1, y1 = min(width, left + piece.shape[1]), min(height, top + piece.shape[0])
+    x1, y1 = max(x0, x1), max(y0, y1)
+    return piece[y0 - top : y1 - top, x0 - left : x1 - left], whole[y0:y1, x0:x1]
 
 def _rim(layer: Layer, view: View) -> None:
     """A line of light along the edge that faces the sun."""
@@ -179,12 +194,14 @@ def _rim(layer: Layer, view: View) -> None:
     side = 1 if layer.light.x > 0.5 else -1
     moved = np.roll(np.roll(cover, -side * reach, 1), reach // 2 + 1, 0)
     edge = np.clip(cover - moved, 0, 1)
-    power = {"dawn": 0.55, "day": 0.3, "sunset": 0.7, "dusk": 0.5, "night": 0.5}[view.time]
+    power = {"dawn": 0.55, "day": 0.3, "sunset": 0.58, "dusk": 0.5, "night": 0.5}[view.time]
     power *= (0.4 + 0.6 * view.light.strength) * min(1.0, wide)
-    colour = (1.0, 0.74, 0.42) if view.setting in ("city", "harbour") and view.light.lamps else view.light.colour
+    warm = view.setting in ("city", "harbour") and view.light.lamps
+    colour = (1.0, 0.74, 0.42) if warm else view.light.colour
     rgb = layer.pixels[..., :3]
     rgb += (np.asarray(colour, np.float32) * cover[..., None] - rgb) * (edge * power)[..., None]
 
+# %% ../../nbs/sandbox/painter.ipynb #d03763e0
 def _shadow(view: View, layer: Layer, x: float, y: float) -> None:
     """The shadow a figure casts on the ground, and the dark where it stands."""
     cover = Image.fromarray((layer.pixels[..., 3] * 255).astype(np.uint8))
@@ -196,21 +213,17 @@ def _shadow(view: View, layer: Layer, x: float, y: float) -> None:
     matrix = (1, -lean, -shift, 0, -1 / flat, layer.y)
     mask = cover.transform(out, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
     mask = mask.filter(ImageFilter.GaussianBlur(float(max(0.5, layer.scale * 0.012))))
-    fade = np.linspace(1, 0.25, out[1], dtype=np.float32)[:, None] * (0.2 + 0.42 * view.light.strength)
-    dark = np.asarray(mask, np.float32) / 255 * fade * 0.85
+    fade = np.linspace(1, 0.25, out[1], dtype=np.float32)[:, None]
+    dark = np.asarray(mask, np.float32) / 255 * fade * (0.17 + 0.36 * view.light.strength)
     left, top = round(x * scale - layer.x - shift), round((1 - y) * scale)
     _darken(view, dark, left, top)
 
 def _darken(view: View, dark: np.ndarray, left: int, top: int) -> None:
     """Takes light away from the frame where the mask says so."""
-    height, width = view.frame.pixels.shape[:2]
-    x0, y0, x1, y1 = max(0, left), max(0, top), min(width, left + dark.shape[1]), min(height, top + dark.shape[0])
-    if x0 < x1 and y0 < y1:
-        part = view.frame.pixels[y0:y1, x0:x1, :3]
-        shade = np.asarray(view.light.shade, np.float32) * 0.6
-        part *= 1 - dark[y0 - top : y1 - top, x0 - left : x1 - left, None] * (1 - shade)
+    above, below = _overlap(dark, view.frame.pixels[..., :3], left, top)
+    below *= 1 - above[..., None] * (1 - np.asarray(view.light.shade, np.float32) * 0.6)
 
-# %% ../../nbs/sandbox/painter.ipynb #5a7f0444
+# %% ../../nbs/sandbox/painter.ipynb #a72cf0e9
 def _stand(view: View, placed: tuple, look: int) -> None:
     """Draws one figure with shadow or reflection, rim, haze and its own lights."""
     kind, colour, high, x, y, number = placed
@@ -219,11 +232,14 @@ def _stand(view: View, placed: tuple, look: int) -> None:
     scale = view.frame.scale
     sun = min(1.0, max(0.0, 0.5 + 0.9 * (view.light.x - x / view.aspect)))
     light = replace(view.light, x=sun)
-    layer = draw_figure(kind, colour, high * scale, light, pose, stream(look, f"look{number}"), flip)
+    layer = draw_figure(kind, colour, high * scale, light, pose, stream(look, f"look{number}"),
+                        flip)
     layer.y = round(layer.y)
     _rim(layer, view)
-    haze = {"fog": 0.12, "snow": 0.06, "rain": 0.06}.get(view.weather, 0.02) * (1.6 if colour is None else 1)
-    layer.pixels[..., :3] += (np.asarray(view.light.haze, np.float32) * layer.pixels[..., 3:4] - layer.pixels[..., :3]) * haze
+    haze = {"fog": 0.12, "snow": 0.06, "rain": 0.06}.get(view.weather, 0.02)
+    haze = haze * 1.6 if colour is None else haze
+    rgb, air = layer.pixels[..., :3], np.asarray(view.light.haze, np.float32)
+    rgb += (air * layer.pixels[..., 3:4] - rgb) * haze
     left, top = round(x * scale - layer.x), round((1 - y) * scale - layer.y)
     if view.light.lamps or view.weather == "storm":
         _halo(view, layer, left, top)
@@ -235,40 +251,47 @@ def _stand(view: View, placed: tuple, look: int) -> None:
     _paste(view, layer, left, top)
     view.lamps += [(left + gx, top + gy, r, c, s) for gx, gy, r, c, s in layer.glows]
 
+# %% ../../nbs/sandbox/painter.ipynb #3aae2bdc
 def _halo(view: View, layer: Layer, left: int, top: int) -> None:
     """Lifts what is behind a figure in the dark a little, so that dark stands out from dark."""
     cover = Image.fromarray((layer.pixels[..., 3] * 255).astype(np.uint8))
     pad, less = max(2, round(layer.scale * 0.16)), max(1, round(layer.scale / 40))
     wide = Image.new("L", (cover.width + 2 * pad, cover.height + 2 * pad))
     wide.paste(cover, (pad, pad))
-    small = wide.resize((max(2, wide.width // less), max(2, wide.height // less)), Image.Resampling.BOX)
+    small = wide.resize((max(2, wide.width // less), max(2, wide.height // less)),
+                        Image.Resampling.BOX)
     small = small.filter(ImageFilter.GaussianBlur(float(pad / less * 0.5)))
     amount = np.asarray(small.resize(wide.size, Image.Resampling.BICUBIC), np.float32) / 255
     glow = mix(view.light.haze, view.light.colour, 0.45) * (0.75 if view.light.lamps else 0.9)
     pixels = np.concatenate([glow * amount[..., None], amount[..., None], 0 * amount[..., None]], 2)
-    _paste(view, Layer(pixels.astype(np.float32), layer.scale, 0, 0, layer.light), left - pad, top - pad, 0.36)
+    _paste(view, Layer(pixels.astype(np.float32), layer.scale, 0, 0, layer.light), left - pad,
+           top - pad, 0.36)
 
 def _contact(view: View, x: float, y: float, wide: float) -> None:
     """A soft dark spot under the feet."""
     turn = np.linspace(0, 2 * np.pi, 24, endpoint=False)
     spot = np.column_stack([x + 0.4 * wide * np.cos(turn), y + 0.045 * wide * np.sin(turn)])
-    lay_shapes(view.frame, [spot], np.asarray(view.light.shade) * view.light.ambient * 0.22, alpha=0.5, soft=0.03 * wide,
+    lay_shapes(view.frame, [spot], np.asarray(view.light.shade) * view.light.ambient * 0.22,
+               alpha=0.5, soft=0.03 * wide,
                depth=0, lit=False)
 
+# %% ../../nbs/sandbox/painter.ipynb #ac14b240
 def _reflect(view: View, layer: Layer, left: int, top: int) -> None:
     """The figure upside down in the water, broken by waves."""
     flipped = layer.pixels[: int(layer.y)][::-1]
     rows = np.arange(len(flipped))
     size = view.frame.scale
-    wave = np.sin(rows / size * 190 + 3 * np.sin(rows / size * 60)) * (0.002 + 0.012 * rows / size) * size
-    columns = np.clip(np.arange(flipped.shape[1])[None] + wave[:, None], 0, flipped.shape[1] - 1).astype(int)
+    deep = rows / size
+    wave = np.sin(deep * 190 + 3 * np.sin(deep * 60)) * (0.002 + 0.012 * deep) * size
+    columns = np.clip(np.arange(flipped.shape[1])[None] + wave[:, None], 0,
+                      flipped.shape[1] - 1).astype(int)
     broken = flipped[rows[:, None], columns]
     broken = broken * (0.5 * np.exp(-rows / size * 2.2)).astype(np.float32)[:, None, None]
     broken[..., :3] *= 0.8
     broken[..., 4] = 0
     _paste(view, Layer(broken, layer.scale, layer.x, 0, layer.light), left, top + int(layer.y))
 
-# %% ../../nbs/sandbox/painter.ipynb #96b9f17c
+# %% ../../nbs/sandbox/painter.ipynb #d6351af2
 def _lens(view: View, framing: str, sharp: bool) -> None:
     """Brings the place nearer and blurs it, unless the style wants clean outlines."""
     if framing == "wide":
@@ -281,17 +304,18 @@ def _lens(view: View, framing: str, sharp: bool) -> None:
     left, top = (width - w) / 2, (height - h) * (0.5 if framing == "medium" else 0.42)
     less = max(1, min(3, round(blur * height)))
     size = (max(2, width // less), max(2, height // less))
-    image = Image.fromarray(rgb).resize(size, Image.Resampling.BILINEAR, box=(left, top, left + w, top + h))
+    image = Image.fromarray(rgb).resize(size, Image.Resampling.BILINEAR,
+                                        box=(left, top, left + w, top + h))
     image = image.filter(ImageFilter.GaussianBlur(float(blur * height / less)))
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     view.frame.pixels[..., :3] = np.asarray(image, np.float32) / 255
-    view.frame.pixels[..., 3:] = 0
 
 def _bloom(rgb: np.ndarray) -> np.ndarray:
     """Light that spills from what is very bright."""
     height, width = rgb.shape[:2]
     bright = np.clip(rgb - 0.78, 0, 1) * 3
-    small = Image.fromarray((np.clip(bright, 0, 1) * 255).astype(np.uint8)).resize((max(2, width // 6), max(2, height // 6)), Image.Resampling.BOX)
+    image = Image.fromarray((np.clip(bright, 0, 1) * 255).astype(np.uint8))
+    small = image.resize((max(2, width // 6), max(2, height // 6)), Image.Resampling.BOX)
     small = small.filter(ImageFilter.GaussianBlur(float(max(0.6, height / 6 * 0.035))))
     spill = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC), np.float32) / 255
     return 1 - (1 - np.clip(rgb, 0, 1)) * (1 - 0.22 * spill)
@@ -325,12 +349,13 @@ def _edges(rgb: np.ndarray, radius: float) -> np.ndarray:
     found[:, [0, -1]] = 0
     return found
 
-# %% ../../nbs/sandbox/painter.ipynb #2c2dc47d
+# %% ../../nbs/sandbox/painter.ipynb #784f7f54
 def _watercolour(view: View, rgb: np.ndarray, mark: np.ndarray) -> np.ndarray:
     """Wet colour on rough paper: wobbly edges, dark rims, blooms, a white border."""
     height, width = rgb.shape[:2]
     dx, dy = _field(view, "wet x", 60), _field(view, "wet y", 60)
-    rows = np.clip(np.arange(height)[:, None] + dy * 0.0019 * height + 0.5, 0, height - 1).astype(int)
+    rows = np.clip(np.arange(height)[:, None] + dy * 0.0019 * height + 0.5, 0,
+                   height - 1).astype(int)
     columns = np.clip(np.arange(width)[None] + dx * 0.0019 * height + 0.5, 0, width - 1).astype(int)
     rgb = rgb[rows, columns]
     edge = np.clip(_edges(rgb, 0.0036 * height) - 0.025, 0, 0.3)[..., None]
@@ -343,11 +368,13 @@ def _watercolour(view: View, rgb: np.ndarray, mark: np.ndarray) -> np.ndarray:
     lum = _lum(out)[..., None]
     out = lum + (out - lum) * 1.12
     x, y = np.linspace(0, 1, width)[None] * view.aspect, np.linspace(0, 1, height)[:, None]
-    rim = np.minimum(np.minimum(x, view.aspect - x), np.minimum(y, 1 - y)) + 0.0035 * dx + 0.009 * pool[..., 0]
+    rim = np.minimum(np.minimum(x, view.aspect - x),
+                     np.minimum(y, 1 - y)) + 0.0035 * dx + 0.009 * pool[..., 0]
     inside = np.clip((rim - 0.022) / 0.01, 0, 1)[..., None]
     ring = np.exp(-(((rim - 0.035) / 0.006) ** 2))[..., None] * 0.12
     return paper + (out * (1 - ring) - paper) * inside
 
+# %% ../../nbs/sandbox/painter.ipynb #83f85696
 def _flat(view: View, rgb: np.ndarray, mark: np.ndarray) -> np.ndarray:
     """A poster: few tones with clean borders, strong colours."""
     lum = _lum(rgb)[..., None]
@@ -362,15 +389,16 @@ def _flat(view: View, rgb: np.ndarray, mark: np.ndarray) -> np.ndarray:
     out = rgb * ((tone + 0.03) / (soft + 0.03))
     return np.clip(lum + (out - lum) * 1.22, 0, 1) * 0.97 + 0.02
 
-# %% ../../nbs/sandbox/painter.ipynb #41204009
+# %% ../../nbs/sandbox/painter.ipynb #027bae94
 def _unstarred(rgb: np.ndarray) -> np.ndarray:
-    """The picture without bright specks: each pixel the darkest, then the lightest, of its neighbours."""
+    """The picture without bright specks: the darkest, then the lightest, of each neighbourhood."""
     pixels = (rgb * 255).astype(np.uint8)
     for choose in (np.minimum, np.maximum):
         for axis in (0, 1):
             near = pixels
             for step in range(1, round(rgb.shape[0] * 0.0046) + 1):
-                near = choose(near, choose(np.roll(pixels, step, axis), np.roll(pixels, -step, axis)))
+                near = choose(near,
+                              choose(np.roll(pixels, step, axis), np.roll(pixels, -step, axis)))
             pixels = near
     return np.asarray(pixels, np.float32) / 255
 
@@ -380,7 +408,7 @@ def _ink(view: View, rgb: np.ndarray, mark: np.ndarray) -> np.ndarray:
     lum = _lum(rgb)
     low, high = np.quantile(lum[::4, ::4], (0.02, 0.98))
     lum = 0.45 * lum + 0.55 * np.clip((lum - low) / max(0.4, float(high - low)), 0, 1)
-    line = np.clip(_edges(_unstarred(rgb), 0.0012 * height) * 5.0 - 0.42, 0, 1)
+    line = np.clip(_edges(_unstarred(rgb), 0.0012 * height) * 5.0 - 0.52, 0, 1)
     wobble = _field(view, "hand", 30) * 0.004
     x, y = np.arange(width)[None] / height + wobble, np.arange(height)[:, None] / height + wobble
     hatch = np.zeros_like(lum)
@@ -393,6 +421,7 @@ def _ink(view: View, rgb: np.ndarray, mark: np.ndarray) -> np.ndarray:
     pen = np.clip(np.maximum(line, hatch * (0.5 - 0.25 * mark)), 0, 1)[..., None]
     return wash + (np.array((0.10, 0.09, 0.14), np.float32) - wash) * pen * 0.9
 
+# %% ../../nbs/sandbox/painter.ipynb #38228f8a
 def _pastel(view: View, rgb: np.ndarray, mark: np.ndarray) -> np.ndarray:
     """Chalk on toothed paper: light, soft, powdery."""
     height = rgb.shape[0]
@@ -401,7 +430,9 @@ def _pastel(view: View, rgb: np.ndarray, mark: np.ndarray) -> np.ndarray:
     soft = lum + (soft - lum) * 1.12
     light = 0.17 + 0.83 * (0.6 * soft + 0.4 * np.sqrt(np.clip(soft, 0, 1)))
     tooth = _field(view, "chalk", 200) * 0.5 + _field(view, "chalk stroke", 150, 2.5) * 0.5
-    bare = (np.clip(tooth * 0.26 - 0.06, 0, 0.3) * (0.3 + 0.7 * lum[..., 0]) * (1 - 0.6 * np.clip(view.frame.pixels[..., 3], 0, 1)))[..., None]
+    cover = np.clip(view.frame.pixels[..., 3], 0, 1)
+    bare = np.clip(tooth * 0.26 - 0.06, 0, 0.3) * (0.3 + 0.7 * lum[..., 0]) * (1 - 0.6 * cover)
+    bare = bare[..., None]
     paper = mix((0.95, 0.91, 0.85), view.sky[0], 0.12)
     return light + (paper - light) * bare + tooth[..., None] * 0.014
 
@@ -417,15 +448,16 @@ def _noir(view: View, rgb: np.ndarray, mark: np.ndarray) -> np.ndarray:
     out = tone[..., None] * np.array((0.97, 0.985, 1.0), np.float32)
     return out + (np.clip(rgb * 1.1, 0, 1) - out) * (0.86 * mark)[..., None]
 
+# %% ../../nbs/sandbox/painter.ipynb #07ed0d23
 def _oil(view: View, rgb: np.ndarray, mark: np.ndarray) -> np.ndarray:
     """Brush strokes that follow each other, thick enough to catch the light."""
     height, width = rgb.shape[:2]
-    bend, push = _field(view, "bend", 9) * 0.03, _field(view, "push", 20) * 0.012
+    bend, push = _field(view, "bend", 8) * 0.03, _field(view, "push", 14) * 0.01
     x, y = np.arange(width)[None] / height, np.arange(height)[:, None] / height
     u, v = x + 0.35 * y + push, y - 0.28 * x + bend
     cover = _soft(np.repeat(view.frame.pixels[..., 3:4], 3, 2), 0.009 * height)[..., 0]
     fine, out, relief = np.clip(cover * 3, 0, 1), rgb, 0.0
-    for long, thick, share in ((0.034, 0.010, 0.8), (0.014, 0.005, 0.7)):
+    for long, thick, share in ((0.024, 0.009, 0.66), (0.012, 0.005, 0.66)):
         row = np.floor(v / thick)
         odd = 0.5 * (row % 2)
         du, dv = (np.floor(u / long + odd) + 0.5 - odd) * long - u, (row + 0.5) * thick - v
@@ -440,9 +472,10 @@ def _oil(view: View, rgb: np.ndarray, mark: np.ndarray) -> np.ndarray:
     out = lum + (out - lum) * 1.2
     return out * (1.03 + 0.04 * relief[..., None] + 0.03 * bristle[..., None])
 
-# %% ../../nbs/sandbox/painter.ipynb #7ed9851f
+# %% ../../nbs/sandbox/painter.ipynb #df17780e
 _STYLES = {
-    "watercolour": _watercolour, "flat": _flat, "ink": _ink, "pastel": _pastel, "noir": _noir, "oil": _oil,
+    "watercolour": _watercolour, "flat": _flat, "ink": _ink,
+    "pastel": _pastel, "noir": _noir, "oil": _oil,
 }
 
 def _toward(rgb: np.ndarray, palette: np.ndarray) -> np.ndarray:
@@ -470,7 +503,13 @@ def _finish(view: View, style: str, palette: np.ndarray | None) -> Image.Image:
         rgb = rgb * (1 - 0.09 * (x**2 + y**2)[..., None])
     return Image.fromarray((np.clip(rgb, 0, 1) * 255 + 0.5).astype(np.uint8))
 
-# %% ../../nbs/sandbox/painter.ipynb #dd93ffab
+# %% ../../nbs/sandbox/painter.ipynb #cbce5e14
+def _shine(view: View) -> None:
+    """Adds the lights that figures carry."""
+    for x, y, radius, colour, strength in view.lamps:
+        add_light(view, x, y, radius, colour, strength * (0.45 + 0.55 * view.light.lamps))
+
+# %% ../../nbs/sandbox/painter.ipynb #5604dee3
 def paint_picture(
     attributes: Mapping[str, str],  # one value for each attribute; companion and relation may lack
     seed: int,  # composition, poses and textures
@@ -480,14 +519,15 @@ def paint_picture(
     palette: np.ndarray | None = None,  # mean and spread of the colours to lean to, 2 x 3
 ) -> Image.Image:
     """The picture, RGB, with its truth in `info["refimg-truth"]`."""
-    view = open_view(attributes["setting"], attributes["time"], attributes["weather"], seed, width, height)
+    view = open_view(attributes["setting"], attributes["time"], attributes["weather"], seed, width,
+                     height)
     look = seed if look is None else look
     wet = view.setting in ("coast", "beach", "harbour", "lake")
-    view.afloat = wet and attributes["subject"] == "boat" and attributes.get("companion") in (None, "lighthouse")
+    alone = attributes.get("companion") in (None, "lighthouse")
+    view.afloat = wet and alone and attributes["subject"] == "boat"
     paint_place(view)
     if view.weather == "storm":
         paint_lightning(view)
-    view.frame.pixels[..., 3:] = 0
     _lens(view, attributes["framing"], attributes["style"] in ("flat", "ink"))
     for placed in _group(attributes, view):
         _stand(view, placed, look)
@@ -497,11 +537,6 @@ def paint_picture(
     said = {"painter": PAINTER_VERSION, "attributes": dict(attributes), "look": look}
     image.info["refimg-truth"] = json.dumps(said)
     return image
-
-def _shine(view: View) -> None:
-    """Adds the lights that figures carry."""
-    for x, y, radius, colour, strength in view.lamps:
-        add_light(view, x, y, radius, colour, strength * (0.45 + 0.55 * view.light.lamps))
 
 # %% ../../nbs/sandbox/painter.ipynb #6163d3fa
 def truth(
@@ -520,7 +555,7 @@ def truth(
     known = all(isinstance(v, str) and v in VOCABULARY.get(a, ()) for a, v in attributes.items())
     return said if known else None
 
-# %% ../../nbs/sandbox/painter.ipynb #c7957988
+# %% ../../nbs/sandbox/painter.ipynb #678594e6
 def _palette_of(image: Image.Image) -> np.ndarray:
     """Mean and spread of an image's colours."""
     rgb = np.asarray(image.convert("RGB").resize((64, 36), Image.Resampling.BOX), np.float32) / 255
@@ -532,19 +567,20 @@ def _carry(reference: Image.Image, seed: int) -> dict:
     if said is None:
         return {"attributes": {}, "look": None, "palette": _palette_of(reference)}
     look, kept = said.get("look"), stream(seed, "same look").random() < _FOLLOW
-    look = look % 2**32 if isinstance(look, int) and kept else None
+    look = look if isinstance(look, int) and kept else None
     return {"attributes": said["attributes"], "look": look, "palette": None}
 
-# %% ../../nbs/sandbox/painter.ipynb #447c90fe
+# %% ../../nbs/sandbox/painter.ipynb #bdda1ebc
 RATIOS = ("16:9", "9:16", "1:1", "4:3", "3:4")
 
+# %% ../../nbs/sandbox/painter.ipynb #d6a28a67
 def frame_size(
     aspect_ratio: str,  # one of RATIOS
     width: int = 768,  # pixels across at 16:9
 ) -> tuple[int, int]:
     """Width and height in pixels, with as many pixels as 16:9 has."""
     if aspect_ratio not in RATIOS:
-        raise ValueError(f"aspect_ratio {aspect_ratio!r}: the sandbox painter has {', '.join(RATIOS)}")
+        raise ValueError(f"aspect_ratio {aspect_ratio!r}: must be one of {', '.join(RATIOS)}")
     across, down = (int(part) for part in aspect_ratio.split(":"))
     area = width * round(width * 9 / 16)
     return round((area * across / down) ** 0.5), round((area * down / across) ** 0.5)

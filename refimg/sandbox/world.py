@@ -103,7 +103,7 @@ COLOURS = {
     "black": ("black", "jet black", "ebony"),
 }
 
-# %% ../../nbs/sandbox/world.ipynb #4d327949
+# %% ../../nbs/sandbox/world.ipynb #93808154
 FRAMINGS = {
     "wide": ("wide shot", "wide view", "wide angle shot", "long shot", "establishing shot",
              "extreme wide shot", "panorama", "wide framing"),
@@ -111,6 +111,8 @@ FRAMINGS = {
     "close-up": ("close-up", "close-up shot", "closeup", "close shot", "tight shot",
                  "head and shoulders"),
 }
+
+# %% ../../nbs/sandbox/world.ipynb #64778da0
 STYLES = {
     "watercolour": ("watercolour", "watercolor", "watercolour painting", "aquarelle"),
     "flat": ("flat illustration", "flat design", "flat poster", "flat colours",
@@ -120,6 +122,8 @@ STYLES = {
     "noir": ("film noir", "noir", "black and white", "monochrome"),
     "oil": ("oil painting", "oil paint", "oils", "impasto"),
 }
+
+# %% ../../nbs/sandbox/world.ipynb #10b2a0fb
 COUNTS = {
     "one": ("one", "a single", "single", "a lone", "lone", "solitary"),
     "two": ("two", "a pair of", "pair of", "2"),
@@ -153,7 +157,7 @@ EMPTY = (
     "no one", "lighthouse beam",
 )
 
-# %% ../../nbs/sandbox/world.ipynb #25a05c9a
+# %% ../../nbs/sandbox/world.ipynb #61937fc9
 def _set(words: str) -> frozenset[str]:
     """The words of a string."""
     return frozenset(words.split())
@@ -165,30 +169,38 @@ _OTHERS = _set(
     "mountains house houses door doors wall walls highlights accents foam background sunset "
     "sunrise sails beam beams lamps cap hat boots hair beard eyes umbrella"
 )
+
 _CLOTHES = _set(
     "coat overcoat raincoat jacket dress scarf sweater jumper cloak cape hull frame fur shirt "
     "oilskin parka robe skirt wool mane paint bodywork"
 )
+
 _PALETTE = _set("palette tones hues tints grading grade")
+
 _NOT = _set("no not without never isnt arent nor unlike neither")
+
 _PRONOUNS = _set("him her it them his its their he she they himself herself")
+
+_ARTICLES = _set("and with a an the by near")
 _STOPS = _set(". ! ? ; , :") | {"\n"}
 
-# %% ../../nbs/sandbox/world.ipynb #075388ba
-class Hit(NamedTuple):
-    """A phrase found in a text: its first word, the word after its last, and what it may mean."""
-
-    start: int
-    end: int
-    meanings: tuple[tuple[str, str], ...]
-
+# %% ../../nbs/sandbox/world.ipynb #09387e0b
 _WORD = re.compile(r"\w+|[.!?;,:\n]")
+
 _MARKS = str.maketrans({"'": "", "\u2019": "", "`": ""} | dict.fromkeys("-\u2010\u2011\u2013", " "))
 
 def _words(text: str) -> list[str]:
     """The words and stops of a text, lower case, compatibility forms folded."""
     plain = unicodedata.normalize("NFKC", text).lower().translate(_MARKS)
     return _WORD.findall(plain.replace("gray", "grey").replace("\u2014", ","))
+
+# %% ../../nbs/sandbox/world.ipynb #6e9a5938
+class Hit(NamedTuple):
+    """A phrase found in a text: its first word, the word after its last, and what it may mean."""
+
+    start: int
+    end: int
+    meanings: tuple[tuple[str, str], ...]
 
 # %% ../../nbs/sandbox/world.ipynb #70684ddd
 def plural(
@@ -202,7 +214,7 @@ def plural(
     head, _, last = phrase.rpartition(" ")
     return irregular.get(phrase) or f"{head} {irregular.get(last, last + 's')}".strip()
 
-# %% ../../nbs/sandbox/world.ipynb #5867e7bf
+# %% ../../nbs/sandbox/world.ipynb #2ae008db
 def _phrases() -> Iterator[tuple[str, str, str]]:
     """Every phrase with its attribute and value."""
     for attribute, values in VOCABULARY.items():
@@ -226,6 +238,7 @@ def _index() -> dict[str, list[tuple[tuple[str, ...], tuple[tuple[str, str], ...
 
 _INDEX = _index()
 
+# %% ../../nbs/sandbox/world.ipynb #04902938
 def _hits(words: list[str]) -> list[Hit]:
     """The phrases in the words, from the left, longest first, never overlapping."""
     found, i = [], 0
@@ -238,7 +251,7 @@ def _hits(words: list[str]) -> list[Hit]:
         i += 1
     return found
 
-# %% ../../nbs/sandbox/world.ipynb #4062d06f
+# %% ../../nbs/sandbox/world.ipynb #e8f908c0
 LABELS = {
     "style": ("style",),
     "lighting": ("time",),
@@ -255,7 +268,8 @@ _MUTE = (
     "colour palette", "color palette", "palette", "mood", "camera", "lens", "brand", "tone",
     "continuity", "continuity note", "continuity notes", "consistency", "consistency guideline",
     "guideline", "guidelines", "transition", "transition note", "transition notes", "previously",
-    "previous scene", "next scene", "negative", "negative prompt", "avoid", "title", "note",
+    "previous scene", "next scene", "keep consistent", "continuity with the previous scene",
+    "transition from the previous scene", "negative", "negative prompt", "avoid", "title", "note",
 )
 _NAMES = "|".join(sorted((*LABELS, *_MUTE), key=len, reverse=True)).replace(" ", "[ _]")
 _LABEL = re.compile(
@@ -264,20 +278,19 @@ _LABEL = re.compile(
 )
 _ELSEWHERE = re.compile(r"(?i)\b(?:previous|last|next|earlier|first) (?:scene|shot|image|frame)"
                         r"|\breference (?:image|picture|frame)|\bmatch the reference")
+_SHORT_END, _LINE_END = re.compile(r"[.!?;](?=\s)|\n|\Z"), re.compile(r"\n|\Z")
 _SENTENCE = re.compile(r"[^.!?;\n]*(?:[.!?;\n]|$)")
 
-# %% ../../nbs/sandbox/world.ipynb #4a268955
+# %% ../../nbs/sandbox/world.ipynb #6073c362
 def _sections(text: str) -> Iterator[tuple[str | None, str]]:
     """The text in pieces: (None, body) and (label, what stands under it), in order."""
-    at = 0
-    for match in _LABEL.finditer(text):
-        if match.start() < at:
-            continue
+    at, labels = 0, list(_LABEL.finditer(text))
+    for match, following in zip(labels, [*labels[1:], None], strict=False):
         yield None, text[at : match.start()]
-        inline = match.start() > 0 and text[match.start() - 1] != "\n"
-        end = re.compile(r"[.!?;](?=\s)|\n|$" if inline else r"\n|$").search(text, match.end())
-        at = end.end() if end else len(text)
         name = (match[1] or match[2]).lower().replace("_", " ")
+        short = name in LABELS or match.start() == 0
+        end = (_SHORT_END if short else _LINE_END).search(text, match.end())
+        at = min(end.end(), following.start() if following else len(text))
         yield name, text[match.end() : at]
     yield None, text[at:]
 
@@ -287,7 +300,7 @@ def _audible(text: str) -> str:
         return text
     return "".join(s for s in _SENTENCE.findall(text) if not _ELSEWHERE.search(s))
 
-# %% ../../nbs/sandbox/world.ipynb #3c2487e9
+# %% ../../nbs/sandbox/world.ipynb #18d71cc2
 class _Text:
     """A text ready to be read: words, phrases that hold, and where sentences begin."""
 
@@ -301,7 +314,8 @@ class _Text:
         before = self.words[max(0, at - 3) : at]
         last = max((i for i, w in enumerate(before) if w in _STOPS), default=-1)
         before = before[last + 1 :]
-        return not _NOT.isdisjoint(before) or before[-2:] in (["instead", "of"], ["rather", "than"])
+        said = " ".join(before)
+        return not _NOT.isdisjoint(before) or "instead of" in said or "rather than" in said
 
     def sentence(self, at: int) -> int:
         """The number of the sentence that holds word `at`."""
@@ -338,20 +352,22 @@ def _gap(one: Hit, other: Hit) -> int:
     """Words between two phrases."""
     return max(one.start - other.end, other.start - one.end)
 
-# %% ../../nbs/sandbox/world.ipynb #66646f0f
+# %% ../../nbs/sandbox/world.ipynb #427a482d
 def _read_count(text: _Text, subject: Hit) -> str | None:
     """How many of the subject, where the text says so."""
     for hit, value in reversed(text.of("count")):
         between = text.words[hit.end : subject.start]
         things = [h for h, _ in text.of("companion") if hit.end <= h.start < subject.start]
-        clean = _STOPS.isdisjoint(between)
+        clean = (_STOPS | _ARTICLES).isdisjoint(between)
         if 0 <= subject.start - hit.end <= 3 and clean and not things:
             return value
     return None
 
-# %% ../../nbs/sandbox/world.ipynb #30240c07
+# %% ../../nbs/sandbox/world.ipynb #a97e0407
 _OPPOSITE = {"left of": "right of", "right of": "left of"}
+
 _OPPOSITE |= {"in front of": "behind", "behind": "in front of"}
+
 _SIDE = {"left": "left of", "right": "right of"}
 
 def _relations(text: _Text, here: Iterable[int]) -> list[tuple[Hit, str, bool]]:
@@ -365,6 +381,7 @@ def _relations(text: _Text, here: Iterable[int]) -> list[tuple[Hit, str, bool]]:
             found.append((Hit(i - 1, i + 1, ()), _SIDE[word], True))
     return [f for f in found if text.sentence(f[0].start) in here]
 
+# %% ../../nbs/sandbox/world.ipynb #a2563da0
 def _read_companion(text: _Text, subject: Hit, name: str) -> dict[str, str]:
     """The second thing near the subject, and where it stands, as far as the text says."""
     here = (text.sentence(subject.start), text.sentence(subject.start) + 1)
