@@ -32,8 +32,8 @@ from refimg.storage.files import (
 )
 
 # %% auto #0
-__all__ = ['ImageRequest', 'GeneratedImage', 'ImageModel', 'ImageGenerationResult', 'Drawn', 'draw', 'keep', 'variation_seed',
-           'check_model', 'check_references', 'GenerationFailed', 'generate_images']
+__all__ = ['ImageRequest', 'GeneratedImage', 'ImageModel', 'ImageGenerationResult', 'Arrived', 'receive', 'Drawn', 'decode',
+           'draw', 'keep', 'variation_seed', 'check_model', 'check_references', 'GenerationFailed', 'generate_images']
 
 # %% ../nbs/01_generate.ipynb #8d8a1e01
 _logger = logging.getLogger(__name__)
@@ -104,30 +104,50 @@ if hasattr(os, "register_at_fork"):
 async def _in_thread(function: Callable[..., Any], *args: Any) -> Any:
     return await asyncio.get_running_loop().run_in_executor(_workers(), function, *args)
 
-# %% ../nbs/01_generate.ipynb #5cb23b01
+# %% ../nbs/01_generate.ipynb #04ec978f
 @dataclass(frozen=True)
-class Drawn:
-    """A picture in memory, not yet on disk."""
+class Arrived:
+    """What a call gave, with its request, its seconds and the UTC time of its arrival."""
 
-    pixels: Image.Image
     image: GeneratedImage
     request: ImageRequest
     model_name: str
     seconds: float
     timestamp: str
 
-# %% ../nbs/01_generate.ipynb #2f9e5f5f
+# %% ../nbs/01_generate.ipynb #96edf489
+async def receive(
+    model: ImageModel,  # the model to call, once
+    request: ImageRequest,  # what to ask it for
+) -> Arrived:
+    """What the model gave, undecoded: from here on it is paid for."""
+    started = time.perf_counter()
+    image = await model.generate(request)
+    seconds, now = time.perf_counter() - started, datetime.now(UTC)
+    return Arrived(image, request, model.name, seconds, now.isoformat(timespec="milliseconds"))
+
+# %% ../nbs/01_generate.ipynb #75694458
+@dataclass(frozen=True)
+class Drawn(Arrived):
+    """A picture in memory, not yet on disk."""
+
+    pixels: Image.Image
+
+# %% ../nbs/01_generate.ipynb #29e69628
+async def decode(
+    arrived: Arrived,  # what `receive` gave
+) -> Drawn:
+    """The decoded picture; a ValueError says why the bytes are none."""
+    pixels = await _in_thread(decode_image, arrived.image.data)
+    return Drawn(**vars(arrived), pixels=pixels)
+
+# %% ../nbs/01_generate.ipynb #39ba5c3d
 async def draw(
     model: ImageModel,  # the model to call, once
     request: ImageRequest,  # what to ask it for
 ) -> Drawn:
-    """The decoded picture with its request, its seconds and the UTC time of its arrival."""
-    started = time.perf_counter()
-    image = await model.generate(request)
-    seconds, now = time.perf_counter() - started, datetime.now(UTC)
-    pixels = await _in_thread(decode_image, image.data)
-    arrived = now.isoformat(timespec="milliseconds")
-    return Drawn(pixels, image, request, model.name, seconds, arrived)
+    """The decoded picture of one call."""
+    return await decode(await receive(model, request))
 
 # %% ../nbs/01_generate.ipynb #a4a4a109
 def _known_seed(drawn: Drawn) -> int | None:

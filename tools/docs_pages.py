@@ -11,12 +11,13 @@ import tokenize
 from pathlib import Path
 
 from docs_api import FUNCTIONS
+from docs_stage import linked
 
 ROOT = Path(__file__).resolve().parent.parent
 FIELDS = re.compile(r"^<!-- fields: ([\w.]+) -->$", re.MULTILINE)
 INCLUDE = re.compile(r"^<!-- include: (\S+) \| (.*) -->$", re.MULTILINE)
 RANGE = re.compile(r"(?<![\w.])(\d+)(?: to |–|\.\.)(\d+)\b")
-HEAD = "| parameter | type | default | allowed | what it is |\n|---|---|---|---|---|\n"
+HEAD = "| parameter | type and range | default | what it is |\n|---|---|---|---|\n"
 
 
 def comments(text: str) -> dict[int, str]:
@@ -50,15 +51,13 @@ def parameters(node: ast.AST) -> list[tuple[str, ast.expr | None, ast.expr | Non
     return [(n.target.id, n.annotation, n.value, n.end_lineno) for n in fields]
 
 
-def allowed(annotation: ast.expr | None, text: str) -> str:
-    """What a parameter may be, where code or comment say it: choices or a range."""
-    kind = ast.unparse(annotation) if annotation else ""
-    if choices := re.search(r"Literal\[(.*)\]", kind):
-        return choices[1].replace("'", "").replace(", ", " · ")
-    if kind == "bool":
-        return "True · False"
-    found = RANGE.search(text)
-    return f"{found[1]} to {found[2]}" if found else ""
+def kind(annotation: ast.expr | None, said: str) -> str:
+    """The type, with the range or the choices where code or comment name them."""
+    text = ast.unparse(annotation) if annotation else ""
+    if choices := re.search(r"Literal\[(.*)\]", text):
+        return " or ".join(f"`{choice}`" for choice in choices[1].split(", "))
+    found = RANGE.search(said)
+    return cell(text, True) + (f", {found[1]} to {found[2]}" if found else "")
 
 
 def cell(text: str, code: bool = False) -> str:
@@ -70,12 +69,10 @@ def cell(text: str, code: bool = False) -> str:
 def row(item: tuple, notes: dict[int, str]) -> str:
     """One line of the table."""
     name, annotation, default, line = item
-    said = notes.get(line, "")
-    return (
-        f"| {cell(name, True)} | {cell(ast.unparse(annotation) if annotation else '', True)} "
-        f"| {cell(ast.unparse(default), True) if default else 'required'} "
-        f"| {cell(allowed(annotation, said))} | {cell(said)} |"
-    )
+    said = notes.get(line, "").replace("->", "→")
+    given = cell(ast.unparse(default), True) if default else "required"
+    parts = [cell(name, True), kind(annotation, said), given, cell(said)]
+    return f"| {' | '.join(parts)} |"
 
 
 def table(name: str) -> str:
@@ -96,8 +93,8 @@ def included(found: re.Match) -> str:
 
 
 def filled(text: str) -> str:
-    """A page with everything filled in."""
-    return INCLUDE.sub(included, FIELDS.sub(lambda m: table(m[1]), text))
+    """A page of nbs/pages with everything filled in, and names linked to what documents them."""
+    return linked(INCLUDE.sub(included, FIELDS.sub(lambda m: table(m[1]), text)), "../")
 
 
 def stage(source: Path, target: Path) -> None:

@@ -20,7 +20,7 @@ NBS = ROOT / "nbs"
 EXPORT = {"export", "exports"}
 SHOW = re.compile(r"^show_doc\(", re.MULTILINE)
 FIXED = re.compile(r"(^```.*?^```[ \t]*$|^#[^\n]*$)", re.MULTILINE | re.DOTALL)
-BACKTICKS = re.compile(r"(?<![\[`])`([A-Za-z]\w*)(\(\))?`(?![`\]])")
+BACKTICKS = re.compile(r"(?<![\[`])`([\w/]+)(\(\))?`(?![`\]])")
 REPLACED = {"add_show_docs", "exec_show_docs", "clean_show_doc", "mv_exports", "add_links"}
 
 
@@ -59,6 +59,7 @@ def targets() -> dict[str, str]:
     """Public name -> the notebook and anchor that document it, where the name means only that."""
     found, twice, known, used = {}, set(), trees(), taken()
     for path in notebooks():
+        found[path.relative_to(NBS).with_suffix("").as_posix()] = path.relative_to(NBS).as_posix()
         tree = known.get(module_of(path) or "", ast.Module(body=[]))
         for node in (n for n in tree.body if isinstance(n, docs_api.DEFINITIONS)):
             twice |= {node.name} & found.keys()

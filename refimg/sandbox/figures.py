@@ -568,7 +568,7 @@ def _cat(pen: Pen) -> None:
     pen.dot(0.03, 0.765, 0.205, 0.165, "main", depth=0.9)
     _cat_face(pen)
 
-# %% ../../nbs/sandbox/figures.ipynb #7f4cb7b9
+# %% ../../nbs/sandbox/figures.ipynb #796d0067
 def _cat_face(pen: Pen) -> None:
     """Eyes, nose and whiskers of a cat."""
     pen.dot(0.05, 0.69, 0.085, 0.06, "light", depth=0.4)
@@ -578,7 +578,8 @@ def _cat_face(pen: Pen) -> None:
         pen.dot(x + 0.012, 0.797, 0.008, 0.009, (1, 1, 1), depth=0, lit=False)
     pen.shape([(0.025, 0.728), (0.075, 0.728), (0.05, 0.7)], (0.8, 0.4, 0.42), smooth=False)
     for side in (-1, 1):
-        smile = [(0.05, 0.7), (0.052, 0.68), (0.05 + side * 0.03, 0.668), (0.05 + side * 0.055, 0.682)]
+        corner = [(0.05 + side * 0.03, 0.668), (0.05 + side * 0.055, 0.682)]
+        smile = [(0.05, 0.7), (0.052, 0.68), *corner]
         pen.limb(smile, (0.009, 0.007), (0.2, 0.12, 0.14), depth=0)
         for up in (0.0, 0.035):
             pen.limb([(0.05 + side * 0.07, 0.69 + up / 2), (0.05 + side * 0.24, 0.68 + up * 2)],

@@ -140,7 +140,7 @@ def _group(attributes: Mapping[str, str], view: View) -> list[tuple]:
         _accompany(placed, attributes, view, centre, half, high)
     return placed
 
-# %% ../../nbs/sandbox/painter.ipynb #ef81e80c
+# %% ../../nbs/sandbox/painter.ipynb #617ea6c3
 def _accompany(placed: list, attributes: Mapping[str, str], view: View, centre: float,
                half: float, high: float) -> None:
     """Adds the companion on its side of the group, or before or behind it."""
@@ -163,6 +163,7 @@ def _accompany(placed: list, attributes: Mapping[str, str], view: View, centre: 
     elif relation == "behind":
         small = 0.86 if tall < 0.5 * high else 0.92
         x = centre + turn * (half * 0.8 + wide * 0.12)
+        x = min(max(x, 0.42 * wide), view.aspect - 0.42 * wide)
         placed.insert(0, (kind, None, tall * small, x, feet + (0.09 if framing == "wide" else 0.16),
                           7))
     else:

@@ -82,7 +82,7 @@ class Learner(nn.Module):
 
     def __init__(self, model: nn.Module, width: int):
         super().__init__()
-        self.model, self.scale = model, model.logit_scale
+        self.model, self.scale = model.to(memory_format=torch.channels_last), model.logit_scale
         sizes = [len(VALUES[name]) for name in ATTRIBUTES]
         self.seen = nn.ModuleList(nn.Linear(width, k) for k in sizes)
         self.read = nn.ModuleList(nn.Linear(width, k) for k in sizes)
