@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+from bs4 import BeautifulSoup
 from nbconvert import MarkdownExporter
 from nbformat import NotebookNode
 from tidy import tidy
@@ -17,6 +18,7 @@ LINK = re.compile(r"""(\]\(|\b(?:src|href)=["'])(?![a-z]+:|[#/])([^)"'\s]+)""")
 ABSOLUTE = re.compile(r"(?<![\w.:/])/(?:home|root|Users|tmp|work|private|var|opt)/")
 REPR = re.compile(r"\s*\[?<")
 STEM = "readme"
+ALT = "A run of the story that ships with refimg: a row a scene, its variations, the winner framed"
 
 
 def rehang(text: str) -> str:
@@ -24,11 +26,21 @@ def rehang(text: str) -> str:
     return LINK.sub(lambda m: m[1] + posixpath.normpath(posixpath.join("nbs", m[2])), text)
 
 
+def markdown_table(html: str) -> str:
+    """A table's HTML as Markdown."""
+    found = BeautifulSoup(html, "html.parser").find_all("tr")
+    rows = [[cell.get_text(strip=True) for cell in row.find_all(["th", "td"])] for row in found]
+    rows.insert(1, ["---"] * len(rows[0]))
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
 def plain(output: NotebookNode) -> NotebookNode | None:
     """The output in the first form a repository page can show, or None."""
     if output.output_type == "stream":
         return output if output.name == "stdout" else None
     data = output.get("data", {})
+    if 'class="dataframe"' in data.get("text/html", ""):
+        data = {"text/markdown": markdown_table(data["text/html"])}
     kind = next((k for k in KINDS if k in data), None)
     if kind is None or (kind == "text/plain" and REPR.match(data[kind])):
         return None
@@ -55,6 +67,7 @@ def readme(source: Path) -> tuple[str, dict[str, bytes]]:
     if found := ABSOLUTE.search(text):
         sys.exit(f"{source.name} shows an absolute path: {text[found.start() :][:60]}")
     text = re.sub(r"\n{3,}", "\n\n", re.sub(r"^[ \t]+$", "", text, flags=re.MULTILINE))
+    text = re.sub(r"!\[(?:png|jpeg)\]", f"![{ALT}]", text)
     images = {Path(name).name: data for name, data in resources["outputs"].items()}
     return HEAD + text.strip() + "\n", images
 

@@ -141,10 +141,10 @@ def write_tokenizer(merges: Path, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=1) + "\n")
 
 
-def seal(folder: Path, calibration: dict) -> None:
-    """Writes what a folder of weights says of itself: the painter it knows and its scale."""
-    about = {"painter": PAINTER_VERSION, **calibration}
-    (folder / "refimg.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+def seal(path: Path, constants: dict) -> None:
+    """Writes the card of some weights: the painter they know and the constants of their scale."""
+    about = {"painter": PAINTER_VERSION, **constants}
+    path.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
 def replace(made: Path, target: Path) -> None:
