@@ -13,9 +13,9 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 help:
 	@echo "make demo   a story through the whole pipeline, offline, into output/demo/"
 	@echo "make test   lint, notebooks and modules in step, notebooks run, pytest with coverage"
-	@echo "make lab    JupyterLab on the notebooks"
+	@echo "make lab    JupyterLab on 03_pipeline"
 	@echo "make bench  the short benchmarks; make bench-long the rest"
-	@echo "make docs   the documentation site in _docs/ (needs Quarto)"
+	@echo "make docs   the documentation site in _docs/, offline; with Quarto the published one"
 	@echo "make readme README.md from nbs/index.ipynb"
 	@echo "make clean  removes what was built; .venv stays"
 
@@ -32,7 +32,7 @@ test: setup
 	$(BIN)/python -m pytest --cov=refimg --cov-report=term --cov-fail-under=90
 
 lab: setup
-	$(BIN)/jupyter lab nbs
+	$(BIN)/jupyter lab nbs/03_pipeline.ipynb
 
 bench: setup
 	$(BIN)/python tools/bench.py
@@ -41,9 +41,7 @@ bench-long: setup
 	$(BIN)/python tools/bench.py --long
 
 docs: setup
-	@command -v quarto >/dev/null || { echo "make docs needs Quarto on the PATH, which is not installed here. The published site is built by .github/workflows/docs.yml." >&2; exit 1; }
-	@touch README.md
-	$(BIN)/nbdev_docs
+	$(BIN)/python tools/docs.py
 
 readme: setup
 	$(BIN)/python tools/readme.py

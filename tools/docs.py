@@ -41,13 +41,13 @@ def stage(target: Path) -> None:
 
 
 def local(site: Path) -> None:
-    """Builds the local site."""
+    """Builds the local site; the folder is changed only when that has worked."""
     with tempfile.TemporaryDirectory() as folder:
-        staged, work = Path(folder, "staged"), Path(folder, "work")
+        staged = Path(folder, "staged")
         stage(staged)
+        made = docs_site.build(staged, Path(folder, "work"))
         shutil.rmtree(site, ignore_errors=True)
-        docs_site.build(staged, work, site)
-    shutil.rmtree(site / ".doctrees", ignore_errors=True)
+        shutil.copytree(made, site, ignore=shutil.ignore_patterns("_sources", ".buildinfo"))
     print(f"read {site / 'index.html'}")
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 DEFINITIONS = (*FUNCTIONS, ast.ClassDef)
 SHORT = 10
+UNSEEN = {"_logger"}
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,18 @@ def says(node: ast.AST) -> ast.Expr | None:
     return first if has and isinstance(first.value.value, str) else None
 
 
+def inside(found: Definition, child: ast.AST) -> bool:
+    """True for what a reader of a class need not see: its docstring and what is private."""
+    name = getattr(child, "name", None) or getattr(getattr(child, "target", None), "id", "")
+    return child is says(found.node) or (name.startswith("_") and name != "__init__")
+
+
 def inner(found: Definition, child: ast.AST) -> list[str]:
-    """A line of a class body: a field with its comment, or a public method without its code."""
-    if not isinstance(child, FUNCTIONS):
-        return [] if child is says(found.node) else found.lines(child.lineno, child.end_lineno)
-    if child.name.startswith("_"):
+    """A line of a class body: a field with its comment, or a method without its code."""
+    if inside(found, child):
         return []
+    if not isinstance(child, FUNCTIONS):
+        return found.lines(child.lineno, child.end_lineno)
     method = Definition(child, found.text)
     text = says(child)
     doc = [] if text is None else found.lines(text.lineno, text.end_lineno)
@@ -72,7 +79,10 @@ def outline(found: Definition) -> str:
     if isinstance(found.node, FUNCTIONS):
         return "\n".join(header(found))
     body = [line for child in found.node.body for line in inner(found, child)]
-    return "\n".join([*found.lines(found.first, found.node.lineno), *body])
+    head = found.lines(found.first, found.node.body[0].lineno - 1)
+    while head and not head[-1].strip():
+        head.pop()
+    return "\n".join([*head, *(body[1:] if body[:1] == [""] else body)])
 
 
 def docstring(found: Definition) -> str:
@@ -106,6 +116,7 @@ def entry(found: Definition, link: str) -> str:
 def hidden(text: str) -> str:
     """The Markdown of code that only its module uses, folded."""
     names = [d.node.name for d in definitions(text)] + assigned(text)
+    names = [name for name in names if name not in UNSEEN]
     title = ", ".join(f"<code>{name}</code>" for name in names)
     return folded(f"Inside the module: {title}", text) if names else ""
 

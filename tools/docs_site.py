@@ -19,6 +19,7 @@ DIRECTIVE = re.compile(r"^#\|.*\n?", re.MULTILINE)
 FRONT = re.compile(r"\A---\n(.*?)\n---\s*", re.DOTALL)
 CALLOUT = re.compile(r"^:::\s*\{\.callout-(\w+)[^}]*\}\n(.*?)^:::\s*$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(\]\()([\w./-]+\.(?:ipynb|md))((?:#[\w.-]+)?\))")
+COLOUR = re.compile(r"\x1b\[[\d;]*m")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 CONFIG = {
     "project": "refimg",
@@ -112,14 +113,14 @@ def write_sources(staged: Path, target: Path) -> None:
         convert(source, made)
 
 
-def build(staged: Path, work: Path, site: Path) -> None:
-    """Builds the site; a warning ends it."""
-    sources = work / "sources"
+def build(staged: Path, work: Path) -> Path:
+    """The folder below work with the finished site; a warning ends it."""
+    sources, site, said = work / "sources", work / "site", io.StringIO()
     write_sources(staged, sources)
-    said = io.StringIO()
-    settings = CONFIG | {"html_static_path": [str(NBS / "styles.css")]}
-    app = Sphinx(sources, None, site, work / "doctrees", "html", settings, None, said,
+    own = {"html_static_path": [str(NBS / "styles.css")], "html_favicon": str(NBS / "favicon.svg")}
+    app = Sphinx(sources, None, site, work / "doctrees", "html", CONFIG | own, None, said,
                  warningiserror=True)  # fmt: skip
     app.build()
     if app.statuscode or said.getvalue():
-        sys.exit(said.getvalue() or "Sphinx could not build the site")
+        sys.exit(COLOUR.sub("", said.getvalue()) or "Sphinx could not build the site")
+    return site

@@ -12,8 +12,8 @@ from pathlib import Path
 import docs_api
 from execnb.nbio import mk_cell, read_nb, write_nb
 from nbdev.config import get_config
-from nbdev.processors import FilterDefaults
 from nbdev.process import Processor
+from nbdev.processors import FilterDefaults
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
@@ -50,8 +50,9 @@ def trees() -> dict[str, ast.Module]:
 def taken() -> set[str]:
     """The names of arguments and fields: in prose they need not mean the definition."""
     nodes = [node for tree in trees().values() for node in ast.walk(tree)]
-    fields = {n.target.id for n in nodes if isinstance(n, ast.AnnAssign) and hasattr(n.target, "id")}
-    return fields | {node.arg for node in nodes if isinstance(node, ast.arg)}
+    fields = [node.target for node in nodes if isinstance(node, ast.AnnAssign)]
+    names = {target.id for target in fields if isinstance(target, ast.Name)}
+    return names | {node.arg for node in nodes if isinstance(node, ast.arg)}
 
 
 @cache

@@ -1,6 +1,6 @@
 """Train the sandbox's scorers: pictures, two models, a head, scales, and the files of all that.
 
-    python tools/train_sandbox                  # writes refimg/sandbox/weights, some 20 minutes
+    python tools/train_sandbox                  # writes refimg/sandbox/weights
     python tools/train_sandbox --quick          # a few batches, to see that it runs; writes nothing
 
 Pictures are painted here, by two processes; then the two models learn at the same time, each in a
@@ -13,159 +13,31 @@ import argparse
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from multiprocessing import get_context
+from dataclasses import replace
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from refimg.sandbox.painter import PAINTER_VERSION
-from tools.train_sandbox.pictures import make_specs, render
-
-TARGET = ROOT / "refimg" / "sandbox" / "weights"
-CARD = TARGET / "README.md"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How much of everything."""
-
-    pairs: int  # pictures and their partners, to learn from
-    steps: int  # batches of 64 pairs
-    rate: float  # highest learning rate
-    judge_from: float  # share of the steps after which preferences are learned; 1: never
-    seed: int
-
-
-PLANS = {"clip": Plan(7000, 900, 2e-3, 1.0, 11), "pickscore": Plan(4500, 800, 1e-3, 0.75, 22)}
-HELD_OUT = 1500  # pairs
-
-
-def say(started: float, text: str) -> None:
-    """Prints a line with the minutes since the start."""
-    print(f"{(time.time() - started) / 60:5.1f} min  {text}", flush=True)
-
-
-def learner_of(kind: str, vocabulary: int):
-    """An untrained model of that kind, ready to learn."""
-    from tools.train_sandbox import learn, models
-
-    make = models.make_open_clip if kind == "clip" else models.make_transformers
-    return learn.Learner(make(vocabulary), models.WIDTH)
-
-
-def learn_one(kind: str, plan: Plan, files: dict[str, str], folder: Path) -> dict:
-    """Trains one model in this process, writes its folder, and returns what was measured."""
-    import numpy as np
-    import torch
-
-    from tools.train_sandbox import learn, models
-
-    torch.set_num_threads(1)
-    torch.manual_seed(plan.seed)
-    tokens = models.tokenizer(folder / "sandbox-clip")
-    data = {}
-    for split, n in ((kind, plan.pairs), ("held-out", int(files["n"]))):
-        pixels = np.memmap(files[split], np.uint8, "r", shape=(2 * n, 96, 96, 3))
-        specs = make_specs(split, n)
-        data[split] = learn.lessons(pixels, specs, tokens, plan.seed), specs
-    learner = learner_of(kind, tokens.vocab_size)
-    show = lambda text: print(f"{kind:>9}{text}", flush=True)  # noqa: E731
-    learner.model = learn.train(learner, data[kind][0], plan.steps, plan.rate, plan.seed,
-                                plan.judge_from, show)
-    learner.scale = learner.model.logit_scale
-    finish = finish_clip if kind == "clip" else finish_pickscore
-    return finish(learner, *data["held-out"], data[kind][0], tokens.vocab_size, folder)
-
-
-def finish_clip(learner, held, specs, data, vocabulary: int, folder: Path) -> dict:
-    """Writes the model of clip_score and the head of aesthetic, with their scales."""
-    import numpy as np
-
-    from tools.train_sandbox import measure, models
-
-    right, wrong, other = measure.right_and_wrong(learner, held)
-    found = {"pairs": measure.accuracy(right, wrong, specs)}
-    rng = np.random.default_rng(0)
-    scale = measure.band(np.concatenate([right, rng.choice(other, len(right))]))
-    place = folder / "sandbox-clip"
-    models.save_open_clip(learner.model, vocabulary, place)
-    models.seal(place / "refimg.json", {"calibration": "sandbox-clip-band-1", **scale})
-    head = measure.fit_head(*measure.spoilt(learner, data.pixels[:6000], 1))
-    seen, sound = measure.spoilt(learner, held.pixels, 2)
-    raw = (seen @ head[:-1] + head[-1]).numpy()
-    found["defects"] = {"spearman": measure.spearman(raw, sound.numpy()),
-                        **measure.by_defect(learner, held.pixels, head, 3)}
-    constants = {"calibration": "sandbox-aesthetic-band-1", **measure.band(raw),
-                 "bias": round(head[-1].item(), 5), "head": [round(v, 5) for v in head[:-1].tolist()]}
-    models.seal(place / "aesthetic.json", constants)
-    return found
-
-
-def finish_pickscore(learner, held, specs, data, vocabulary: int, folder: Path) -> dict:
-    """Writes the model of pickscore and its scale."""
-    from tools.train_sandbox import measure, models
-
-    factor = float(learner.scale.detach().half().float().exp())
-    right, wrong, _ = measure.right_and_wrong(learner, held)
-    place = folder / "sandbox-pickscore"
-    models.save_transformers(learner.model, vocabulary, place)
-    scale = measure.fit_logistic(factor * right, factor * wrong)
-    models.seal(place / "refimg.json", {"calibration": "sandbox-pickscore-logistic-1", **scale})
-    return {"pairs": measure.accuracy(right, wrong, specs), "scale": round(factor, 2)}
-
-
-def paint_all(plans: dict[str, Plan], held_out: int, work: Path, started: float) -> dict:
-    """Paints every split; the files they are in."""
-    files = {"n": str(held_out)}
-    for split, n in (*((k, p.pairs) for k, p in plans.items()), ("held-out", held_out)):
-        files[split] = str(render(split, n, work).filename)
-        say(started, f"painted {2 * n} pictures for {split}")
-    return files
-
-
-def learn_all(plans: dict[str, Plan], files: dict, folder: Path) -> dict:
-    """Trains the models side by side; what was measured on each."""
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        jobs = {k: pool.submit(learn_one, k, plan, files, folder) for k, plan in plans.items()}
-        return {kind: job.result() for kind, job in jobs.items()}
-
-
-def install(folder: Path, results: dict, minutes: float) -> None:
-    """Copies the finished folders into the package, with a record of the measurements."""
-    import json
-
-    from tools.train_sandbox import models
-
-    TARGET.mkdir(exist_ok=True)
-    for name in ("sandbox-clip", "sandbox-pickscore"):
-        models.replace(folder / name, TARGET / name)
-    record = {"painter": PAINTER_VERSION, "minutes": round(minutes, 1), "held_out": results}
-    (TARGET / "measured.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+from tools.train_sandbox import models, phases
 
 
 def main() -> None:
     """Runs all phases and prints what they are."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a few batches; writes nothing")
-    parser.add_argument("--work", type=Path, help="folder for the pictures; default: temporary")
-    quick, work = (given := parser.parse_args()).quick, given.work
-    plans = {k: Plan(150, 12, p.rate, p.judge_from, p.seed) if quick else p
-             for k, p in PLANS.items()}
-    started = time.time()
+    parser.add_argument("--work", type=Path, help="folder whose pictures are kept and reused")
+    given, started, plans = parser.parse_args(), time.time(), phases.PLANS
+    if given.quick:
+        plans = {kind: replace(plan, pairs=150, steps=12) for kind, plan in plans.items()}
     with tempfile.TemporaryDirectory() as temporary:
-        work = work or Path(temporary)
+        work = given.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
-        files = paint_all(plans, 100 if quick else HELD_OUT, work, started)
-        from tools.train_sandbox import models
-
+        files = phases.paint_all(plans, 100 if given.quick else phases.HELD_OUT, work, started)
         models.cut_vocabulary(work / "weights" / "sandbox-clip")
-        results = learn_all(plans, files, work / "weights")
-        say(started, "learned and measured")
-        if not quick:
-            install(work / "weights", results, (time.time() - started) / 60)
+        results = phases.learn_all(plans, files, work / "weights")
+        phases.say(started, "learned and measured")
+        if not given.quick:
+            phases.install(work / "weights", results, (time.time() - started) / 60)
     for kind, found in results.items():
         print(kind, found)
 

@@ -92,18 +92,25 @@ def _render_part(split: str, pairs: int, part: int, parts: int, path: str) -> No
 
 
 def render(split: str, pairs: int, folder: Path, processes: int = 2) -> np.ndarray:
-    """The pixels of a split, (2 * pairs, 96, 96, 3) uint8, in a file that is made once."""
+    """The pixels of a split, (2 * pairs, 96, 96, 3) uint8, in a file; painted if it is not there."""
     path = folder / f"{split}-{pairs}-painter{PAINTER_VERSION}.u8"
-    shape = (2 * pairs, INPUT, INPUT, 3)
-    np.memmap(path, np.uint8, "w+", shape=shape).flush()
+    if not path.exists():
+        _render_all(split, pairs, path, processes)
+    return np.memmap(path, np.uint8, "r", shape=(2 * pairs, INPUT, INPUT, 3))
+
+
+def _render_all(split: str, pairs: int, path: Path, processes: int) -> None:
+    """Paints a split with some processes of one thread each."""
+    part = path.with_suffix(".part")
+    np.memmap(part, np.uint8, "w+", shape=(2 * pairs, INPUT, INPUT, 3)).flush()
     os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = "1"
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        jobs = [pool.submit(_render_part, split, pairs, k, processes, str(path))
+        jobs = [pool.submit(_render_part, split, pairs, k, processes, str(part))
                 for k in range(processes)]
         for job in jobs:
             job.result()
     del os.environ["OPENBLAS_NUM_THREADS"], os.environ["OMP_NUM_THREADS"]
-    return np.memmap(path, np.uint8, "r", shape=shape)
+    part.rename(path)
 
 
 def codes(specs: list[Spec]) -> np.ndarray:
