@@ -38,58 +38,58 @@ __all__ = ['ImageRequest', 'GeneratedImage', 'ImageModel', 'ImageGenerationResul
 # %% ../nbs/01_generate.ipynb #8d8a1e01
 _logger = logging.getLogger(__name__)
 
-# %% ../nbs/01_generate.ipynb #f8345424
+# %% ../nbs/01_generate.ipynb #a9f9873c
 class ImageRequest(BaseModel, frozen=True):
     """What one call asks an image model for."""
 
-    prompt: str
-    negative_prompt: str | None = None
-    seed: int | None = None
-    aspect_ratio: str = "16:9"
-    references: tuple[Path, ...] = ()
-    slot: str = ""
+    prompt: str  # what to draw, as it is sent
+    negative_prompt: str | None = None  # what should not be seen
+    seed: int | None = None  # None: none is sent
+    aspect_ratio: str = "16:9"  # width:height
+    references: tuple[Path, ...] = ()  # image files, at most the model's `max_references`
+    slot: str = ""  # which picture of a run this is: {stem}/v{variation}/a{attempt}
 
-# %% ../nbs/01_generate.ipynb #6ed9f531
+# %% ../nbs/01_generate.ipynb #ac08ed01
 @dataclass(frozen=True)
 class GeneratedImage:
     """What one call gave: undecoded bytes and the provider's own words about them."""
 
-    data: bytes
-    seed: int | None = None
-    provider_id: str | None = None
-    cost: float | None = None
+    data: bytes  # as they came: PNG, JPEG or WebP
+    seed: int | None = None  # what the provider reports; None: it does not say
+    provider_id: str | None = None  # the provider's name for the call
+    cost: float | None = None  # USD; None: unknown
 
-# %% ../nbs/01_generate.ipynb #7dff84db
+# %% ../nbs/01_generate.ipynb #0e4746df
 class ImageModel(Protocol):
     """What refimg needs of an image model; adapters and the sandbox's painter provide it."""
 
-    name: str
-    max_references: int
-    takes_seed: bool
-    takes_negative_prompt: bool
-    aspect_ratios: tuple[str, ...] | None
+    name: str  # provider and model, as it should stand in a record
+    max_references: int  # how many reference images a call may carry; 0: none
+    takes_seed: bool  # False: none is sent
+    takes_negative_prompt: bool  # False: none is sent
+    aspect_ratios: tuple[str, ...] | None  # those it has; None: any W:H
 
     async def generate(self, request: ImageRequest) -> GeneratedImage:
         """One picture; it raises when there is none."""
         ...
 
-# %% ../nbs/01_generate.ipynb #15461ec9
+# %% ../nbs/01_generate.ipynb #6f816796
 class ImageGenerationResult(BaseModel, frozen=True, protected_namespaces=()):
     """One picture on disk and how it was made."""
 
-    image_path: Path
-    model_name: str
-    prompt: str
-    seed: int | None = None
-    aspect_ratio: str
-    references: tuple[Path, ...] = ()
-    width: int
-    height: int
-    sha256: str
-    cost: float | None = None
-    generation_time: float
-    timestamp: str
-    provider_id: str | None = None
+    image_path: Path  # absolute
+    model_name: str  # who drew it
+    prompt: str  # what was sent
+    seed: int | None = None  # reported, else sent; None: seedless
+    aspect_ratio: str  # as asked for
+    references: tuple[Path, ...] = ()  # what was sent along
+    width: int  # pixels
+    height: int  # pixels
+    sha256: str  # of the file
+    cost: float | None = None  # USD; None: unknown
+    generation_time: float  # seconds of the model's call
+    timestamp: str  # when the bytes arrived, ISO 8601 UTC
+    provider_id: str | None = None  # the provider's name for the call
 
 # %% ../nbs/01_generate.ipynb #fc2217da
 @cache
@@ -104,16 +104,16 @@ if hasattr(os, "register_at_fork"):
 async def _in_thread(function: Callable[..., Any], *args: Any) -> Any:
     return await asyncio.get_running_loop().run_in_executor(_workers(), function, *args)
 
-# %% ../nbs/01_generate.ipynb #04ec978f
+# %% ../nbs/01_generate.ipynb #8d102b42
 @dataclass(frozen=True)
 class Arrived:
     """What a call gave, with its request, its seconds and the UTC time of its arrival."""
 
-    image: GeneratedImage
-    request: ImageRequest
-    model_name: str
-    seconds: float
-    timestamp: str
+    image: GeneratedImage  # undecoded
+    request: ImageRequest  # what was asked for
+    model_name: str  # who was asked
+    seconds: float  # of the model's call
+    timestamp: str  # when the bytes arrived, ISO 8601 UTC
 
 # %% ../nbs/01_generate.ipynb #96edf489
 async def receive(
@@ -126,12 +126,12 @@ async def receive(
     seconds, now = time.perf_counter() - started, datetime.now(UTC)
     return Arrived(image, request, model.name, seconds, now.isoformat(timespec="milliseconds"))
 
-# %% ../nbs/01_generate.ipynb #75694458
+# %% ../nbs/01_generate.ipynb #4c02251b
 @dataclass(frozen=True)
 class Drawn(Arrived):
     """A picture in memory, not yet on disk."""
 
-    pixels: Image.Image
+    pixels: Image.Image  # RGB, upright
 
 # %% ../nbs/01_generate.ipynb #29e69628
 async def decode(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 
-OURS = re.compile(r"(REFIMG|OPENAI|REPLICATE)_")
+OURS = re.compile(r"REFIMG_(?!CHROMIUM$)|OPENAI_|REPLICATE_")
 
 for name in [n for n in os.environ if OURS.match(n)]:
     del os.environ[name]
