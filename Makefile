@@ -5,6 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 unexport PYTHONPATH PYTHONHOME MPLBACKEND
+test demo docs readme: unexport OPENAI_API_KEY OPENAI_BASE_URL REPLICATE_API_TOKEN REFIMG_SANDBOX
 export JUPYTER_PATH := $(CURDIR)/.venv/share/jupyter
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 

@@ -20,7 +20,7 @@ __all__ = ['world', 'director', 'critic', 'image_model', 'scorers', 'announce']
 # %% ../nbs/06_defaults.ipynb #8d8a1e01
 _logger = logging.getLogger(__name__)
 
-# %% ../nbs/06_defaults.ipynb #7d6527b9
+# %% ../nbs/06_defaults.ipynb #fa2b1aea
 def world() -> Literal["real", "sandbox"]:
     """The world the environment asks for; half of a set of keys is an error."""
     forced = os.environ.get("REFIMG_SANDBOX", "").strip()
@@ -31,9 +31,11 @@ def world() -> Literal["real", "sandbox"]:
     llm = bool(os.environ.get("OPENAI_API_KEY") or os.environ.get("OPENAI_BASE_URL"))
     images = bool(os.environ.get("REPLICATE_API_TOKEN"))
     if llm and not images:
-        raise ValueError("REPLICATE_API_TOKEN is not set, but a language model is: set both")
+        raise ValueError("REPLICATE_API_TOKEN is not set, but a language model is: set both, "
+                         "or REFIMG_SANDBOX=1")
     if images and not llm:
-        raise ValueError("OPENAI_API_KEY is not set, but REPLICATE_API_TOKEN is: set both")
+        raise ValueError("OPENAI_API_KEY is not set, but REPLICATE_API_TOKEN is: set both, "
+                         "or REFIMG_SANDBOX=1")
     if llm and images:
         return "real"
     if forced == "0":

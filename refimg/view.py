@@ -571,37 +571,58 @@ def contact_sheet(
         bands += _rows(_tiles(scene, size), columns)
     return _stacked([*bands, _band(_foot(result), 50, 15, _FAINT)])
 
-# %% ../nbs/05_view.ipynb #45eb8b1f
+# %% ../nbs/05_view.ipynb #003c5eee
 _DRAWING = threading.Lock()
-_HEAVIEST = 29_000
-_CARD_PAPER, _CARD_INK, _CARD_FAINT = "#f8f7f3", "#24292f", "#767b84"
+_HEAVIEST = 27_000
+_UNSAID = ("Date", "Creator", "Format", "Type")
+_CARD_PAPER, _CARD_INK, _CARD_FAINT, _THIN = "#f8f7f3", "#24292f", "#6b7079", "#8a8f98"
 _BLUE, _SKY, _GREEN, _ORANGE, _RED = "#0072b2", "#56b4e9", "#009e73", "#e69f00", "#d55e00"
 _CHART_STYLE = {
     "figure.facecolor": _CARD_PAPER, "axes.facecolor": _CARD_PAPER, "text.color": _CARD_INK,
     "axes.labelcolor": _CARD_INK, "axes.edgecolor": _CARD_FAINT, "xtick.color": _CARD_FAINT,
     "ytick.color": _CARD_FAINT, "xtick.labelcolor": _CARD_INK, "ytick.labelcolor": _CARD_INK,
     "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
-    "grid.color": "#dddcd6", "font.size": 10, "axes.titlesize": 10.5, "legend.frameon": False,
-    "legend.fontsize": 9, "hatch.linewidth": 0.8, "hatch.color": _CARD_INK,
-    "svg.hashsalt": "refimg", "svg.fonttype": "none", "text.parse_math": False,
+    "grid.color": "#dddcd6", "font.size": 10, "font.sans-serif": ["DejaVu Sans"],
+    "axes.titlesize": 10.5, "legend.frameon": False, "legend.fontsize": 9,
+    "hatch.linewidth": 0.8, "hatch.color": _CARD_INK, "svg.hashsalt": "refimg",
+    "svg.fonttype": "none", "text.parse_math": False,
 }  # fmt: skip
 
-# %% ../nbs/05_view.ipynb #4f496947
+# %% ../nbs/05_view.ipynb #180aba56
 def _as_uri(kind: str, data: bytes) -> str:
     """The picture as a data URI."""
     return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
 
 
+def _lighter(tag: re.Match[str]) -> str:
+    """A tag of an SVG, to a hundredth of a point and without what has no effect."""
+    bare = re.sub(r'\s+$| id="[\w.]+_\d+"| transform="rotate\(-0 [^)]*\)"', "", tag[0])
+    return re.sub(r"(\.\d\d)\d+", r"\1", bare)
+
+
+def _raster(figure: Figure) -> bytes:
+    """The figure as a WebP of 64 colours, as fine as its weight allows."""
+    for dpi in (150, 120, 96, 72):
+        page, webp = BytesIO(), BytesIO()
+        figure.savefig(page, format="png", dpi=dpi)
+        full = Image.open(page).convert("RGB")
+        few = full.quantize(64, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        few.convert("RGB").save(webp, "WEBP", lossless=True, method=6)
+        if webp.tell() <= _HEAVIEST:
+            break
+    return webp.getvalue()
+
+
 def _saved(figure: Figure) -> str:
     """The figure as an SVG, or as a WebP where that would be heavy."""
-    svg, webp = BytesIO(), BytesIO()
-    figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
-    if svg.tell() <= _HEAVIEST:
-        return _as_uri("svg+xml", svg.getvalue())
-    figure.savefig(webp, format="webp", dpi=150, pil_kwargs={"quality": 70, "method": 6})
-    return _as_uri("webp", webp.getvalue())
+    svg = BytesIO()
+    figure.savefig(svg, format="svg", metadata=dict.fromkeys(_UNSAID))
+    light = re.sub(r"<[^>]*>\s*", _lighter, svg.getvalue().decode()).encode()
+    if len(light) <= _HEAVIEST:
+        return _as_uri("svg+xml", light)
+    return _as_uri("webp", _raster(figure))
 
-
+# %% ../nbs/05_view.ipynb #73d18a9a
 def _drawn(size: tuple[float, float], draw: Callable[[Figure], None], mark: str) -> str:
     """What `draw` puts into a figure of so many inches, and the mark in its corner."""
     import matplotlib.style
@@ -609,12 +630,12 @@ def _drawn(size: tuple[float, float], draw: Callable[[Figure], None], mark: str)
 
     with _DRAWING, matplotlib.style.context(["default", _CHART_STYLE]):
         figure = Figure(figsize=size, layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1, wspace=0.03, hspace=0.05)
+        figure.get_layout_engine().set(w_pad=0.1, h_pad=0.09, wspace=0.02, hspace=0.02)
         draw(figure)
         figure.suptitle(mark, x=0.985, ha="right", fontsize=8.5, style="italic")
         return _saved(figure)
 
-# %% ../nbs/05_view.ipynb #b54aecde
+# %% ../nbs/05_view.ipynb #78c7a525
 _CHART = "display:block;width:100%;height:auto;margin:0;border-radius:6px"
 
 
@@ -624,9 +645,9 @@ def _chart(
 ) -> Html:
     """A chart of the result under its title, with words for those who cannot see it."""
     mark = "sandbox · not from real models" if sandbox_models(result) else ""
-    alt = _clipped(f"{alt} ({mark}.)" if mark else alt, 2500)
-    story = _title(result)
-    named = element("span", " · ", _text(story, 120), style=_QUIET) if story else None
+    alt = _clipped(alt, 2500) + (f" ({mark}.)" if mark else "")
+    style = f"{_QUIET};margin-left:.6em"
+    named = element("span", _text(_title(result), 120), style=style) if _title(result) else None
     head = element("div", element("strong", title), named, _sandbox_badge(result))
     image = element("img", src=_drawn(size, draw, mark), alt=alt, style=_CHART)
     under = element("figcaption", caption, style="margin-top:.4em;font-size:.92em")
@@ -678,11 +699,11 @@ def _why(scenes: list[SceneResult]) -> str:
     counts = Counter(s.enhancement.stop_reason for s in sorted(scenes, key=_reason))
     return " · ".join(f"{number} {_label(reason)}" for reason, number in counts.items())
 
-# %% ../nbs/05_view.ipynb #2b3f21b7
+# %% ../nbs/05_view.ipynb #45e885d6
 def _block_inches(groups: dict[int, list[SceneResult]], wide: float = 6.4) -> float:
     """How wide a block can be so that every bar and its words fit side by side."""
     room = [(wide - 0.078 * len(_why(row))) / len(row) for row in groups.values()]
-    return max(0.02, min([0.42, *room]))
+    return max(0.02, min([0.5, *room]))
 
 
 def _draw_bar(axes: Axes, rounds: int, scenes: list[SceneResult], numbered: bool) -> None:
@@ -703,12 +724,13 @@ def _draw_rounds(figure: Figure, groups: dict[int, list[SceneResult]], highest: 
     for rounds, scenes in groups.items():
         _draw_bar(axes, rounds, scenes, numbered=block >= 0.24)
     axes.set(xlim=(0, 6.5 / block), ylim=(highest + 0.6, -0.6), ylabel="rounds")
+    axes.yaxis.labelpad = 8
     axes.set_yticks(range(highest + 1))
     axes.xaxis.set_visible(False)
     axes.spines["bottom"].set_visible(False)
     axes.tick_params(length=0)
 
-# %% ../nbs/05_view.ipynb #ab4ace35
+# %% ../nbs/05_view.ipynb #af350db2
 def iteration_histogram(
     result: StoryResult,  # a whole run
 ) -> Html:
@@ -718,8 +740,8 @@ def iteration_histogram(
     told = [f"{_count(len(row), 'scene')} with {_count(rounds, 'round')} ({_why(row)})"
             for rounds, row in groups.items()]
     mean = sum(rounds * len(row) for rounds, row in groups.items()) / max(1, len(result.scenes))
-    of = "" if allowed is None else f" of at most {allowed:g}"
-    finding = f"{_number(mean)} rounds a scene{of} on average; {_why(result.scenes)}"
+    of = "" if allowed is None else f", {allowed:g} allowed"
+    finding = f"{_number(mean)} rounds a scene on average{of}; {_why(result.scenes)}"
     return _chart(
         result, "Rounds of enhancement", (7.6, 0.9 + 0.36 * (highest + 1)),
         lambda figure: _draw_rounds(figure, groups, highest),
@@ -743,7 +765,7 @@ def _mean(values: Iterable[float]) -> float:
     """The mean of some numbers, at least one."""
     return statistics.fmean(values)
 
-# %% ../nbs/05_view.ipynb #6b49ed11
+# %% ../nbs/05_view.ipynb #57fa1bd2
 def _draw_lines(axes: Axes, made: list[list[Iteration]], name: str) -> None:
     """A thin line a scene, all of them one path; a point where there was one round."""
     gap = (math.nan, math.nan)
@@ -768,13 +790,11 @@ def _draw_dimension(axes: Axes, made: list[list[Iteration]], name: str) -> None:
               solid_capstyle="round")
     axes.plot(*zip(*won, strict=True), "*", color=_ORANGE, markersize=10,
               markeredgecolor=_CARD_INK, markeredgewidth=0.6, clip_on=False, zorder=3)
-    start, end = _rise(made, name)
-    axes.set_title(f"{_words(name)}  {start:.0f} → {end:.0f}", loc="left")
+    start, end = (f"{value:.0f}" for value in _rise(made, name))
+    axes.set_title(f"{_words(name)} {start} → {end}" if longest > 1 else f"{_words(name)} {end}",
+                   loc="left")
 
-# %% ../nbs/05_view.ipynb #999a1602
-_THIN = "#8a8f98"
-
-
+# %% ../nbs/05_view.ipynb #db6bc778
 def _words(name: str) -> str:
     """The name of a score for people."""
     return _label(name.replace("_", " "))
@@ -794,7 +814,8 @@ def _draw_rise(figure: Figure, made: list[list[Iteration]]) -> None:
         axes.grid(axis="y")
         axes.tick_params(length=0)
     longest = max(map(len, made))
-    axes.set(xlim=(0.6, longest + 0.4), ylim=(0, 100), xticks=range(1, longest + 1))
+    axes.set(xlim=(0.6, longest + 0.4), ylim=(0, 100), xticks=range(1, longest + 1),
+             yticks=range(0, 101, 25))
     axes.set_title(axes.get_title(loc="left"), loc="left", fontweight="bold")
     figure.supxlabel("round", fontsize=10)
     figure.supylabel("critic's score", fontsize=10)
@@ -805,7 +826,7 @@ def _no_chart(result: StoryResult, title: str, words: str) -> Html:
     head = element("div", element("strong", title), _sandbox_badge(result))
     return _root(head, element("div", words, style=_BOX))
 
-# %% ../nbs/05_view.ipynb #b06478a3
+# %% ../nbs/05_view.ipynb #291a5a37
 def dimension_rise(
     result: StoryResult,  # a whole run
 ) -> Html:
@@ -824,10 +845,10 @@ def dimension_rise(
         result, title, (7.6, 4.3), lambda figure: _draw_rise(figure, made),
         alt=f"The critic's scores over the rounds, mean of {_count(len(made), 'scene')}, first "
             f"round to winning round: {'; '.join(told)}. Won: {', '.join(won)}.{rest}",
-        caption=f"{told[-1].capitalize()} between the first round and the one that won. ★ the "
-                f"round that won, thin lines: scenes, thick line: their mean.{rest}")
+        caption=f"Mean {told[-1]} between the first round and the one that won. ★ the round that "
+                f"won, thin lines: scenes, thick line: their mean.{rest}")
 
-# %% ../nbs/05_view.ipynb #c9d9d140
+# %% ../nbs/05_view.ipynb #5ae42f55
 def _values(result: StoryResult, name: str) -> list[tuple[float | None, bool]]:
     """A score of every picture, and whether the picture was chosen."""
     shown = [v for scene in result.scenes for v in scene.variations]
@@ -843,16 +864,23 @@ def _scored(values: list[tuple[float | None, bool]]) -> list[float]:
 
 def _lane(index: int) -> float:
     """How far from the middle of its row a dot lies; neighbours lie apart."""
-    return (index * 0.618 % 1 - 0.5) * 0.5
+    return ((index * 0.618 + 0.5) % 1 - 0.5) * 0.5
 
-# %% ../nbs/05_view.ipynb #9d4bf6b0
+# %% ../nbs/05_view.ipynb #a4ae97b8
+_DOT = {"marker": "o", "color": _BLUE, "markersize": 5.5, "markeredgewidth": 0, "alpha": 0.75,
+        "clip_on": False}
+_STAR = {"marker": "*", "color": _ORANGE, "markersize": 11.5, "markeredgecolor": _CARD_INK,
+         "markeredgewidth": 0.7, "clip_on": False, "zorder": 3}
+
+
 def _draw_box(axes: Axes, row: int, values: list[float]) -> None:
     """The middle half of the values and their median, from five values on."""
     if len(values) < 5:
         return
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     axes.barh(row, high - low, 0.66, left=low, color="#dfe3e8", edgecolor=_THIN, linewidth=0.8)
-    axes.plot([middle, middle], [row - 0.33, row + 0.33], color=_CARD_INK, linewidth=1.6)
+    axes.plot([middle, middle], [row - 0.33, row + 0.33], color=_CARD_INK, linewidth=2,
+              zorder=2.5)
 
 
 def _draw_strip(axes: Axes, row: int, values: list[tuple[float | None, bool]]) -> None:
@@ -864,14 +892,10 @@ def _draw_strip(axes: Axes, row: int, values: list[tuple[float | None, bool]]) -
         if places:
             axes.plot(*zip(*places, strict=True), linestyle="", **style)
     if not _scored(values):
-        axes.text(50, row, "no picture has this score", ha="center", va="center", color=_CARD_FAINT)
+        axes.text(50, row, "no picture has this score", ha="center", va="center",
+                  color=_CARD_FAINT, bbox={"facecolor": _CARD_PAPER, "linewidth": 0})
 
-# %% ../nbs/05_view.ipynb #112a87a6
-_DOT = {"marker": "o", "color": _BLUE, "markersize": 5.5, "markeredgewidth": 0, "alpha": 0.75}
-_STAR = {"marker": "*", "color": _ORANGE, "markersize": 11.5, "markeredgecolor": _CARD_INK,
-         "markeredgewidth": 0.7, "clip_on": False, "zorder": 3}
-
-
+# %% ../nbs/05_view.ipynb #cb7c5d3a
 def _draw_threshold(axes: Axes, threshold: float | None) -> None:
     """The quality threshold across the row of the overall, with its name above."""
     if threshold is None:
@@ -893,7 +917,7 @@ def _draw_scores(figure: Figure, rows: dict[str, list], threshold: float | None)
     axes.grid(axis="x")
     axes.tick_params(length=0)
 
-# %% ../nbs/05_view.ipynb #7fe94602
+# %% ../nbs/05_view.ipynb #11756066
 def _spread(name: str, values: list[tuple[float | None, bool]]) -> str:
     """How a metric's scores lie, in words."""
     there, chosen = _scored(values), [value for value, won in values if won and value is not None]
@@ -912,9 +936,9 @@ def _judged(values: list[tuple[float | None, bool]], threshold: float | None) ->
     if threshold is None or not chosen:
         return gaps
     below = sum(value < threshold for value in chosen)
-    return f"{gaps}{below} of {len(chosen)} chosen below the quality threshold of {threshold:g}. "
+    return f"{gaps}{below} of {len(chosen)} chosen below the quality threshold {threshold:g}. "
 
-# %% ../nbs/05_view.ipynb #784e3c10
+# %% ../nbs/05_view.ipynb #fc1a4ae5
 def score_distributions(
     result: StoryResult,  # a whole run
 ) -> Html:
@@ -930,10 +954,19 @@ def score_distributions(
         result, title, (7.6, 1.4 + 0.56 * len(rows)),
         lambda figure: _draw_scores(figure, rows, threshold),
         alt=f"Scores of {_count(len(rows['overall']), 'picture')}. {told}. {judged}".strip(),
-        caption=f"{judged}● a picture, ★ a chosen one; from five pictures on, the box is their "
-                "middle half and its bar the median.")
+        caption=f"{judged}● a picture, ★ a chosen one; the box is the middle half of at least "
+                "five pictures, its bar their median.")
 
-# %% ../nbs/05_view.ipynb #fc31e259
+# %% ../nbs/05_view.ipynb #ed8ef23b
+_WORK = ("enhance", "generate", "score")
+_KINDS = {
+    "enhance": {"facecolor": _SKY, "height": 0.5, "hatch": "////", "linewidth": 0},
+    "wait": {"facecolor": "#b9bdc4", "height": 0.12, "linewidth": 0},
+    "generate": {"facecolor": _BLUE, "height": 0.66, "linewidth": 0},
+    "score": {"facecolor": _ORANGE, "height": 0.66, "edgecolor": _CARD_INK, "linewidth": 0.6},
+}
+
+
 def _spans(scene: SceneResult) -> dict[str, tuple[float, float]]:
     """Start and length, in seconds, of everything the scene's timings tell of."""
     known = {k: t for k, t in scene.timings.items() if math.isfinite(t) and t >= 0}
@@ -951,15 +984,7 @@ def _arrived(scene: SceneResult) -> float | None:
     except ValueError:
         return None
 
-# %% ../nbs/05_view.ipynb #7c4588d1
-_KINDS = {
-    "enhance": {"facecolor": _SKY, "height": 0.5, "hatch": "////", "linewidth": 0},
-    "wait": {"facecolor": "#b9bdc4", "height": 0.12, "linewidth": 0},
-    "generate": {"facecolor": _BLUE, "height": 0.66, "linewidth": 0},
-    "score": {"facecolor": _ORANGE, "height": 0.66, "edgecolor": _CARD_INK, "linewidth": 0.6},
-}
-
-
+# %% ../nbs/05_view.ipynb #5f9e31e5
 def _kept(result: StoryResult) -> set[int]:
     """The scenes that this run did not make, but took over from an earlier one."""
     again = {str(number) for number in result.settings.get("reruns") or ()}
@@ -969,7 +994,7 @@ def _kept(result: StoryResult) -> set[int]:
     return {s.scene for s in result.scenes
             if again and (str(s.scene) not in again or (_arrived(s) or began) < began)}
 
-# %% ../nbs/05_view.ipynb #08cf6686
+# %% ../nbs/05_view.ipynb #8635d97c
 def _draw_row(axes: Axes, row: int, spans: dict[str, tuple[float, float]], kept: bool) -> None:
     """The bars of one scene, or why there are none."""
     for kind, (start, length) in spans.items():
@@ -996,14 +1021,17 @@ def _draw_timeline(figure: Figure, rows: dict[int, dict], kept: set[int], total:
     for row, (number, spans) in enumerate(rows.items()):
         _draw_row(axes, row, spans, number in kept)
     axes.axvline(total, color=_CARD_INK, linewidth=1.2, linestyle=":")
-    axes.text(total, -0.62, f"end {_seconds(total)} ", ha="right", va="bottom", fontsize=9)
+    axes.annotate(f"end {_seconds(total)}", (total, -0.72), (-5, 0), ha="right", va="center",
+                  textcoords="offset points", fontsize=9)
     axes.set(xlim=(0, total * 1.01), ylim=(len(rows) - 0.45, -1.05), xlabel="seconds")
     axes.set_yticks(range(len(rows)), [f"scene {number}" for number in rows])
     axes.grid(axis="x")
     axes.tick_params(length=0)
-    _draw_legend(figure, [kind for kind in _KINDS if any(kind in spans for spans in rows.values())])
+    parts = [part for spans in rows.values() for part in spans.items()]
+    seen = {kind for kind, (_, length) in parts if length >= 0.005}
+    _draw_legend(figure, [kind for kind in _KINDS if kind in seen])
 
-# %% ../nbs/05_view.ipynb #7db15979
+# %% ../nbs/05_view.ipynb #2c426769
 def _seconds(value: float) -> str:
     """A time with the digits it deserves."""
     digits = 0 if value >= 100 else 1 if value >= 1 else 2
@@ -1012,21 +1040,24 @@ def _seconds(value: float) -> str:
 
 def _spent(spans: dict[str, tuple[float, float]]) -> str:
     """How long each part of one scene took, in words."""
-    return ", ".join(f"{kind} {_seconds(length)}" for kind, (_, length) in spans.items())
+    parts = [(kind, length) for kind, (_, length) in spans.items() if length >= 0.005]
+    return ", ".join(f"{kind} {_seconds(length)}" for kind, length in parts) or "no time at all"
 
 
 def _overlap(rows: dict[int, dict], total: float) -> str:
-    """How much work fitted into the run, and when the prompts were ready."""
+    """How much work of which kind fitted into the run, and when the prompts were ready."""
     parts = [(kind, *span) for spans in rows.values() for kind, span in spans.items()]
-    work = sum(length for kind, _, length in parts if kind != "wait")
+    work = {kind: sum(part[2] for part in parts if part[0] == kind) for kind in _WORK}
     ready = max((start + length for kind, start, length in parts if kind == "enhance"), default=0)
     drawn = min((start for kind, start, _ in parts if kind == "generate"), default=math.inf)
-    told = f"{_seconds(work)} of work in {_seconds(total)}"
-    early = ready - drawn
-    return f"{told}; for {_seconds(early)}, prompts were sharpened while pictures were drawn" \
-        if early > 0 else told
+    split = ", ".join(f"{kind} {_seconds(seconds)}" for kind, seconds in work.items()
+                      if seconds >= 0.005)
+    told = f"{_seconds(sum(work.values()))} of work in {_seconds(total)}: {split}"
+    if ready - drawn < total / 100:
+        return told
+    return f"{told}; the last prompt was ready {_seconds(ready - drawn)} after drawing had begun"
 
-# %% ../nbs/05_view.ipynb #7fa8ba7e
+# %% ../nbs/05_view.ipynb #573744ab
 def timeline(
     result: StoryResult,  # a whole run
 ) -> Html:
@@ -1034,7 +1065,7 @@ def timeline(
     title, kept = "What ran when", _kept(result)
     rows = {s.scene: {} if s.scene in kept else _spans(s) for s in result.scenes}
     ends = [sum(span) for spans in rows.values() for span in spans.values()]
-    total = max([result.timings.get("total", 0.0), *ends])
+    total = max(filter(math.isfinite, [0.0, result.timings.get("total", 0.0), *ends]))
     if not ends or total <= 0:
         return _no_chart(result, title, "No scene of this run has timings.")
     told = [f"scene {number}: {_spent(spans)}" for number, spans in rows.items() if spans]

@@ -191,7 +191,7 @@ async def test_cancelling_stops_every_call_and_writes_nothing(tmp_path):
     assert names(tmp_path) == []
 
 
-async def test_a_cancellation_inside_one_call_cancels_the_siblings_and_goes_on(tmp_path):
+async def test_a_call_that_cancels_itself_is_one_failed_variation(tmp_path):
     class Stopped(FakeImages):
         async def generate(self, request):
             if "/v2/" in request.slot:
@@ -199,11 +199,34 @@ async def test_a_cancellation_inside_one_call_cancels_the_siblings_and_goes_on(t
                 raise asyncio.CancelledError
             return await super().generate(request)
 
-    model = Stopped(seconds=30)
-    with pytest.raises(asyncio.CancelledError):
-        await asyncio.wait_for(generate_images("p", 4, output_dir=tmp_path, model=model), 10)
-    assert model.cancelled == 3
-    assert names(tmp_path) == []
+    made = await generate_images("p", 4, output_dir=tmp_path, model=Stopped())
+    assert len(made) == 3
+    assert names(tmp_path) == ["image_v1.png", "image_v2.png", "image_v3.png"]
+
+
+async def test_what_arrived_before_a_cancellation_is_kept(tmp_path):
+    class Slow(FakeImages):
+        async def generate(self, request):
+            await asyncio.sleep(30 if "/v3/" in request.slot else 0)
+            return await super().generate(request)
+
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.3):
+            await generate_images("p", 3, output_dir=tmp_path, model=Slow())
+    assert names(tmp_path) == ["image_v1.png", "image_v2.png"]
+
+
+async def test_a_file_that_cannot_be_written_costs_only_itself(tmp_path, monkeypatch):
+    real, calls = generate.save_numbered, []
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise OSError(28, "No space left on device")
+        return real(*args)
+
+    monkeypatch.setattr(generate, "save_numbered", failing)
+    assert len(await generate_images("p", 3, output_dir=tmp_path, model=FakeImages())) == 2
 
 
 async def test_siblings_have_cleaned_up_before_the_cancellation_goes_on(tmp_path):

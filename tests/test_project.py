@@ -128,8 +128,8 @@ def test_no_host_in_notebooks():
 # workflows, docs, licence
 
 
-@pytest.mark.parametrize(("name", "command"), [("test", "make test"), ("docs", "make docs")])
-def test_workflows_call_make(name, command):
+@pytest.mark.parametrize(("name", "command"), [("test", ".ci/run"), ("docs", "make docs")])
+def test_workflows_do_what_a_person_does(name, command):
     text = (ROOT / ".github" / "workflows" / f"{name}.yml").read_text("utf-8")
     (job,) = yaml.safe_load(text)["jobs"].values()
     assert command in [step.get("run") for step in job["steps"]]

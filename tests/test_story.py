@@ -114,12 +114,16 @@ def test_the_agents_context_says_what_the_prompt_will_say_and_the_brand():
     scenes = [Scene(prompt="p", continuity_note="same coat", subject_present=False)] * 2
     markers = {"mood": "calm", "style": "ink", "subject_description": "a keeper"}
     story = Story(scenes=scenes, consistency_markers=markers, brand="Acme", title="secret")
-    assert list(scene_context(story, 1).items()) == [
-        ("Style", "ink"),
-        ("Mood", "calm"),
-        ("Brand", "Acme"),
+    assert scene_context(story, 1) == "Style: ink\nMood: calm\nBrand: Acme"
+    assert "same coat" in scene_context(story, 2)
+
+
+def test_markers_that_differ_only_in_case_and_mappings_all_reach_the_agents():
+    markers = {"style": "ink", "Style": "gouache", "subject": {"hair": "red", "coat": ["long"]}}
+    story = Story(scenes=[Scene(prompt="p")], consistency_markers=markers)
+    assert scene_context(story, 1).splitlines() == [
+        "Style: ink", "Style: gouache", "Subject: hair red, coat long"
     ]
-    assert "same coat" in scene_context(story, 2).values()
 
 
 # a story in a file
@@ -716,11 +720,45 @@ async def test_a_choice_that_was_drawn_over_is_forgotten(run):
     assert after.scenes[1].reference_from == "ranked" and "softer" not in str(after.settings)
 
 
-async def test_the_cost_of_a_rerun_counts_every_image_of_the_result(run):
+async def test_the_cost_of_a_rerun_counts_every_call_that_was_ever_paid(run):
     pipeline = a_pipeline(priced(0.04), max_enhancement_iterations=0)
     before = await run(pipeline, a_story(3))
     after = await pipeline.rerun(before, 3)
-    assert after.cost == pytest.approx(float(after.frame().cost.sum())) == pytest.approx(0.24)
+    assert (before.cost, after.cost) == (pytest.approx(0.24), pytest.approx(0.32))
+
+
+async def test_a_paid_image_that_does_not_decode_and_a_call_that_raised_are_not_free(run):
+    bad = GeneratedImage(data=b"<html>", cost=0.04)
+    good = GeneratedImage(data=picture(9), cost=0.04)
+    images = FakeImages(lambda request, number: bad if number == 1 else good)
+    pipeline = a_pipeline(images, max_enhancement_iterations=0, num_variations=2)
+    assert (await run(pipeline, a_story(1))).cost == pytest.approx(0.08)
+    raising = FakeImages(lambda request, number: RuntimeError("x") if number == 1 else good)
+    pipeline = a_pipeline(raising, max_enhancement_iterations=0, num_variations=2)
+    assert (await run(pipeline, a_story(1), generation_id="y")).cost is None
+
+
+async def test_a_rerun_keeps_the_first_settings_and_says_how_the_scene_was_made_again(run):
+    before = await run(a_pipeline(seed=1), a_story(2))
+    after = await a_pipeline(seed=2).rerun(before, 2)
+    assert after.settings["seed"] == 1
+    assert after.settings["rerun_settings"]["2"]["seed"] == 2
+
+
+async def test_what_is_made_again_from_a_stale_scene_is_stale(run):
+    pipeline = a_pipeline()
+    chosen = choose(await run(pipeline, a_story(3)), 1, 1, "better")
+    after = await pipeline.rerun(chosen, 3)
+    assert any(w.startswith("stale") for w in after.scenes[2].warnings)
+
+
+@pytest.mark.parametrize("order", [[1, 0], [0, 0]])
+async def test_enhancements_of_other_scenes_are_refused(run, order):
+    pipeline = a_pipeline()
+    made = await pipeline.enhance(a_story(2))
+    with pytest.raises(ValueError, match="enhancements: entry"):
+        await run(pipeline, a_story(2), enhancements=[made[i] for i in order])
+    assert pipeline.image_model.requests == []
 
 
 async def test_a_new_prompt_is_enhanced_that_of_the_others_is_not(run):

@@ -106,7 +106,7 @@ def read(view: Html) -> Reader:
         assert not re.search(r"url\(|@import|expression|position\s*:\s*fixed", style)
         assert not re.search(r"background[^;]*:\s*(#f{3,6}\b|white)", style)
     for image in reader.all("img"):
-        assert image["src"].startswith("data:image/webp;base64,")
+        assert image["src"].startswith(("data:image/webp;base64,", "data:image/svg+xml;base64,"))
         assert image["alt"].strip()
     for tag, attributes in reader.elements:
         if attributes.get("role") == "img":

@@ -67,6 +67,7 @@ def readme(source: Path) -> tuple[str, dict[str, bytes]]:
     if found := ABSOLUTE.search(text):
         sys.exit(f"{source.name} shows an absolute path: {text[found.start() :][:60]}")
     text = re.sub(r"\n{3,}", "\n\n", re.sub(r"^[ \t]+$", "", text, flags=re.MULTILINE))
+    text = text.replace('"../', '"')
     text = re.sub(r"!\[(?:png|jpeg)\]", f"![{ALT}]", text)
     images = {Path(name).name: data for name, data in resources["outputs"].items()}
     return HEAD + text.strip() + "\n", images

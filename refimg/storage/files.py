@@ -262,12 +262,13 @@ def _check_tree(tree: Path) -> None:
     if links := _links(tree):
         raise ValueError(f"trace folder {tree} contains a link, {links[0].name}: it is left alone")
 
-# %% ../../nbs/storage/files.ipynb #d4a964a2
+# %% ../../nbs/storage/files.ipynb #ed40584f
 def _lock(tree: Path) -> FileLock:
     lock = FileLock(tree.with_name(f".refimg-{tree.name}.lock"), thread_local=False)
     for _ in range(5):
-        with suppress(Timeout, FileNotFoundError, FileExistsError):
+        with suppress(FileExistsError):
             tree.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(Timeout, FileNotFoundError, FileExistsError):
             lock.acquire(blocking=False)
             return lock
         time.sleep(0.005)
