@@ -25,7 +25,7 @@ setup(
     keywords=settings["keywords"],
     packages=find_packages(include=["refimg", "refimg.*"]),
     include_package_data=True,
-    package_data={"refimg": ["py.typed", "sandbox/data/*", "sandbox/weights/*"]},
+    package_data={"refimg": ["py.typed", "sandbox/weights/*", "sandbox/weights/*/*"]},
     python_requires=f">={settings['min_python']},<{settings['max_python']}",
     install_requires=shlex.split(settings["requirements"]),
     extras_require={"dev": shlex.split(settings["dev_requirements"])},

@@ -50,7 +50,8 @@ FILLERS = (
     "the wind is picking up", "waiting for someone", "muted palette", "warm highlights",
     "holding a letter", "careful composition", "a hopeful atmosphere", "fine texture",
     "counting the sails: one is missing", "patient and hopeful", "coming home at last",
-    "the wind has risen", "much air above", "the same paper and the same pigments", "low angle", "consistent finish throughout", "balanced, off-centre composition",
+    "the wind has risen", "much air above", "low angle", "consistent finish throughout",
+    "the same paper and the same pigments", "balanced, off-centre composition",
 )
 
 

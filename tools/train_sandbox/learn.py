@@ -196,8 +196,9 @@ def train(learner: Learner, data: Lessons, steps: int, rate: float, seed: int,
         learner.scale.data.clamp_(0, 4.0)
         at += PAIRS
         follow(average, learner.model, min(0.995, step / (step + 10)))
-        if step % 100 == 99:
-            show(f"  step {step + 1}/{steps}  loss {loss.item():.3f}  {time.time() - started:.0f} s")
+        if step % 50 == 49:
+            spent = time.time() - started
+            show(f"  step {step + 1}/{steps}  loss {loss.item():.3f}  {spent:.0f} s")
     return average.eval()
 
 

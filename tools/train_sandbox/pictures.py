@@ -92,7 +92,7 @@ def _render_part(split: str, pairs: int, part: int, parts: int, path: str) -> No
 
 
 def render(split: str, pairs: int, folder: Path, processes: int = 2) -> np.ndarray:
-    """The pixels of a split, (2 * pairs, 96, 96, 3) uint8, in a file; painted if it is not there."""
+    """The pixels of a split, (2 * pairs, 96, 96, 3) uint8, in a file that is painted once."""
     path = folder / f"{split}-{pairs}-painter{PAINTER_VERSION}.u8"
     if not path.exists():
         _render_all(split, pairs, path, processes)
