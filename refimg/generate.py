@@ -306,14 +306,14 @@ def _check_seed(seed: int | None) -> int | None:
         raise ValueError(f"seed={seed!r}: a whole number or None is allowed")
     return seed
 
-# %% ../nbs/01_generate.ipynb #b5a00cae
+# %% ../nbs/01_generate.ipynb #2d1eba7e
 def _ready(output_dir: Path, references: Iterable[str | Path]) -> tuple[Path, tuple[Path, ...]]:
-    folder = Path(output_dir).resolve()
+    folder, paths = Path(output_dir).resolve(), check_references(references)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"output_dir={str(output_dir)!r}: {error}") from error
-    return folder, check_references(references)
+    return folder, paths
 
 
 def _variations(

@@ -216,6 +216,14 @@ async def test_what_arrived_before_a_cancellation_is_kept(tmp_path):
     assert names(tmp_path) == ["image_v1.png", "image_v2.png"]
 
 
+async def test_a_bad_reference_leaves_no_folder_behind(tmp_path):
+    folder = tmp_path / "new"
+    with pytest.raises(ValueError, match="missing"):
+        await generate_images(
+            "p", 1, output_dir=folder, model=FakeImages(), references=[tmp_path / "missing.png"])
+    assert not folder.exists()
+
+
 async def test_a_file_that_cannot_be_written_costs_only_itself(tmp_path, monkeypatch):
     real, calls = generate.save_numbered, []
 
