@@ -185,6 +185,13 @@ class TestLists:
         check_untouched(tmp_path, models)
 
 
+@pytest.mark.parametrize("prompts", [None, 7, [None], {"a": "b"}])
+async def test_prompts_that_are_no_list_of_texts_are_refused(tmp_path, models, prompts):
+    with pytest.raises(ValueError, match="prompts"):
+        await door(prompts, tmp_path / "images", "id")
+    check_untouched(tmp_path, models)
+
+
 def check_untouched(root: Path, models: Models) -> None:
     """Nothing was paid and nothing written."""
     assert models.calls == 0 and not list(root.iterdir())

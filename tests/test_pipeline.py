@@ -1042,3 +1042,76 @@ async def test_the_log_names_scene_step_and_cause_of_each_fallback(run, caplog):
     assert len(errors) == 4 and all("scene 2" in text for text in errors)
     assert ["boom" in text for text in errors] == [True, True, True, False]
     assert "carried" in errors[3]
+
+
+# found by a reader
+
+
+async def test_a_slow_listener_hears_every_report(run, monkeypatch):
+    monkeypatch.setattr("refimg.pipeline.GRACE", 0.2)
+    heard = []
+
+    async def slow(step):
+        await asyncio.sleep(0.05)
+        heard.append(step.percent)
+
+    await run(a_pipeline(), a_story(3), on_progress=slow)
+    assert len(heard) == 9
+    assert heard[-1] == 100
+
+
+async def test_every_cause_of_a_failed_attempt_is_in_the_record(run):
+    def rule(scene, variation, attempt):
+        return RuntimeError(f"cause {attempt}{variation}") if attempt < 3 else picture(7)
+
+    result = await run(a_pipeline(drawn(rule)), a_story(1))
+    said = " ".join(result.scenes[0].warnings)
+    assert all(f"cause {cause}" in said for cause in ("11", "12", "21", "22"))
+
+
+async def test_the_reason_why_a_scene_is_unscored_is_the_scorers_own(run):
+    scorer = FakeScorer(value=lambda *_: RuntimeError("weights are corrupt"))
+    result = await run(a_pipeline(scorers=[scorer]), a_story(1))
+    assert "weights are corrupt" in " ".join(result.scenes[0].warnings)
+
+
+@pytest.mark.parametrize("missing", ["model", "calibration"])
+async def test_a_scorer_without_provenance_is_refused_before_anything_is_paid(run, missing):
+    scorer, images = FakeScorer(), FakeImages()
+    setattr(scorer, missing, None)
+    with pytest.raises(ValueError, match=missing):
+        await run(a_pipeline(images, scorers=[scorer]))
+    assert images.requests == []
+
+
+async def test_a_scorer_that_stands_in_no_list_is_refused(run):
+    with pytest.raises(ValueError, match="scorers is"):
+        await run(a_pipeline(scorers=FakeScorer()))
+
+
+async def test_a_chain_that_cannot_be_is_named_as_the_chain(run):
+    with pytest.raises(ValueError, match="chain is 'previous'"):
+        await run(a_pipeline(FakeImages(max_references=0)))
+
+
+async def test_a_pipeline_without_models_finds_them_once(caplog):
+    pipeline = Pipeline()
+    with caplog.at_level(logging.WARNING, "refimg.defaults"):
+        await pipeline.load()
+        found = (pipeline.director, pipeline.image_model, pipeline.scorers)
+        await pipeline.enhance(a_story(1))
+    assert None not in found
+    assert found == (pipeline.director, pipeline.image_model, pipeline.scorers)
+    assert len(caplog.records) == 1
+
+
+async def test_what_can_be_loaded_is_loaded_sync_or_async():
+    loaded = []
+
+    async def later():
+        loaded.append("images")
+
+    images, scorer = FakeImages(), FakeScorer()
+    images.load, scorer.load = later, lambda: loaded.append("scorer")
+    await a_pipeline(images, scorers=[scorer]).load()
+    assert loaded == ["images", "scorer"]

@@ -972,3 +972,25 @@ def test_settings_given_to_from_env_win_over_the_environment(monkeypatch):
     images, scorer = FakeImages(), FakeScorer()
     pipeline = Pipeline.from_env(image_model=images, scorers=[scorer], chain="none")
     assert (pipeline.image_model, pipeline.scorers, pipeline.chain) == (images, [scorer], "none")
+
+
+async def test_a_result_is_short_in_print(run):
+    result = await run(a_pipeline(), a_story(1))
+    assert len(str(result)) < 100 and len(str(result.scenes[0])) < 100
+
+
+async def test_a_result_saved_through_a_link_comes_back(run, tmp_path):
+    result = await run(a_pipeline(), a_story(1))
+    (tmp_path / "elsewhere").mkdir()
+    link = tmp_path / "run.json"
+    link.symlink_to(tmp_path / "elsewhere" / "run.json")
+    result.save(link)
+    assert StoryResult.load(link).references == result.references
+
+
+async def test_a_rerun_draws_with_other_seeds(run):
+    pipeline = a_pipeline(seed=1)
+    before = await run(pipeline, a_story(2))
+    after = await pipeline.rerun(before, 2)
+    seeds = [v.image.seed for r in (before, after) for v in r.scenes[1].variations]
+    assert len(set(seeds)) == len(seeds)
