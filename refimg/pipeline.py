@@ -459,7 +459,7 @@ async def _call(function: Callable | None, *args: Any) -> Any:
     answer = function(*args) if function else None
     return await answer if inspect.isawaitable(answer) else answer
 
-# %% ../nbs/03_pipeline.ipynb #3dedde14
+# %% ../nbs/03_pipeline.ipynb #ff3d0a38
 class _Reporter:
     """Counts finished stages and hands each Progress to the caller, in order."""
 
@@ -490,13 +490,13 @@ class _Reporter:
                     _logger.warning("on_progress raised %r; its errors are ignored", error)
                 broken = True
 
-    async def drain(self, listener: asyncio.Task) -> None:
-        """Waits until all reports are delivered, or one of them takes longer than GRACE."""
+    async def drain(self, listener: asyncio.Task, patience: float) -> None:
+        """Waits until all reports are delivered, or one takes more than `patience` seconds."""
         self.queue.put_nowait(None)
         before = -1
         while not listener.done() and self.queue.qsize() != before:
             before = self.queue.qsize()
-            await asyncio.wait({listener}, timeout=GRACE)
+            await asyncio.wait({listener}, timeout=patience)
         listener.cancel()
 
 # %% ../nbs/03_pipeline.ipynb #925a64bf
@@ -1074,20 +1074,21 @@ def _story_result(run: _Run) -> StoryResult:
         story=run.story,
     )
 
-# %% ../nbs/03_pipeline.ipynb #b77bb2d5
+# %% ../nbs/03_pipeline.ipynb #3eedda72
 async def _run_scenes(run: _Run, check: Callable | None) -> StoryResult:
     """The result of the run; however it ends, what was drawn is on disk."""
-    listener = asyncio.create_task(run.reporter.deliver())
+    listener, patience = asyncio.create_task(run.reporter.deliver()), GRACE
     try:
         await _unless_cancelled(lambda: _scenes(run), check, run.stop)
         return _story_result(run)
     except (GenerationCancelled, asyncio.CancelledError):
         listener.cancel()
+        patience = max(0.1, run.deadline - run.clock())
         raise
     finally:
         writing = asyncio.gather(*(_save_rest(run, draft) for draft in run.drafts))
         await asyncio.wait({writing}, timeout=max(0.1, run.deadline - run.clock()))
-        await run.reporter.drain(listener)
+        await run.reporter.drain(listener, patience)
 
 # %% ../nbs/03_pipeline.ipynb #c360a71a
 def _settled(story: Story) -> Story:

@@ -531,6 +531,35 @@ async def test_a_model_that_never_ends_is_given_up(tmp_path, monkeypatch, way):
     assert stage.calls[2] == 2
 
 
+async def test_a_deaf_model_and_a_deaf_listener_share_one_grace(tmp_path, monkeypatch):
+    monkeypatch.setattr("refimg.pipeline.GRACE", 1.0)
+    end = asyncio.Event()
+
+    async def stay(_):
+        while not end.is_set():
+            try:
+                await end.wait()
+            except asyncio.CancelledError:
+                continue
+
+    seconds = []
+    for attempt in range(TRIES):
+        images = HangingImages(1, stay)
+        pipeline = Pipeline(director=FakeChat([RuntimeError("no")]), critic=FakeChat(),
+                            image_model=images, scorers=[FakeScorer()])
+        began = time.perf_counter()
+        with pytest.raises(GenerationCancelled):
+            await pipeline.run(Story(scenes=[Scene(prompt="a")]), output_dir=tmp_path / "images",
+                               generation_id=f"try{attempt}", on_progress=stay,
+                               cancellation_check=images.reached.is_set)
+        seconds.append(time.perf_counter() - began)
+        if seconds[-1] < 1.9:
+            break
+    end.set()
+    await asyncio.sleep(0.1)
+    assert min(seconds) < 1.9, f"twice the grace: {seconds}"
+
+
 async def test_a_callback_that_hangs_does_not_hold_up_the_stop(tmp_path):
     async def report(progress) -> None:
         await asyncio.sleep(60)
