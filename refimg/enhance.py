@@ -426,7 +426,7 @@ def _names(text: str) -> list[str]:
                 names.append(re.sub(r"['\u2019]s$", "", name))
     return [] if text.isupper() else names
 
-# %% ../nbs/00_enhance.ipynb #bea7f2d8
+# %% ../nbs/00_enhance.ipynb #2f8969f4
 def lost_intent(
     original: str,  # the user's prompt
     final: str,  # the enhanced prompt
@@ -437,7 +437,8 @@ def lost_intent(
     lost = {w: "number" for w in words if w[0].isdigit() and w not in kept}
     lost |= {w: "colour" for w in words if w in _COLOURS and w not in kept}
     for kind, phrases in (("name", _names(original)), ("quotation", _quotes(original))):
-        lost |= {p: kind for p in phrases if f" {' '.join(_words(p))} " not in text}
+        said = [(phrase, " ".join(_words(phrase))) for phrase in phrases]
+        lost |= {p: kind for p, words in said if words and f" {words} " not in text}
     return [f"{kind} lost from the original prompt: {what}" for what, kind in lost.items()]
 
 # %% ../nbs/00_enhance.ipynb #b12125b7

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from refimg import enhance
@@ -475,6 +475,7 @@ def test_what_must_survive(original, final, lost):
 
 @settings(max_examples=200)
 @given(st.text(max_size=200))
+@example('":"')
 def test_a_text_kept_as_it_is_loses_nothing(text):
     assert lost_intent(text, text) == []
     assert lost_intent(text, f"{text}\nA wide shot.") == []
