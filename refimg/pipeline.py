@@ -840,11 +840,20 @@ def _short(score: float | None) -> float | None:
     """The score with one decimal, for people."""
     return None if score is None else round(score, 1)
 
-# %% ../nbs/03_pipeline.ipynb #9c350ea4
+# %% ../nbs/03_pipeline.ipynb #c0a682e8
+def _verdict(scores: ImageScores, threshold: float) -> str | None:
+    """What a scene's warnings must say of the chosen image's scores, if anything."""
+    if scores.overall is None:
+        notes = dict.fromkeys(scores.notes[name] for name in sorted(scores.notes))
+        return f"unscored: {'; '.join(notes)}"
+    if scores.overall < threshold:
+        return f"below threshold: {math.floor(10 * scores.overall) / 10} < {threshold:g}"
+    return None
+
+# %% ../nbs/03_pipeline.ipynb #38193b33
 def _describe(run: _Run, draft: _Draft) -> None:
     """Logs the choice, and warns of one that is unscored or below the threshold."""
     scores, t = draft.winner.scores, draft.timings
-    threshold = run.pipeline.quality_threshold
     _logger.info(
         "scene %d: overall %s, metrics %s, %s (%s); enhance %.2f s, generate %.2f s, "
         "score %.2f s, wait %.2f s",
@@ -853,15 +862,9 @@ def _describe(run: _Run, draft: _Draft) -> None:
         draft.winner.image.image_path, draft.source,
         t["enhance"], t["generate"], t["score"], t["wait"],
     )
-    if scores.overall is None:
-        notes = dict.fromkeys(scores.notes[name] for name in sorted(scores.notes))
-        draft.warnings.append(f"unscored, the first variation was taken: {'; '.join(notes)}")
-    elif scores.overall < threshold:
-        shown = math.floor(10 * scores.overall) / 10
-        draft.warnings.append(f"below threshold: {shown} < {threshold:g}")
-    else:
-        return
-    _logger.warning("scene %d: %s", draft.number, draft.warnings[-1])
+    if verdict := _verdict(scores, run.pipeline.quality_threshold):
+        draft.warnings.append(verdict)
+        _logger.warning("scene %d: %s", draft.number, verdict)
 
 # %% ../nbs/03_pipeline.ipynb #56659398
 async def _choose(run: _Run, draft: _Draft) -> None:
@@ -1334,7 +1337,7 @@ async def _load(p: Pipeline) -> None:
         if inspect.isawaitable(loading):
             await loading
 
-# %% ../nbs/03_pipeline.ipynb #93953561
+# %% ../nbs/03_pipeline.ipynb #cdf0805f
 def _with_choice(scene: SceneResult, variation: int, threshold: float) -> SceneResult:
     """The scene with another of its variations as its reference."""
     variations = [
@@ -1342,9 +1345,11 @@ def _with_choice(scene: SceneResult, variation: int, threshold: float) -> SceneR
         for number, item in enumerate(scene.variations, start=1)
     ]
     chosen = variations[variation - 1]
-    overall = chosen.scores.overall
+    overall, verdict = chosen.scores.overall, _verdict(chosen.scores, threshold)
+    warnings = [w for w in scene.warnings if not w.startswith(("below threshold:", "unscored:"))]
     return scene.model_copy(update={
-        "variations": variations, "reference": chosen.image.image_path, "reference_from": "human",
+        "warnings": warnings + [verdict] * bool(verdict), "variations": variations,
+        "reference": chosen.image.image_path, "reference_from": "human",
         "below_threshold": None if overall is None else overall < threshold})
 
 # %% ../nbs/03_pipeline.ipynb #9c51bf82

@@ -994,3 +994,11 @@ async def test_a_rerun_draws_with_other_seeds(run):
     after = await pipeline.rerun(before, 2)
     seeds = [v.image.seed for r in (before, after) for v in r.scenes[1].variations]
     assert len(set(seeds)) == len(seeds)
+
+
+@pytest.mark.parametrize("chosen, said", [(1, ["below threshold: 3.9 < 5"]), (2, [])])
+async def test_the_verdict_in_the_warnings_is_the_choices_not_the_old_winners(run, chosen, said):
+    images = FakeImages(lambda request, number: picture(10 * number))
+    before = await run(a_pipeline(images, quality_threshold=5.0), a_story(1))
+    after = choose(choose(before, 1, 1, "softer"), 1, chosen, "on second thoughts")
+    assert [w for w in after.scenes[0].warnings if w.startswith("below")] == said
