@@ -732,7 +732,7 @@ async def _enhance(run: _Run, draft: _Draft) -> ImagePromptEnhancementResult:
     run.reporter.finished += 1
     return result
 
-# %% ../nbs/03_pipeline.ipynb #2ecf63bd
+# %% ../nbs/03_pipeline.ipynb #8cdbb15f
 class _Judge:
     """Scores a scene's images as they arrive, in whatever has piled up."""
 
@@ -740,7 +740,8 @@ class _Judge:
         self.run, self.scorers, self.text = run, run.pipeline.scorers, text
         self.waiting: list[_Take] = []
         self.task: asyncio.Task | None = None
-        asyncio.get_running_loop().run_in_executor(scoring_thread(), self._read_text)
+        if any(hasattr(scorer, "embed_text") for scorer in self.scorers):
+            asyncio.get_running_loop().run_in_executor(scoring_thread(), self._read_text)
 
     def _read_text(self) -> None:
         for scorer in self.scorers:
