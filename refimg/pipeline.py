@@ -165,7 +165,7 @@ class Variation(BaseModel, frozen=True):
     rank: int | None = None  # 1 is best; None: unscored
     selected: bool = False  # True: this image is the scene's reference
 
-# %% ../nbs/03_pipeline.ipynb #06a75819
+# %% ../nbs/03_pipeline.ipynb #2c7f7936
 class SceneResult(BaseModel, frozen=True):
     """What became of one scene."""
 
@@ -178,7 +178,7 @@ class SceneResult(BaseModel, frozen=True):
     reference_from: Literal["ranked", "first", "fallback", "carried", "human"]
     below_threshold: bool | None = None  # None: unscored, so neither
     warnings: list[str] = []  # what a person should know
-    timings: dict[str, float] = {}  # s: enhance, wait, generate, score; *_start; rescore
+    timings: dict[str, float] = {}  # seconds: enhance, wait, generate, score; *_start
 
     def __repr__(self) -> str:
         return f"SceneResult({self.scene}, {self.reference_from}, {self.reference.name})"
@@ -1605,7 +1605,7 @@ def _rescored(
         "sandbox": result.sandbox or _is_sandbox(scenes),
         "settings": result.settings | {"rescores": done}})
 
-# %% ../nbs/03_pipeline.ipynb #d01626d8
+# %% ../nbs/03_pipeline.ipynb #cb4596bd
 async def rescore(
     result: StoryResult,  # is not changed
     scorers: list[Scorer] | None = None,  # the new judges; None: the scores that are there
@@ -1618,18 +1618,18 @@ async def rescore(
         raise ValueError("scorers and weights are both None; allowed: one of them, or both")
     if scorers is not None:
         await asyncio.to_thread(_check_judges, scorers, weights)
-    how, scenes = result.settings.get("rerun_settings", {}), []
+    how, scenes, seconds = result.settings.get("rerun_settings", {}), [], []
     for scene in result.scenes:
         settings = result.settings | how.get(str(scene.scene), {})
         started = time.perf_counter()
         graded = await _judged_again(scene, settings, scorers, weights)
-        timings = scene.timings | {"rescore": time.perf_counter() - started}
+        seconds.append(time.perf_counter() - started)
         threshold = settings.get("quality_threshold", 30.0)
-        judged = _with_scores(scene, graded, threshold, reselect)
-        scenes.append(judged.model_copy(update={"timings": timings}))
+        scenes.append(_with_scores(scene, graded, threshold, reselect))
     names = scorers and [
         {"name": s.name, "model": s.model, "calibration": s.calibration} for s in scorers]
-    record = {"scorers": names, "weights": weights and dict(weights), "reselect": reselect}
+    record = {"scorers": names, "weights": weights and dict(weights), "reselect": reselect,
+              "seconds": seconds}
     return _rescored(result, scenes, record)
 
 # %% ../nbs/03_pipeline.ipynb #05b10de9

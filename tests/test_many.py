@@ -39,10 +39,10 @@ def make_story(text: str = "a keeper", scenes: int = 1, **fields) -> Story:
 
 
 def make_pipeline(images: FakeImages | None = None, **options) -> Pipeline:
-    return Pipeline(
-        director=director(), critic=critic(90), image_model=images or FakeImages(),
-        scorers=[FakeScorer()],
-        **{"num_variations": 1, "quality_threshold": 0, "max_enhancement_iterations": 0} | options)
+    options = {"num_variations": 1, "max_enhancement_iterations": 0, "quality_threshold": 0,
+               "scorers": [FakeScorer()]} | options
+    return Pipeline(director=director(), critic=critic(90), image_model=images or FakeImages(),
+                    **options)
 
 
 async def collect(made) -> dict[int, StoryResult | StoryFailure]:
@@ -282,8 +282,18 @@ async def test_progress_counts_results_and_failures(tmp_path, known):
         on_progress=reports.append))
     assert [r.done + r.failed for r in reports] == [1, 2, 3, 4]
     assert (reports[-1].done, reports[-1].failed) == (3, 1)
-    assert {r.total for r in reports} <= ({4} if known else {4, None})
+    assert {r.total for r in reports} == {4}  # all were read before the first had ended
     assert all(isinstance(r, ManyProgress) for r in reports)
+
+
+async def test_the_total_is_not_known_while_stories_come_in(tmp_path):
+    reports = []
+    endless = (make_story() for _ in itertools.count())
+    async with aclosing(make_pipeline().run_many(
+            endless, output_dir=tmp_path / "i", on_progress=reports.append)) as many:
+        await anext(many)
+        await until(lambda: reports)
+    assert reports[0].total is None
 
 
 async def test_progress_may_be_async_and_may_raise(tmp_path, caplog):
@@ -411,32 +421,39 @@ async def test_a_check_that_is_true_at_once_costs_nothing(tmp_path):
 
 
 async def test_stopping_twice_does_not_break_off_the_clean_up(tmp_path):
-    """The check stops the stories, the closing iterator does so again: pictures are kept."""
+    """The check stops the story; when the iterator ends it is still tidying up, and may."""
+
     class Slow(FakeImages):
+        tidied = False
+
         async def generate(self, request):
-            self.requests.append(request)
+            if "now" in request.prompt:
+                return await super().generate(request)
             try:
                 await asyncio.sleep(60)
             except asyncio.CancelledError:
                 self.cancelled += 1
-                await asyncio.sleep(0.4)  # what a client does to cancel a prediction
+                await asyncio.sleep(0.4)  # what a client needs to cancel a prediction
                 self.tidied = True
                 raise
 
-    images = Slow()
-    with pytest.raises(GenerationCancelled):
-        await collect(make_pipeline(images).run_many(
-            [make_story()], output_dir=tmp_path / "i",
-            cancellation_check=lambda: bool(images.requests)))
-    assert (images.cancelled, images.tidied) == (1, True)
+    images, stop = Slow(), asyncio.Event()
+    async with aclosing(make_pipeline(images).run_many(
+            [make_story("now"), make_story("later")], output_dir=tmp_path / "i",
+            cancellation_check=stop.is_set)) as many:
+        assert (await anext(many)).index == 0
+        stop.set()
+        await until(lambda: images.cancelled)
+        with pytest.raises(GenerationCancelled):
+            await anext(many)
+        assert (images.cancelled, images.tidied) == (1, True)
     await assert_only_we_are_left()
 
 
 async def test_stories_share_the_thread_of_scoring_and_go_to_it_in_whole_groups(tmp_path):
     """What has piled up while another story was scored is one batch."""
     scorer = FakeScorer(seconds=0.03)
-    pipeline = make_pipeline(scorers=None, num_variations=4)
-    pipeline.scorers = [scorer]
+    pipeline = make_pipeline(scorers=[scorer], num_variations=4)
     await collect(pipeline.run_many([make_story()] * 8, output_dir=tmp_path / "i"))
     assert sum(len(batch.images) for batch in scorer.batches) == 32
     assert sum(len(batch.images) == 4 for batch in scorer.batches) >= 4
