@@ -1360,7 +1360,7 @@ def _given_again(result: StoryResult, scene: int, prompt: str | None) -> tuple[S
     given[scene - 1] = None
     return result.story.model_copy(update={"scenes": scenes}), given
 
-# %% ../nbs/03_pipeline.ipynb #11169b7c
+# %% ../nbs/03_pipeline.ipynb #e637668b
 async def _rerun(p: Pipeline, result: StoryResult, scene: int, prompt: str | None) -> StoryResult:
     """The result with that scene, and those that depend on it, made again."""
     _check_scene(result, scene)
@@ -1381,7 +1381,8 @@ async def _rerun(p: Pipeline, result: StoryResult, scene: int, prompt: str | Non
         spent=result.cost,
     )
     scenes = _still_stale(new, source, again)
-    return new.model_copy(update={"settings": settings, "scenes": scenes})
+    return new.model_copy(
+        update={"settings": settings, "scenes": scenes, "index": result.index})
 
 # %% ../nbs/03_pipeline.ipynb #d83a905b
 @dataclass
@@ -1650,13 +1651,13 @@ class ManyProgress(BaseModel, frozen=True):
     failed: int  # stories that have none
     total: int | None = None  # how many there are; None: not known yet
 
-# %% ../nbs/03_pipeline.ipynb #de8c9752
+# %% ../nbs/03_pipeline.ipynb #2fe2e419
 def _check_many(
     p: Pipeline, stories: Any, concurrency: int, generation_id: str | None, output_dir: str | Path
 ) -> str:
     """How the runs' names begin; a ValueError about what would be wrong with each of them."""
-    many = isinstance(stories, (Iterable, AsyncIterable)) and not isinstance(stories, BaseModel)
-    if not many:
+    many = isinstance(stories, (Iterable, AsyncIterable))
+    if not many or isinstance(stories, (Story, str)):
         raise ValueError(f"stories is {stories!r:.200}; allowed: any iterable of Story")
     _check_number("concurrency", concurrency, 1, 1000)
     name = check_id(secrets.token_hex(6) if generation_id is None else generation_id)
@@ -1666,7 +1667,7 @@ def _check_many(
     _check_models(p)
     return name
 
-# %% ../nbs/03_pipeline.ipynb #d36d92aa
+# %% ../nbs/03_pipeline.ipynb #d5c8b9fc
 async def _run_one(
     p: Pipeline, index: int, story: Story, name: str, output_dir: str | Path
 ) -> StoryResult | StoryFailure:
@@ -1675,7 +1676,7 @@ async def _run_one(
         result = await p.run(story, generation_id=name, output_dir=output_dir)
         return result.model_copy(update={"index": index})
     except (Exception, asyncio.CancelledError) as error:
-        if _is_cancelled():
+        if isinstance(error, asyncio.CancelledError) and _is_cancelled():
             raise
         _logger.error("story %d (%s) failed: %r", index, name, error)
         title = story.title if isinstance(story, Story) else ""

@@ -20,6 +20,7 @@ from refimg.pipeline import (
     StoryFailure,
     StoryResult,
 )
+from refimg.storage.journal import Journal
 
 from .fakes import FakeImages, FakeScorer, critic, director, picture
 
@@ -132,6 +133,8 @@ async def test_an_index_survives_the_disk(tmp_path):
     async for made in make_pipeline().run_many([make_story()], output_dir=tmp_path / "i"):
         made.save(tmp_path / "run.json")
         assert StoryResult.load(tmp_path / "run.json") == made and made.index == 0
+        again = await make_pipeline().rerun(made, 1)
+        assert again.index == 0
     alone = await make_pipeline().run(make_story(), output_dir=tmp_path / "i")
     assert alone.index is None
 
@@ -146,6 +149,23 @@ async def test_names_are_unique_and_can_be_given(tmp_path):
     assert len(set(names)) == 40
     paths = [made.references[0] for one in (named, *others) for made in one.values()]
     assert len(set(paths)) == 80 and all(path.is_file() for path in paths)
+
+
+async def test_with_a_journal_the_same_call_pays_only_for_what_is_missing(tmp_path):
+    def paint(request, number):
+        return OSError("no paint") if "study-2" in request.slot and not mended else picture(number)
+
+    images, mended = FakeImages(paint), []
+    pipeline = make_pipeline(images, journal=Journal(tmp_path / "journal"))
+    stories = [make_story(f"story {n}", scenes=2) for n in range(6)]
+    options = {"generation_id": "study", "output_dir": tmp_path / "i"}
+    first = await collect(pipeline.run_many(stories, **options))
+    assert [i for i, made in first.items() if isinstance(made, StoryFailure)] == [2]
+    mended.append(True)
+    images.requests.clear()
+    again = await collect(pipeline.run_many(stories, **options))
+    assert {request.slot.partition("_")[0] for request in images.requests} == {"study-2"}
+    assert all(again[i].references == first[i].references for i in (0, 1, 3, 4, 5))
 
 
 async def test_a_result_comes_when_it_is_there_not_when_its_turn_has_come(tmp_path):
@@ -249,7 +269,7 @@ async def test_no_result_is_kept(tmp_path):
 @pytest.mark.parametrize("wrong", [
     {"concurrency": 0}, {"concurrency": 1001}, {"concurrency": 2.0}, {"concurrency": True},
     {"generation_id": "../x"}, {"generation_id": "x" * 64}, {"output_dir": 7},
-    {"stories": make_story()}, {"stories": 3}, {"stories": None},
+    {"stories": make_story()}, {"stories": "stories.yaml"}, {"stories": 3}, {"stories": None},
 ], ids=str)  # fmt: skip
 def test_bad_arguments_are_said_at_the_call(tmp_path, wrong):
     given = {"stories": iter(lambda: pytest.fail("a story was read"), None),
