@@ -10,19 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from schedule import (
-    BOUND,
-    IMAGE,
-    LLM,
-    ROUNDS,
-    SCENES,
-    SCORE,
-    VARIATIONS,
-    report,
-    sequential,
-    story,
-    timed,
-)
+from _chain import report, sequential, story, timed
+from schedule import FIGURES
 
 from refimg import Pipeline
 from refimg.adapters.openai import OpenAIChat
@@ -31,7 +20,7 @@ from tests.fakes import FakeScorer
 from tests.servers.images import ImageServer, start_image_server
 from tests.servers.llm import LLMServer, start_llm_server
 
-LIMIT = 1.15 * BOUND + 1  # seconds
+LIMIT = 1.15 * FIGURES.bound + 1  # seconds
 
 
 def pipeline(llm: LLMServer, images: ImageServer) -> Pipeline:
@@ -39,22 +28,22 @@ def pipeline(llm: LLMServer, images: ImageServer) -> Pipeline:
     director, critic = (OpenAIChat(name, base_url=llm.base_url) for name in ("director", "critic"))
     model = ReplicateImages(base_url=images.base_url, api_token="not-a-token")
     return Pipeline(director=director, critic=critic, image_model=model,
-                    scorers=[FakeScorer(seconds=SCORE)], num_variations=VARIATIONS,
-                    max_enhancement_iterations=ROUNDS, quality_threshold=0)
+                    scorers=[FakeScorer(seconds=FIGURES.score)], quality_threshold=0,
+                    num_variations=FIGURES.variations, max_enhancement_iterations=FIGURES.rounds)
 
 
 async def measured(llm: LLMServer, images: ImageServer, folder: Path) -> tuple[float, ...]:
     """Seconds of one warm run, the longest hold of the loop, seconds of the same one by one."""
-    p = pipeline(llm, images)
+    p, told = pipeline(llm, images), story(FIGURES.scenes)
     await p.load()
-    await p.run(story(), output_dir=folder / "warm")
+    await p.run(told, output_dir=folder / "warm")
     took = []
     for run in (timed, sequential):
         llm.script()
         images.script()
-        took.append(await run(p, folder / run.__name__))
-        assert len(llm.requests()) == 2 * ROUNDS * SCENES == 32
-        assert len(images.requests("create")) == VARIATIONS * SCENES == 16
+        took.append(await run(p, told, folder / run.__name__))
+        assert len(llm.requests()) == 2 * FIGURES.rounds * FIGURES.scenes == 32
+        assert len(images.requests("create")) == FIGURES.variations * FIGURES.scenes == 16
     return *took[0], took[1]
 
 
@@ -62,11 +51,11 @@ def main() -> None:
     """Runs both and reports; an AssertionError where the limit is passed."""
     with (
         tempfile.TemporaryDirectory() as folder,
-        start_llm_server(seconds=LLM) as llm,
-        start_image_server(seconds=IMAGE) as images,
+        start_llm_server(seconds=FIGURES.llm) as llm,
+        start_image_server(seconds=FIGURES.image) as images,
     ):
         wall, block, one_by_one = asyncio.run(measured(llm, images, Path(folder)))
-    report(wall, block, one_by_one, "1.15 x bound + 1 s")
+    report(wall, FIGURES.bound, one_by_one, block, "1.15 x bound + 1 s")
     assert wall <= LIMIT, f"{wall:.2f} s, allowed: {LIMIT:.2f} s"
 
 
