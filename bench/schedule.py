@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # bench/ has a statistics.py
 
 from refimg import Pipeline, Scene, Story, enhance_prompt_iterative, generate_images, score_images
 from tests.fakes import FakeChat, FakeImages, FakeScorer, critique
