@@ -13,7 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # bench/ has a statistics.py
+sys.path.append(sys.path.pop(0))  # bench/ comes last: it has a statistics.py
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from refimg import Pipeline, Scene, Story, enhance_prompt_iterative, generate_images, score_images
 from tests.fakes import FakeChat, FakeImages, FakeScorer, critique

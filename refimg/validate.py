@@ -363,12 +363,14 @@ def _metrics(table: pd.DataFrame) -> list[str]:
     scored = [c for c in table if c in WEIGHTS or f"raw_{c}" in table]
     return ["overall", *scored, *(c for c in _TRUTH if c in table)]
 
-# %% ../nbs/04_validate.ipynb #6d2a99a0
-def _table(runs: pd.DataFrame | StoryResult | Iterable[StoryResult], name: str) -> pd.DataFrame:
-    """The runs table, checked for what every use of it needs."""
-    table = runs_table(runs) if not hasattr(runs, "columns") else runs
-    if lacking := [column for column in _NEEDED if column not in table]:
-        raise ValueError(f"{name} has no column {_listed(lacking)}: it is no runs table")
+# %% ../nbs/04_validate.ipynb #cd69bb08
+def _table(
+    runs: pd.DataFrame | StoryResult | Iterable[StoryResult], name: str, *more: str
+) -> pd.DataFrame:
+    """The runs table, checked for what every use of it needs, and for more columns."""
+    table = runs if hasattr(runs, "columns") else runs_table(runs)
+    if lacking := [column for column in (*_NEEDED, *more) if column not in table]:
+        raise ValueError(f"{name} has no column {_listed(lacking)}; see `runs_table`")
     if table.empty:
         raise ValueError(f"{name} has no rows; at least one image is needed")
     numbers = table[_metrics(table)].astype(float)
@@ -377,9 +379,9 @@ def _table(runs: pd.DataFrame | StoryResult | Iterable[StoryResult], name: str) 
     return table.assign(**{column: numbers[column] for column in numbers}).reset_index(drop=True)
 
 
-def _arm(runs: pd.DataFrame | StoryResult | Iterable[StoryResult], name: str) -> pd.DataFrame:
+def _arm(runs: Any, name: str, *more: str) -> pd.DataFrame:
     """The runs table of one arm, scored on the original texts."""
-    table = _table(runs, name)
+    table = _table(runs, name, *more)
     _check_rows(table, name)
     for column in (c for c in _ONE if c in table):
         if len(values := table[column].drop_duplicates().tolist()) > 1:
@@ -389,15 +391,7 @@ def _arm(runs: pd.DataFrame | StoryResult | Iterable[StoryResult], name: str) ->
                          "that every arm is judged on the same text")
     return table
 
-
-def _check_unchained(table: pd.DataFrame, name: str, why: str) -> None:
-    """Nothing, or a ValueError where a scene may follow from another."""
-    several = table.groupby("story")["scene"].nunique().max() > 1
-    chain = table["chain"].iloc[0]
-    if several and chain != "none":
-        raise ValueError(f"{name} has chain {chain!r} and several scenes a story: {why}")
-
-# %% ../nbs/04_validate.ipynb #d0ecf19e
+# %% ../nbs/04_validate.ipynb #29da1ef3
 def _check_scenes(a: pd.DataFrame, b: pd.DataFrame) -> None:
     """Nothing, or a ValueError about scenes or texts that are not in both."""
     first, second = (t.groupby(["story", "scene"])["text"].first() for t in (a, b))
@@ -419,9 +413,14 @@ def _check_judges(a: pd.DataFrame, b: pd.DataFrame) -> None:
             raise ValueError(f"a and b were judged differently: {column} is {_listed(known)}")
 
 
+def _size(table: pd.DataFrame) -> pd.Series:
+    """How many images each scene has."""
+    return table.groupby(_SCENE).size()
+
+
 def _check_images(tables: dict[str, pd.DataFrame], k: tuple | None, matched: bool) -> list[str]:
     """What is to be said of the number of images; a ValueError where it is not allowed."""
-    sizes = {name: table.groupby(_SCENE).size() for name, table in tables.items()}
+    sizes = {name: _size(table) for name, table in tables.items()}
     spans = [sorted(size.unique()) for size in sizes.values()]
     told = [" to ".join(map(str, dict.fromkeys((s[0], s[-1])))) for s in spans]
     said = f"images a scene: a {told[0]}, b {told[-1]}"
@@ -459,7 +458,7 @@ def _best(table: pd.DataFrame, k: int, by: str) -> pd.DataFrame:
     parts = table[_metrics(table)].mul(weights, axis=0).groupby([table[c] for c in _SCENE])
     return parts.sum().where(parts.count().eq(parts.size(), axis=0))
 
-# %% ../nbs/04_validate.ipynb #5850f638
+# %% ../nbs/04_validate.ipynb #96b4c7c5
 _UNITS = {"story": ["story"], "prompt": ["story", "scene"]}
 
 
@@ -469,11 +468,20 @@ def _check_unit(table: pd.DataFrame, name: str, unit: str, k: int | None, by: st
         raise ValueError(f"unit is {unit!r}; allowed: {', '.join(_UNITS)}")
     if by not in _metrics(table):
         raise ValueError(f"by is {by!r}; allowed: {', '.join(_metrics(table))}")
-    chain, several = table["chain"].iloc[0], table.groupby("story")["scene"].nunique().max() > 1
-    if several and chain != "none" and (unit == "prompt" or k is not None):
+    if _chained(table) and (unit == "prompt" or k is not None):
         what = "its scenes are not independent" if k is None else "its scenes follow other images"
-        raise ValueError(f"{name} has several scenes a story and chain {chain!r}: {what}; allowed: "
-                         "unit='story' and k=None, or runs with chain 'none'")
+        raise ValueError(f"{name} has several scenes a story and chain {table['chain'].iloc[0]!r}: "
+                         f"{what}; allowed: unit='story' and k=None, or runs with chain 'none'")
+
+
+def _several(table: pd.DataFrame) -> bool:
+    """Whether a story has more than one scene."""
+    return bool(table.groupby("story")["scene"].nunique().max() > 1)
+
+
+def _chained(table: pd.DataFrame) -> bool:
+    """Whether a scene may have followed from another; also where nobody says it did not."""
+    return _several(table) and table["chain"].iloc[0] != "none"
 
 
 def _values(table: pd.DataFrame, name: str, unit: str, k: int | None, by: str) -> pd.DataFrame:
@@ -586,7 +594,7 @@ def _difference(metric: str, a: pd.Series, b: pd.Series, selects: bool) -> Diffe
         return Difference(**known)
     return Difference(mean_a=a.mean(), mean_b=b.mean(), **_tests(d.to_numpy()), **known)
 
-# %% ../nbs/04_validate.ipynb #f95352ad
+# %% ../nbs/04_validate.ipynb #681f409c
 def _named(tables: Iterable[pd.DataFrame], column: str) -> set[str]:
     """The metrics that a column of the tables names; all of them where it is not known."""
     found: set[str] = set()
@@ -600,7 +608,7 @@ def _named(tables: Iterable[pd.DataFrame], column: str) -> set[str]:
 
 def _selecting(tables: Sequence[pd.DataFrame], k: tuple | None, by: str) -> set[str]:
     """The metrics that had a part in choosing the images, the score that chose among them."""
-    drawn = max(k) if k else max(t.groupby(_SCENE).size().max() for t in tables)
+    drawn = max(k) if k else max(_size(t).max() for t in tables)
     if drawn == 1:
         return set()
     if k and by != "overall":
@@ -725,7 +733,7 @@ def _comparison_table(c: Comparison) -> Html:
     below = [element("div", text, style=_SMALL) for text in (*reasons, *c.notes)]
     return _root(_table_of(_HEADS, map(_cells, c.differences), _heading(c)), *below)
 
-# %% ../nbs/04_validate.ipynb #eb1068b3
+# %% ../nbs/04_validate.ipynb #a1aa4e49
 def _pair_of(k: int | tuple[int, int] | None) -> tuple[int, int] | None:
     """The k of each arm; a ValueError where it is no whole number from 1."""
     pair = k if k is None or isinstance(k, tuple) else (k, k)
@@ -737,12 +745,15 @@ def _pair_of(k: int | tuple[int, int] | None) -> tuple[int, int] | None:
 
 def _notes(tables: dict, unit: str, found: list[Difference]) -> list[str]:
     """What a reader must know of this comparison."""
-    several = any(t.groupby("story")["scene"].nunique().max() > 1 for t in tables.values())
-    notes = ["prompts of one story are counted as independent"] * (several and unit == "prompt")
+    a, b = (set(_metrics(table)) for table in tables.values())
+    several = unit == "prompt" and _several(tables["a"])
+    notes = ["prompts of one story are counted as independent"] if several else []
     skewed = [d.metric for d in found if abs(d.skewness or 0) > 1]
     if skewed:
-        notes.append(f"one-sided differences in {_listed(skewed)}: intervals called 95 % hold "
-                     "92 to 93 % there")
+        notes.append(f"one-sided differences in {_listed(skewed)}: an interval called 95 % is "
+                     "somewhat narrower than that")
+    if lone := sorted(a ^ b):
+        notes.append(f"not compared, because only one arm has it: {_listed(lone)}")
     if all(d.selects for d in found):
         notes.append("no metric was held out: a gain may exist only in the scores that chose")
     return notes
@@ -786,7 +797,7 @@ def _halves(table: pd.DataFrame) -> tuple[pd.Series, bool]:
         return runs.transform(lambda ids: ids.rank(method="dense")) % 2 == 1, True
     return table.groupby(_SCENE)["variation"].rank("first") % 2 == 1, False
 
-# %% ../nbs/04_validate.ipynb #ca9d702d
+# %% ../nbs/04_validate.ipynb #d581ac1f
 def aa_check(
     runs: pd.DataFrame | Iterable[StoryResult],  # one arm, two runs a story or two images a scene
     unit: Literal["story", "prompt"] = "story",  # what counts as one observation
@@ -797,9 +808,10 @@ def aa_check(
     halves = table[first], table[~first]
     if by_run:
         return compare(*halves, unit, matched=False)
-    k = int(table.groupby(_SCENE).size().min()) // 2
-    if k == 0:
-        raise ValueError("runs has one image a scene; two are needed, or two runs of each story")
+    k = int(_size(table).min()) // 2
+    if k == 0 or _chained(table):
+        raise ValueError("runs cannot be split: allowed are two runs of every story with different "
+                         "seeds, or unchained scenes of two images or more")
     return compare(*halves, unit, k=k)
 
 # %% ../nbs/04_validate.ipynb #801d9641
@@ -812,7 +824,7 @@ def _interval_row(values: pd.Series) -> dict[str, Any]:
     span = paired_interval(values.to_numpy())
     return {"mean": span.mean, "low": span.low, "high": span.high, "reason": ""}
 
-# %% ../nbs/04_validate.ipynb #5b99a749
+# %% ../nbs/04_validate.ipynb #0c6968fb
 def best_of_k(
     runs: pd.DataFrame | Iterable[StoryResult],  # one arm, scenes unchained
     by: str = "overall",  # the score that chooses
@@ -822,7 +834,7 @@ def best_of_k(
     import pandas as pd
 
     table = _arm(runs, "runs")
-    most = int(table.groupby(_SCENE).size().min())
+    most = int(_size(table).min())
     selecting = _selecting([table], (max(2, most),) * 2, by)
     rows = []
     for k in range(1, most + 1):
@@ -949,7 +961,7 @@ def distributions(
                          "selected": _selected(group)[metric].mean()})
     return _marked(pd.DataFrame(rows), table)
 
-# %% ../nbs/04_validate.ipynb #686ffa3d
+# %% ../nbs/04_validate.ipynb #f7aa06af
 def pass_rates(
     runs: pd.DataFrame | Iterable[StoryResult],  # one arm or several
     thresholds: Sequence[float] = (20, 30, 40, 50),  # of the chosen image's overall, 0..100
@@ -957,39 +969,40 @@ def pass_rates(
     """One row an arm: scenes, unscored ones, and how many pass each threshold."""
     table = _table(runs, "runs")
     overall = _selected(table)["overall"]
-    counted = {"scenes": overall.index >= 0, "unscored": overall.isna()}
+    counted = {"scenes": True, "unscored": overall.isna()}
     counted |= {f"pass {threshold:g}": overall >= threshold for threshold in thresholds}
     arms = _by_arm(table).loc[overall.index]
     made = overall.to_frame().assign(**counted).groupby(arms, sort=False)[[*counted]].sum()
     return _marked(made.astype(int), table)
 
-# %% ../nbs/04_validate.ipynb #c5bc3292
+# %% ../nbs/04_validate.ipynb #c2f8e4e6
 def threshold_errors(
     runs: pd.DataFrame | Iterable[StoryResult],  # one arm or several
 ) -> pd.DataFrame:
     """The chosen images that are below their threshold and not marked so, or the reverse."""
-    chosen = _selected(_table(runs, "runs"))
+    chosen = _selected(_table(runs, "runs", "quality_threshold", "below_threshold"))
     if (unknown := chosen["quality_threshold"].isna()).any():
         raise ValueError(f"{int(unknown.sum())} scenes have no quality_threshold to check against")
     below = chosen["overall"] < chosen["quality_threshold"]
-    said = chosen["below_threshold"]
-    wrong = (said.eq(True) != below) | (said.isna() != chosen["overall"].isna())
+    known = chosen["below_threshold"].notna()
+    said = chosen["below_threshold"].where(known, False).astype(bool)
+    wrong = (said != below) | (known != chosen["overall"].notna())
     if "warned" in chosen:
         wrong |= chosen["warned"].astype(bool) != below
     return chosen[wrong]
 
-# %% ../nbs/04_validate.ipynb #2a202a1f
+# %% ../nbs/04_validate.ipynb #1ba8fa74
 def stop_reasons(
     runs: pd.DataFrame | Iterable[StoryResult],  # one arm or several
 ) -> pd.DataFrame:
     """One row an arm, number of rounds and reason to stop: how many scenes."""
-    table = _table(runs, "runs")
+    table = _table(runs, "runs", "iterations", "stop_reason")
     keys = [_by_arm(table).rename("arm"), table["iterations"], table["stop_reason"]]
     scenes = ~table.assign(arm=keys[0]).duplicated(["arm", *_SCENE])
     counted = scenes[scenes].groupby([key[scenes] for key in keys]).size()
     return _marked(counted.rename("scenes").reset_index(), table)
 
-# %% ../nbs/04_validate.ipynb #cbb2ca3d
+# %% ../nbs/04_validate.ipynb #9836adc2
 def _same_winner(table: pd.DataFrame, one: str, other: str) -> pd.Series:
     """By scene, the chance that both choose the same image; ties are broken by lot."""
     scenes = table.groupby(_SCENE)
@@ -1007,11 +1020,6 @@ def _agreement_row(table: pd.DataFrame, ranks: pd.DataFrame, pair: tuple[str, st
     span = _interval_row(found.groupby(_UNITS[unit]).mean())
     return {"one": one, "other": other, "scenes": len(found), "correlation": span.pop("mean"),
             **span, "same winner": same.mean(), "by chance": (1 / _size(table)).mean()}
-
-
-def _size(table: pd.DataFrame) -> pd.Series:
-    """How many images each scene has."""
-    return table.groupby(_SCENE).size()
 
 # %% ../nbs/04_validate.ipynb #e0518e8f
 def agreement(
@@ -1044,7 +1052,7 @@ def _correlation(x: pd.Series, y: pd.Series) -> dict[str, Any]:
     span = found.confidence_interval()
     return {"correlation": found.statistic, "low": span.low, "high": span.high, "reason": ""}
 
-# %% ../nbs/04_validate.ipynb #6ec155d6
+# %% ../nbs/04_validate.ipynb #bb9434e2
 def critic_agreement(
     runs: pd.DataFrame | Iterable[StoryResult],  # one arm with enhanced prompts
     unit: Literal["story", "prompt"] = "story",  # what counts as one observation
@@ -1052,7 +1060,7 @@ def critic_agreement(
     """One row a metric: the critic's score against the mean score of the images, over units."""
     import pandas as pd
 
-    table = _arm(runs, "runs")
+    table = _arm(runs, "runs", "critic_score")
     _check_unit(table, "runs", unit, None, "overall")
     metrics = _metrics(table)
     columns = [*metrics, "critic_score"]
@@ -1144,7 +1152,13 @@ def forest_chart(
         alt=f"Forest plot. {_heading(comparison)}. {told}.",
         caption=f"{_heading(comparison)}. Lines: 95 %; hollow: cannot tell; ◆ held out.")
 
-# %% ../nbs/04_validate.ipynb #a1ca8fa2
+# %% ../nbs/04_validate.ipynb #5ca826b6
+def _thresholds(tables: Iterable[pd.DataFrame]) -> set[float]:
+    """The quality thresholds that the tables name."""
+    named = (t["quality_threshold"].dropna() for t in tables if "quality_threshold" in t)
+    return {edge for values in named for edge in values}
+
+
 def _draw_boxes(axes: Axes, metric: str, arms: dict[str, pd.DataFrame]) -> None:
     """One metric: a box an arm."""
     known = {arm: group[metric].dropna() for arm, group in arms.items()}
@@ -1155,7 +1169,7 @@ def _draw_boxes(axes: Axes, metric: str, arms: dict[str, pd.DataFrame]) -> None:
         axes.plot(_selected(group)[metric].mean(), place, "*", color=_ORANGE, markersize=10,
                   markeredgecolor="black", markeredgewidth=0.6)
     if metric == "overall":
-        for edge in {t for g in arms.values() for t in g.get("quality_threshold", g["overall"][:0])}:
+        for edge in _thresholds(arms.values()):
             axes.axvline(edge, color=_ORANGE, linestyle="--", linewidth=1.4)
     axes.set_yticks(range(1, len(arms) + 1), [f"{arm:.20}" for arm in arms])
     axes.set_title(metric, loc="left")
