@@ -363,7 +363,7 @@ def _metrics(table: pd.DataFrame) -> list[str]:
     scored = [c for c in table if c in WEIGHTS or f"raw_{c}" in table]
     return ["overall", *scored, *(c for c in _TRUTH if c in table)]
 
-# %% ../nbs/04_validate.ipynb #cd69bb08
+# %% ../nbs/04_validate.ipynb #22211c12
 def _table(
     runs: pd.DataFrame | StoryResult | Iterable[StoryResult], name: str, *more: str
 ) -> pd.DataFrame:
@@ -379,6 +379,11 @@ def _table(
     return table.assign(**{column: numbers[column] for column in numbers}).reset_index(drop=True)
 
 
+def _size(table: pd.DataFrame) -> pd.Series:
+    """How many images each scene has."""
+    return table.groupby(_SCENE).size()
+
+
 def _arm(runs: Any, name: str, *more: str) -> pd.DataFrame:
     """The runs table of one arm, scored on the original texts."""
     table = _table(runs, name, *more)
@@ -391,7 +396,7 @@ def _arm(runs: Any, name: str, *more: str) -> pd.DataFrame:
                          "that every arm is judged on the same text")
     return table
 
-# %% ../nbs/04_validate.ipynb #29da1ef3
+# %% ../nbs/04_validate.ipynb #9fc7203c
 def _check_scenes(a: pd.DataFrame, b: pd.DataFrame) -> None:
     """Nothing, or a ValueError about scenes or texts that are not in both."""
     first, second = (t.groupby(["story", "scene"])["text"].first() for t in (a, b))
@@ -411,11 +416,6 @@ def _check_judges(a: pd.DataFrame, b: pd.DataFrame) -> None:
         known = sorted({*a[column].dropna(), *b[column].dropna()})
         if len(known) > 1:
             raise ValueError(f"a and b were judged differently: {column} is {_listed(known)}")
-
-
-def _size(table: pd.DataFrame) -> pd.Series:
-    """How many images each scene has."""
-    return table.groupby(_SCENE).size()
 
 
 def _check_images(tables: dict[str, pd.DataFrame], k: tuple | None, matched: bool) -> list[str]:
@@ -683,7 +683,7 @@ class Comparison(BaseModel, frozen=True):
     def _repr_html_(self) -> str:
         return str(_comparison_table(self))
 
-# %% ../nbs/04_validate.ipynb #5598f899
+# %% ../nbs/04_validate.ipynb #1dd13477
 _COLUMN = "padding:.15em .7em;text-align:left;border-bottom:1px solid rgba(128,128,128,.3)"
 _SMALL = "opacity:.75;font-size:.85em"
 
@@ -694,23 +694,28 @@ def _figures(*values: float | None, digits: int = 2, sign: str = "") -> str:
     return told[0] if len(told) == 1 or told[1] == "–" else f"{told[0]} [{told[1]}, {told[2]}]"
 
 
+def _chance(p: float | None) -> str:
+    """A p-value."""
+    return "–" if p is None else "< .001" if p < 0.001 else f"{p:.3f}"
+
+
 def _cells(d: Difference) -> list[str]:
     """One row of the table."""
     won = "–" if d.wins is None else f"{d.wins} / {d.ties} / {d.losses}"
     return [
         d.metric, "selects" if d.selects else "held out", _figures(d.mean_a), _figures(d.mean_b),
-        _figures(d.difference, d.low, d.high, sign="+"), d.verdict, _figures(d.p_holm, digits=3),
-        _figures(d.p_wilcoxon, digits=3), won, _figures(d.win_rate, d.win_low, d.win_high),
-        _figures(d.p_sign, digits=3), _figures(d.skewness, digits=1), _figures(d.hacking),
+        _figures(d.difference, d.low, d.high, sign="+"), d.verdict, _chance(d.p_holm),
+        _chance(d.p_wilcoxon), won, _figures(d.win_rate, d.win_low, d.win_high),
+        _chance(d.p_sign), _figures(d.skewness, digits=1), _figures(d.hacking),
     ]
 
 
 def _heading(c: Comparison) -> str:
     """What was compared, in one line."""
-    counted = {"story": "stories", "prompt": "prompts"}[c.unit]
+    many = {"story": "stories", "prompt": "prompts"}[c.unit]
     what = "the selected images" if c.k is None else f"the best of {c.k[0]} and of {c.k[1]}"
     what = what if c.k is None or c.k[0] != c.k[1] else f"the best of {c.k[0]}"
-    return f"b less a, {what}, {c.units} {counted}{', sandbox' if c.sandbox else ''}"
+    return f"b less a, {what}, {c.units} {c.unit if c.units == 1 else many}{', sandbox' if c.sandbox else ''}"
 
 # %% ../nbs/04_validate.ipynb #22db8f33
 _HEADS = ("metric", "", "mean a", "mean b", "difference [95 %]", "b is", "p, Holm", "p, Wilcoxon",
@@ -1070,7 +1075,7 @@ def critic_agreement(
             for metric in metrics]
     return _marked(pd.DataFrame(rows).assign(units=len(values)), table)
 
-# %% ../nbs/04_validate.ipynb #19bef33e
+# %% ../nbs/04_validate.ipynb #61f45673
 _BLUE, _ORANGE, _GREY = "#0072b2", "#d55e00", "#6b7079"
 
 
@@ -1080,10 +1085,9 @@ def _figure_of(sandbox: bool, title: str, size: tuple, draw: Callable, **words: 
                   **words)
 
 
-def _grid(figure: Figure, count: int, columns: int = 3) -> list[Axes]:
-    """So many panels in lines of three."""
-    lines = -(-count // columns)
-    panels = figure.subplots(lines, min(count, columns), squeeze=False).ravel()
+def _grid(figure: Figure, count: int, columns: int) -> list[Axes]:
+    """So many panels in lines of so many columns."""
+    panels = figure.subplots(-(-count // columns), columns, squeeze=False).ravel()
     for panel in panels[count:]:
         panel.axis("off")
     return [*panels[:count]]
@@ -1099,15 +1103,17 @@ def _draw_curve(axes: Axes, metric: str, rows: pd.DataFrame) -> None:
     axes.set(xlabel="k", xticks=sorted({1, *rows["k"][rows["k"] % 2 == 0]}))
     axes.grid(axis="y")
 
-# %% ../nbs/04_validate.ipynb #592a8393
+# %% ../nbs/04_validate.ipynb #19e3f161
 def curve_chart(
     curve: pd.DataFrame,  # from `best_of_k`
 ) -> Html:
     """The mean of each metric for the best of k images, with its 95 % band."""
     groups = dict([*curve.groupby("metric", sort=False)])
+    columns = 2 if len(groups) in (2, 4) else 3
 
     def draw(figure: Figure) -> None:
-        for axes, (metric, rows) in zip(_grid(figure, len(groups)), groups.items(), strict=True):
+        panels = _grid(figure, len(groups), columns)
+        for axes, (metric, rows) in zip(panels, groups.items(), strict=True):
             _draw_curve(axes, metric, rows)
 
     ends = {metric: rows.sort_values("k")["mean"].iloc[[0, -1]] for metric, rows in groups.items()}
@@ -1115,7 +1121,7 @@ def curve_chart(
     told = [f"{m} {e.iloc[0]:.2f} to {e.iloc[1]:.2f}" for m, e in ends.items()]
     finding = f"From one image to the best of {most}: {'; '.join(told)}."
     return _figure_of(
-        bool(curve["sandbox"].any()), "The best of k images", (7.6, 2.6 * -(-len(groups) // 3)),
+        bool(curve["sandbox"].any()), "The best of k images", (7.6, 2.4 * -(-len(groups) // columns)),
         draw, alt=f"Curves over k. {finding}",
         caption=f"{finding} Bands: 95 %, over {curve['units'].iloc[0]} units.")
 
