@@ -364,7 +364,7 @@ def _metrics(table: pd.DataFrame) -> list[str]:
     scored = [c for c in table if c in WEIGHTS or f"raw_{c}" in table]
     return ["overall", *scored, *(c for c in _TRUTH if c in table)]
 
-# %% ../nbs/04_validate.ipynb #22211c12
+# %% ../nbs/04_validate.ipynb #79e6f26e
 def _table(
     runs: pd.DataFrame | StoryResult | Iterable[StoryResult], name: str, *more: str
 ) -> pd.DataFrame:
@@ -395,7 +395,7 @@ def _arm(runs: Any, name: str, *more: str) -> pd.DataFrame:
     if other := [t for t in table["score_text"].drop_duplicates() if t != "original"]:
         raise ValueError(f"{name} was scored on the text {other[0]!r}; allowed: 'original', so "
                          "that every arm is judged on the same text")
-    return table
+    return table.sort_values([*_SCENE, "variation"], ignore_index=True)
 
 # %% ../nbs/04_validate.ipynb #9fc7203c
 def _check_scenes(a: pd.DataFrame, b: pd.DataFrame) -> None:
@@ -740,12 +740,16 @@ def _comparison_table(c: Comparison) -> Html:
     below = [element("div", text, style=_SMALL) for text in (*reasons, *c.notes)]
     return _root(_table_of(_HEADS, map(_cells, c.differences), _heading(c)), *below)
 
-# %% ../nbs/04_validate.ipynb #31de71ad
+# %% ../nbs/04_validate.ipynb #206b22e3
+def _is_count(n: Any) -> bool:
+    """Whether that is a whole number from 1."""
+    return isinstance(n, Integral) and not isinstance(n, bool) and n >= 1
+
+
 def _pair_of(k: int | tuple[int, int] | None) -> tuple[int, int] | None:
     """The k of each arm; a ValueError where it is no whole number from 1."""
     pair = k if k is None or isinstance(k, tuple) else (k, k)
-    whole = pair is None or all(isinstance(n, Integral) and n >= 1 for n in pair)
-    if not whole or (pair and len(pair) != 2):
+    if pair is not None and (len(pair) != 2 or not all(map(_is_count, pair))):
         raise ValueError(f"k is {k!r}; allowed: a whole number from 1, a pair of them, or None")
     return pair
 
@@ -870,7 +874,7 @@ def _check_arms(original: pd.DataFrame, enhanced: pd.DataFrame) -> None:
         raise ValueError(f"{column} is {plain} in original and {sharp} in enhanced; "
                          "allowed: 0 in original, more in enhanced")
 
-# %% ../nbs/04_validate.ipynb #91f1ba99
+# %% ../nbs/04_validate.ipynb #35eb2836
 def four_cells(
     original: pd.DataFrame | Iterable[StoryResult],  # plain prompts, scenes unchained
     enhanced: pd.DataFrame | Iterable[StoryResult],  # the same texts, enhanced, unchained
@@ -881,7 +885,7 @@ def four_cells(
     """One row a metric and cell, and a metric and effect: mean, low, high."""
     import pandas as pd
 
-    if not isinstance(k, Integral) or k < 2:
+    if not _is_count(k) or k < 2:
         raise ValueError(f"k is {k!r}; allowed: a whole number from 2")
     pair = (1, k)
     tables, _ = _both(original, enhanced, pair, True)
