@@ -503,7 +503,7 @@ def unit_values(
     """One row a unit, one column a metric; NaN where an image of the unit has no score."""
     return _values(_arm(runs, "runs"), "runs", unit, k, by)
 
-# %% ../nbs/04_validate.ipynb #3ea1d594
+# %% ../nbs/04_validate.ipynb #9b299687
 class Difference(BaseModel, frozen=True):
     """What two arms differ by in one metric: b less a."""
 
@@ -527,7 +527,7 @@ class Difference(BaseModel, frozen=True):
     win_low: float | None = None  # the bounds of its 95 % interval
     win_high: float | None = None
     p_sign: float | None = None  # exact, without the ties
-    hacking: float | None = None  # gain of the score that chose less that of this one, in sd
+    hacking: float | None = None  # gain of the score that chose less this one, in sd; held out only
     reason: str = ""  # why something is None
 
     @property
@@ -540,14 +540,21 @@ class Difference(BaseModel, frozen=True):
     def __str__(self) -> str:
         return _sentence(self)
 
-# %% ../nbs/04_validate.ipynb #f51af808
+# %% ../nbs/04_validate.ipynb #e34bfa8c
 def _sentence(d: Difference) -> str:
     """The difference in words."""
     role = "" if d.selects else " (held out)"
     if d.low is None:
         return f"{d.metric}{role}: {d.verdict}, {d.reason}"
-    span = f"{d.difference:+.2f} [{d.low:+.2f}, {d.high:+.2f}] over {d.units} units"
-    return f"{d.metric}{role}: {d.verdict}, {span}"
+    span = _figures(d.difference, d.low, d.high, sign="+")
+    return f"{d.metric}{role}: {d.verdict}, {span} over {d.units} units"
+
+
+def _figures(*values: float | None, sign: str = "") -> str:
+    """One number, or one with its bounds; a dash where there is none."""
+    digits = 2 if max((abs(v) for v in values if v is not None), default=1) >= 1 else 3
+    told = ["–" if v is None else f"{v:{sign}.{digits}f}" for v in values]
+    return told[0] if len(told) == 1 or told[1] == "–" else f"{told[0]} [{told[1]}, {told[2]}]"
 
 # %% ../nbs/04_validate.ipynb #40d2902e
 def _exact(wins: int, losses: int) -> float | None:
@@ -684,15 +691,9 @@ class Comparison(BaseModel, frozen=True):
     def _repr_html_(self) -> str:
         return str(_comparison_table(self))
 
-# %% ../nbs/04_validate.ipynb #62e4032e
+# %% ../nbs/04_validate.ipynb #873f2974
 _COLUMN = "padding:.15em .7em;text-align:left;border-bottom:1px solid rgba(128,128,128,.3)"
 _SMALL = "opacity:.75;font-size:.85em"
-
-
-def _figures(*values: float | None, digits: int = 2, sign: str = "") -> str:
-    """One number, or one with its bounds; a dash where there is none."""
-    told = ["–" if v is None else f"{v:{sign}.{digits}f}" for v in values]
-    return told[0] if len(told) == 1 or told[1] == "–" else f"{told[0]} [{told[1]}, {told[2]}]"
 
 
 def _chance(p: float | None) -> str:
@@ -707,7 +708,7 @@ def _cells(d: Difference) -> list[str]:
         d.metric, "selects" if d.selects else "held out", _figures(d.mean_a), _figures(d.mean_b),
         _figures(d.difference, d.low, d.high, sign="+"), d.verdict, _chance(d.p_holm),
         _chance(d.p_wilcoxon), won, _figures(d.win_rate, d.win_low, d.win_high),
-        _chance(d.p_sign), _figures(d.skewness, digits=1), _figures(d.hacking),
+        _chance(d.p_sign), _figures(d.skewness), _figures(d.hacking),
     ]
 
 
