@@ -4,12 +4,9 @@ import asyncio
 import functools
 import json
 import re
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from refimg import Pipeline, Scene, Story, enhance_prompt_iterative, generate_images, score_images
 from tests.fakes import FakeChat, FakeImages, FakeScorer, critique

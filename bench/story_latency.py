@@ -12,7 +12,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from _chain import Figures, chained, keys, pipeline, sequential, story
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # bench/statistics.py hides nothing
+
+from bench._chain import Figures, chained, keys, pipeline, sequential, story
 
 LONG = True
 STAGES = {"lower": (10, 15, 8), "upper": (20, 30, 20)}  # seconds of a scene: prompt, images, scores

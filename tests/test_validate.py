@@ -1,0 +1,463 @@
+"""Wrong use of refimg.validate is an error or "cannot tell", and its results say what they are."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from refimg.validate import (
+    Comparison,
+    aa_check,
+    agreement,
+    best_of_k,
+    compare,
+    critic_agreement,
+    curve_chart,
+    distribution_chart,
+    distributions,
+    forest_chart,
+    four_cells,
+    paired_interval,
+    pass_rates,
+    stop_reasons,
+    threshold_errors,
+    unit_values,
+)
+
+from .arms import arm, random_arm
+
+A, B = random_arm(1), random_arm(2, better=5)
+CHAINED = {"scenes": 3, "chain": "previous"}
+
+
+def refused(words: str, *args, **options) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        compare(*args, **options)
+
+
+# what is refused
+
+
+def test_units_that_are_in_one_arm_only():
+    refused("('s3', 1) only in a", A, B[B["story"] != "s3"])
+    refused("('s3', 1) only in b", A[A["story"] != "s3"], B)
+    one = random_arm(1, scenes=2)
+    refused("('s0', 2) only in a", one, B)
+
+
+def test_other_texts():
+    other = B.assign(text=B["text"].where(B["story"] != "s5", "something else"))
+    refused("different texts for ('s5', 1)", A, other)
+    two = pd.concat([B, other.assign(generation_id="again")])
+    refused("b has several texts for one scene: ('s5', 1)", A, two)
+
+
+def test_texts_of_the_enhanced_prompts():
+    refused("b was scored on the text 'enhanced'", A, B.assign(score_text="enhanced"))
+    refused("b was scored on the text None", A, B.assign(score_text=None))
+
+
+def test_another_number_of_images():
+    single = B[B["selected"]]
+    refused("images a scene: a 4, b 1; the same number is needed", A, single)
+    found = compare(A, single, matched=False)
+    assert "images a scene: a 4, b 1" in found.notes
+    lost = B.drop(B[(B["story"] == "s2") & ~B["selected"]].index[:1])
+    refused("images a scene: a 4, b 3 to 4", A, lost)
+
+
+@pytest.mark.parametrize("pair", [5, (1, 5), (5, 1)])
+def test_more_than_there_are(pair):
+    refused("k is 5, but", A, B, k=pair)
+
+
+@pytest.mark.parametrize("k", [0, -1, 2.5, "4", (1, 2, 3), (), True, [1, 4]])
+def test_a_k_that_is_no_number_of_images(k):
+    refused(f"k is {k!r}; allowed: a whole number from 1", A, B, k=k)
+
+
+def test_chained_scenes_are_no_units_and_cannot_be_drawn_from():
+    a, b = random_arm(1, **CHAINED), random_arm(2, **CHAINED)
+    refused("its scenes are not independent", a, b, "prompt")
+    refused("its scenes follow other images", a, b, k=2)
+    refused("its scenes are not independent", a, b.assign(chain="none"), unit="prompt")
+    refused("chain None", a.assign(chain=None), b.assign(chain=None), unit="prompt")
+    assert compare(a, b).units == 12
+    with pytest.raises(ValueError, match="follow other images"):
+        best_of_k(a)
+    with pytest.raises(ValueError, match="follow other images"):
+        four_cells(a, b.assign(max_enhancement_iterations=4), k=2, unit="story")
+
+
+def test_single_scenes_are_units_whatever_the_chain():
+    assert compare(A.assign(chain="previous"), B.assign(chain=None), "prompt", k=2).units == 12
+
+
+def test_the_sandbox_and_the_world():
+    refused("one of a and b comes from the sandbox", A, B.assign(sandbox=True))
+    mixed = B.assign(sandbox=B["story"] == "s1")
+    refused("b holds several arms: sandbox is False, True", A, mixed)
+
+
+@pytest.mark.parametrize("other", ["pick @ 2 · map", "pick @ 1 · another map"])
+def test_other_judges(other):
+    refused("judged differently: scorer_pickscore is", A, B.assign(scorer_pickscore=other))
+
+
+@pytest.mark.parametrize("setting", [
+    {"max_enhancement_iterations": 4}, {"chain": "first"}, {"model": "another"},
+    {"num_variations": 8}, {"arm": "b"}, {"effect": 0.08},
+])  # fmt: skip
+def test_several_arms_in_one_table(setting):
+    before = {"model": "one", "arm": "a", "effect": 0.0}
+    both = pd.concat([A.assign(**before), random_arm(3).assign(**before | setting)])
+    refused(f"a holds several arms: {next(iter(setting))} is", both, B)
+
+
+def test_the_same_image_twice():
+    refused("a holds the same image twice: ('r1-0', 's0', 1, 1)", pd.concat([A, A]), B)
+
+
+def test_no_choice_or_two():
+    refused("a needs one selected image a scene", A.assign(selected=False), B)
+    refused("b needs one selected image a scene", A, B.assign(selected=True))
+    assert compare(A.assign(selected=False), B.assign(selected=False), k=2).units == 12
+
+
+def test_no_table_at_all():
+    refused("a has no column generation_id", pd.DataFrame({"overall": [1.0]}), B)
+    refused("a has no rows", A.iloc[:0], B)
+    refused("b has rows without a", A, B.assign(story=B["story"].where(B["story"] != "s1")))
+    refused("results holds a str; allowed: StoryResult", "runs", B)
+    refused("results without an image", [], B)
+
+
+def test_other_words():
+    refused("unit is 'scene'; allowed: story, prompt", A, B, "scene")
+    refused("by is 'beauty'; allowed: overall, pickscore, seen", A, B, k=2, by="beauty")
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf])
+def test_scores_that_are_no_numbers(value):
+    seen = B["seen"].where(B["story"] != "s1", value)
+    refused("b holds an infinite score", A, B.assign(seen=seen))
+
+
+# what cannot be told
+
+
+def test_one_unit():
+    found = compare(A[A["story"] == "s1"], B[B["story"] == "s1"])
+    assert found.units == 1
+    for d in found.differences:
+        assert (d.verdict, d.low, d.high, d.p, d.p_holm, d.sd) == ("cannot tell", *[None] * 5)
+        assert d.reason == "one unit says nothing about others"
+
+
+def test_all_ties():
+    for d in compare(A, A.assign(generation_id="again")).differences:
+        assert (d.wins, d.ties, d.losses) == (0, 12, 0)
+        assert (d.low, d.p, d.p_sign, d.p_wilcoxon, d.skewness) == (None,) * 5
+        assert (d.verdict, d.reason) == ("cannot tell", "every pair is a tie")
+
+
+def test_the_same_difference_everywhere():
+    moved = A.assign(**{m: A[m] + 2 for m in ("overall", "pickscore", "seen")})
+    d = compare(A, moved)["seen"]
+    assert (d.difference, d.low, d.p) == (pytest.approx(2), None, None)
+    assert (d.verdict, d.reason) == ("cannot tell", "all differences are the same")
+
+
+@pytest.mark.parametrize("k", [None, 2])
+def test_a_score_that_is_missing_takes_its_metric_along_and_no_other(k):
+    rows = B["selected"] & (B["story"] == "s3")
+    found = compare(A, B.assign(seen=B["seen"].mask(rows)), k=k)
+    d = found["seen"]
+    assert (d.units, d.difference, d.mean_b, d.wins, d.p_holm) == (12, None, None, None, None)
+    assert d.reason == "1 of 12 units have an image without this score: s3"
+    assert found["overall"].low is not None
+    assert found["overall"].p_holm == pytest.approx(2 * found["overall"].p)
+
+
+def test_unscored_images_are_not_scored_zero():
+    rows = B["story"] == "s3"
+    unscored = B.assign(overall=B["overall"].mask(rows), pickscore=B["pickscore"].mask(rows))
+    found = compare(A, unscored)
+    assert found["overall"].reason.endswith("s3") and found["seen"].low is not None
+    assert all(d.low is None for d in compare(A, unscored, k=2).differences)
+
+
+def test_a_missing_scene_score_is_not_averaged_away():
+    a, b = random_arm(1, **CHAINED), random_arm(2, **CHAINED)
+    gap = b["selected"] & (b["story"] == "s3") & (b["scene"] == 2)
+    assert compare(a, b.assign(seen=b["seen"].mask(gap)))["seen"].reason.endswith("s3")
+    seeds = pd.concat([b.assign(seen=b["seen"].mask(gap)), random_arm(5, **CHAINED)])
+    assert compare(a, seeds)["seen"].reason.endswith("s3")
+
+
+def test_a_metric_that_one_arm_lacks_is_named():
+    found = compare(A, B.drop(columns=["seen", "raw_seen"]))
+    assert [d.metric for d in found.differences] == ["overall", "pickscore"]
+    assert "not compared, because only one arm has it: seen" in found.notes
+    assert any(note.startswith("no metric was held out") for note in found.notes)
+
+
+# what is said
+
+
+def test_who_chose_and_who_looked():
+    roles = {d.metric: d.selects for d in compare(A, B).differences}
+    assert roles == {"overall": True, "pickscore": True, "seen": False}
+    unknown = [t.drop(columns=["selected_by", "overall_of"]) for t in (A, B)]
+    assert all(d.selects for d in compare(*unknown).differences)
+    by = {d.metric: d.selects for d in compare(A, B, k=2, by="seen").differences}
+    assert by == {"overall": False, "pickscore": False, "seen": True}
+    assert not any(d.selects for d in compare(A, B, k=1).differences)
+    single = [t[t["variation"] == 1].assign(selected=True) for t in (A, B)]
+    assert not any(d.selects for d in compare(*single).differences)
+
+
+def test_an_overall_that_did_not_choose_is_held_out():
+    rescored = [t.assign(overall_of="pickscore, seen") for t in (A, B)]
+    roles = {d.metric: d.selects for d in compare(*rescored).differences}
+    assert roles == {"overall": False, "pickscore": True, "seen": False}
+    drawn = {d.metric: d.selects for d in compare(*rescored, k=2).differences}
+    assert drawn == {"overall": True, "pickscore": True, "seen": True}
+
+
+def test_truth_is_a_metric_that_looks():
+    a, b = (t.assign(right=t["seen"] / 100, all_right=t["seen"] > 60) for t in (A, B))
+    found = compare(a, b)
+    assert not found["right"].selects and not found["all_right"].selects
+    assert found["all_right"].mean_a == pytest.approx(a[a["selected"]]["all_right"].mean())
+
+
+def test_notes_on_what_weakens_the_result():
+    a, b = random_arm(1, scenes=2), random_arm(2, scenes=2)
+    assert "prompts of one story are counted as independent" in compare(a, b, "prompt").notes
+    assert not any("independent" in note for note in compare(a, b).notes)
+    skewed = A.assign(seen=A["seen"] + 400 * (A["story"] == "s1"))
+    assert any("one-sided differences in seen" in note for note in compare(A, skewed).notes)
+
+
+def test_the_words_follow_the_interval():
+    up, down = compare(A, random_arm(1, better=30)), compare(random_arm(1, better=30), A)
+    assert up["seen"].verdict == "cannot tell"  # every difference is 30: no spread
+    b = random_arm(3, better=40)
+    assert (compare(A, b)["seen"].verdict, compare(b, A)["seen"].verdict) == ("higher", "lower")
+    assert "higher, +" in str(compare(A, b)) and "lower, -" in str(compare(b, A)["seen"])
+    assert down["seen"].difference == pytest.approx(-30)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 10_000), st.floats(-20, 20))
+def test_turning_the_arms_round_turns_the_signs(seed, better):
+    a, b = random_arm(seed, 5), random_arm(seed + 1, 5, better=better)
+    there, back = compare(a, b), compare(b, a)
+    for one, other in zip(there.differences, back.differences, strict=True):
+        assert one.difference == pytest.approx(-other.difference)
+        assert (one.low, one.high) == pytest.approx((-other.high, -other.low))
+        assert (one.wins, one.ties, one.losses) == (other.losses, other.ties, other.wins)
+        assert (one.p_holm, one.p_sign) == pytest.approx((other.p_holm, other.p_sign))
+        assert (one.verdict == "cannot tell") == (one.low <= 0 <= one.high)
+    shuffled = b.sample(frac=1, random_state=seed)
+    assert compare(a, shuffled) == there
+
+
+def test_the_tables_given_are_left_as_they_are():
+    before = A.copy(deep=True), B.copy(deep=True)
+    compare(A, B, k=2), aa_check(A), best_of_k(A), distributions(A), threshold_errors(A)
+    pd.testing.assert_frame_equal(A, before[0])
+    pd.testing.assert_frame_equal(B, before[1])
+
+
+def test_indices_of_joined_tables_may_repeat():
+    joined = pd.concat([t for _, t in A.reset_index(drop=True).groupby("story")])
+    joined.index = [0] * len(joined)
+    assert compare(joined, B, k=2) == compare(A, B, k=2)
+
+
+def test_scores_as_text_or_objects_are_read_as_numbers():
+    objects = B.assign(seen=B["seen"].astype(object), selected=B["selected"].astype(object))
+    assert compare(A, objects) == compare(A, B)
+
+
+def test_a_comparison_is_frozen_and_goes_through_json():
+    found = compare(A, B.assign(seen=np.nan), k=(1, 4))
+    assert Comparison.model_validate_json(found.model_dump_json()) == found
+    with pytest.raises(ValueError):
+        found.units = 3
+    assert found.frame()["verdict"].tolist() == [d.verdict for d in found.differences]
+
+
+class Balanced(HTMLParser):
+    """Fails on a tag that is closed in the wrong place."""
+
+    def __init__(self):
+        super().__init__()
+        self.open: list[str] = []
+        self.alts: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        if tag in ("img", "br"):
+            self.alts += [value for name, value in attrs if name == "alt"]
+        else:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def read(html) -> Balanced:
+    parser = Balanced()
+    parser.feed(str(html))
+    assert parser.open == []
+    return parser
+
+
+def test_names_of_strangers_are_text():
+    bad = {"seen": "<script>x</script>", "raw_seen": "raw_<script>x</script>"}
+    a, b = (t.rename(columns=bad).assign(story='"><b>' + t["story"]) for t in (A, B))
+    found = compare(a, b.assign(**{bad["seen"]: np.nan}))
+    for html in (found._repr_html_(), forest_chart(found), curve_chart(best_of_k(a)),
+                 distribution_chart(a)):
+        read(html)
+        assert "<script>" not in str(html) and "<b>" not in str(html)
+
+
+@pytest.mark.parametrize("sandbox", [True, False])
+def test_everything_says_whether_it_is_the_sandboxs(sandbox):
+    a, b = A.assign(sandbox=sandbox), B.assign(sandbox=sandbox, max_enhancement_iterations=4)
+    found = compare(a, b)
+    tables = [found.frame(), best_of_k(a), four_cells(a, b, 2), distributions(a), pass_rates(a),
+              stop_reasons(a), agreement(a), critic_agreement(a)]
+    assert all((table["sandbox"] == sandbox).all() for table in tables)
+    shown = [found._repr_html_(), forest_chart(found), curve_chart(best_of_k(a)),
+             distribution_chart(pd.concat([a, b]))]
+    assert all(("sandbox" in str(html)) == sandbox for html in shown)
+    assert ("sandbox" in str(found)) == sandbox
+
+
+def test_charts_say_in_words_what_they_show():
+    found, curve = compare(A, B), best_of_k(A)
+    for html in (forest_chart(found), curve_chart(curve), distribution_chart(A)):
+        assert len(read(html).alts) == 1
+    ends = curve[curve["metric"] == "seen"]["mean"].iloc[[0, -1]]
+    assert "seen {:.2f} to {:.2f}".format(*ends) in read(curve_chart(curve)).alts[0]
+    assert str(found["seen"]) in read(forest_chart(found)).alts[0]
+
+
+def test_charts_of_what_cannot_be_told():
+    nothing = A.assign(seen=np.nan)
+    assert "cannot tell" in read(forest_chart(compare(nothing, B))).alts[0]
+    assert len(read(curve_chart(best_of_k(nothing[nothing["story"] == "s1"]))).alts) == 1
+    assert len(read(distribution_chart(nothing)).alts) == 1
+
+
+# the same arm twice
+
+
+def test_one_arm_by_halves_and_by_runs():
+    found = aa_check(random_arm(1, 40, images=8))
+    assert (found.k, found.units) == ((4, 4), 40)
+    assert {d.verdict for d in found.differences} == {"cannot tell"}
+    runs = pd.concat([random_arm(s, 40, scenes=3, chain="previous") for s in (1, 2)])
+    found = aa_check(runs)
+    assert found == compare(runs[runs["generation_id"].str.startswith("r1")],
+                            runs[runs["generation_id"].str.startswith("r2")])
+
+
+@pytest.mark.parametrize("table", [random_arm(1, images=1), random_arm(1, **CHAINED)])
+def test_an_arm_that_cannot_be_split(table):
+    with pytest.raises(ValueError, match="two runs of every story"):
+        aa_check(table)
+
+
+def test_seven_images_make_halves_of_three():
+    assert aa_check(random_arm(1, images=7), "prompt").k == (3, 3)
+
+
+# distributions
+
+
+def test_scenes_that_pass():
+    table = arm([[[10, 20]], [[30, 5]], [[49, 50]], [[np.nan, np.nan]]])
+    table.loc[6, "selected"] = True
+    found = pass_rates(table).iloc[0]
+    assert found[["scenes", "unscored", "pass 20", "pass 30", "pass 40", "pass 50"]].tolist() == [
+        4, 1, 3, 2, 1, 1]
+
+
+def test_distributions_by_arm():
+    both = pd.concat([A.assign(arm="plain"), B.assign(arm="sharp", seen=np.nan)])
+    found = distributions(both).set_index(["arm", "metric"])
+    assert found.loc[("plain", "overall"), "mean"] == pytest.approx(A["overall"].mean())
+    assert found.loc[("plain", "overall"), "selected"] == pytest.approx(
+        A[A["selected"]]["overall"].mean())
+    row = found.loc[("sharp", "seen")]
+    assert (row["unscored"], row["images"]) == (48, 48) and np.isnan(row["mean"])
+
+
+@pytest.mark.parametrize(("change", "wrong"), [
+    ({}, 0), ({"below_threshold": False}, 1), ({"below_threshold": True}, 2),
+    ({"below_threshold": None}, 3), ({"warned": False}, 1), ({"warned": True}, 3),
+    ({"quality_threshold": 10.0}, 1),
+])  # fmt: skip
+def test_every_wrong_warning_is_found(change, wrong):
+    table = arm([[[10, 20]], [[30, 5]], [[49, 50]], [[np.nan, np.nan]]])
+    table.loc[6, "selected"] = True
+    expected = {"below_threshold": {False: 2, True: 3, None: 3}}.get(next(iter(change), ""), {})
+    wrong = expected.get(change.get("below_threshold", 0), wrong)
+    assert len(threshold_errors(table.assign(**change))) == wrong
+
+
+def test_a_threshold_must_be_known():
+    with pytest.raises(ValueError, match="12 scenes have no quality_threshold"):
+        threshold_errors(A.assign(quality_threshold=None))
+
+
+def test_rounds_are_counted_once_a_scene():
+    both = pd.concat([A.assign(arm="plain"),
+                      B.assign(arm="sharp", iterations=2, stop_reason="threshold")])
+    found = stop_reasons(both)
+    assert found[["arm", "iterations", "stop_reason", "scenes"]].to_numpy().tolist() == [
+        ["plain", 0, "skipped", 12], ["sharp", 2, "threshold", 12]]
+
+
+def test_agreement_within_scenes_by_hand():
+    table = arm([[[1, 2, 3, 4]], [[10, 20, 30, 40]]], [[[2, 1, 3, 4]], [[4, 3, 2, 1]]])
+    row = agreement(table).set_index(["one", "other"]).loc[("pickscore", "seen")]
+    span = paired_interval([0.8, -1.0])
+    assert [row["correlation"], row["low"], row["high"]] == pytest.approx([*span[:3]])
+    assert (row["same winner"], row["by chance"], row["scenes"]) == (0.5, 0.25, 2)
+
+
+def test_agreement_with_ties_and_gaps():
+    table = arm([[[1, 2, 2]], [[1, 2, 3]], [[5, 5, 5]]],
+                [[[3, 9, 4]], [[np.nan] * 3], [[1, 2, 3]]])
+    row = agreement(table).set_index(["one", "other"]).loc[("pickscore", "seen")]
+    assert row["scenes"] == 1 and row["same winner"] == pytest.approx((1 / 2 + 1 / 3) / 2)
+
+
+def test_the_critic_and_the_images():
+    scores = np.random.default_rng(0).uniform(20, 80, (30, 1, 4))
+    table = arm(scores).assign(critic_score=np.repeat(scores.mean((1, 2)), 4) / 2)
+    row = critic_agreement(table, "prompt").iloc[0]
+    assert (row["correlation"], row["units"]) == (pytest.approx(1), 30)
+    blind = critic_agreement(table.assign(critic_score=70.0)).iloc[0]
+    assert np.isnan(blind["correlation"]) and blind["reason"] == "all units have the same score"
+    none = critic_agreement(arm(scores)).iloc[0]
+    assert np.isnan(none["low"]) and none["reason"].startswith("no score in s0")
+    few = critic_agreement(table[table["story"].isin(["s1", "s2", "s3"])]).iloc[0]
+    assert few["reason"] == "3 units; at least 4 are needed"
+
+
+def test_unit_values_of_a_chain_are_means_over_scenes():
+    table = arm([[[1, 3], [5, 2]], [[4, 4.5], [0, 1]]], chain="previous")
+    assert unit_values(table)["overall"].tolist() == [4.0, 2.75]
