@@ -243,14 +243,15 @@ def _decided_html(g: Gallery) -> Html:
     head = ["verifier", "pairs", "agrees with you"]
     return element("div", table, _table("The verifiers and you", head, agreed) if agreed else None)
 
-# %% ../nbs/05b_gallery.ipynb #82bcab73
+# %% ../nbs/05b_gallery.ipynb #92327a2e
 def _price(g: Gallery, story: Story, rounds: int | None = None) -> str:
     """How many pictures a run over the story draws, and for about how much."""
     p = g.pipeline if rounds is None else replace(g.pipeline, max_enhancement_iterations=rounds)
     made = p.estimate(story)
     pictures = _count(made.images, "picture")
     if made.high is None:
-        return f"{pictures}; the cost is unknown: no price of {', '.join(made.unpriced)}"
+        names = "" if g.blind else f": no price of {', '.join(made.unpriced)}"
+        return f"{pictures}; the cost is unknown{names}"
     low = "" if made.low == made.high else f"{made.low:.2f} to "
     return f"{pictures}, about {low}{made.high:.2f} USD"
 
