@@ -34,7 +34,7 @@ def sources() -> list[Path]:
 
 def address(source: Path) -> str:
     """Where a page stands on the site: a notebook's number is not part of it."""
-    return source.with_name(re.sub(r"^\d+_", "", source.stem) + ".html").as_posix()
+    return source.with_name(re.sub(r"^\d+[a-z]?_", "", source.stem) + ".html").as_posix()
 
 
 PAGES = [address(source) for source in sources()]
