@@ -402,7 +402,7 @@ def _begin(g: Gallery, work: Callable[[], Awaitable[None]], words: str) -> None:
     if not _is_busy(g):
         g.task = asyncio.ensure_future(_guarded(g, work, words))
 
-# %% ../nbs/05b_gallery.ipynb #c768c1df
+# %% ../nbs/05b_gallery.ipynb #bf45dbc3
 def _html(content: Html | None = None) -> Any:
     """A widget that shows HTML of this module."""
     from ipywidgets import HTML
@@ -414,7 +414,8 @@ def _button(g: Gallery, text: str, act: Callable[[], None], *, waits: bool = Fal
     """A button; it is off while something runs, if it is not the one that `waits` for that."""
     from ipywidgets import Button, Layout
 
-    made = Button(description=text, layout=Layout(width="auto"))
+    look = Layout(width="auto", flex="0 0 auto", align_self="flex-start")
+    made = Button(description=text, layout=look)
     made.on_click(lambda _: act())
     if not waits:
         g.widgets.buttons.append(made)
@@ -457,7 +458,7 @@ def _prompts_face(g: Gallery) -> list[Any]:
         button = _button(g, "Enhance the prompts", lambda: _begin(g, g.enhance, "Enhancing …"))
     return [*rows, _html(element("div", price)), button]
 
-# %% ../nbs/05b_gallery.ipynb #0be4226f
+# %% ../nbs/05b_gallery.ipynb #2131bb52
 _WHY = ("truer to the prompt", "fits the other scenes", "better made", "more beautiful")
 
 
@@ -476,16 +477,17 @@ def _decide(g: Gallery, decision: Callable[[int, int, str], None], number: int) 
 
 def _card_widgets(g: Gallery) -> SimpleNamespace:
     """The place of one picture, with its buttons."""
-    from ipywidgets import HBox, VBox
+    from ipywidgets import HBox, Layout, VBox
 
     card = SimpleNamespace(number=0, html=_html())
     card.choose = _button(g, "", lambda: _do(g, lambda: _decide(g, g.choose, card.number)))
     card.veto = _button(g, "veto", lambda: _do(g, lambda: _decide(g, g.veto, card.number)))
     card.look = _button(g, "", lambda: _look(g, card.number), waits=True)
-    card.box = VBox([card.html, HBox([card.choose, card.veto, card.look])])
+    buttons = HBox([card.choose, card.veto, card.look], layout=Layout(flex_flow="row wrap"))
+    card.box = VBox([card.html, buttons])
     return card
 
-# %% ../nbs/05b_gallery.ipynb #77172d33
+# %% ../nbs/05b_gallery.ipynb #698db4a7
 def _turn(g: Gallery, **state: Any) -> None:
     """Nothing; the gallery shows another scene, another order, or hides what it should."""
     for name, value in state.items():
@@ -495,14 +497,15 @@ def _turn(g: Gallery, **state: Any) -> None:
 
 def _switches(g: Gallery) -> list[Any]:
     """The widgets that say what is shown."""
-    from ipywidgets import Checkbox, Dropdown, ToggleButtons
+    from ipywidgets import Checkbox, Dropdown, Layout, ToggleButtons
 
     numbers = [(str(scene.scene), scene.scene) for scene in g.result.scenes]
     scene = ToggleButtons(options=numbers, value=g.scene, description="scene",
                           style={"button_width": "3em"})
     names = dict.fromkeys(["overall", *_metric_names(g.result.scenes), "as drawn"])
     sort = Dropdown(options=list(names), value=g.sort, description="sort by")
-    blind = Checkbox(value=g.blind, description="blind: no models, scores and ranks")
+    blind = Checkbox(value=g.blind, description="blind: no models, scores and ranks", indent=False,
+                     layout=Layout(width="auto", margin="2px 1em"))
     scene.observe(lambda event: _turn(g, scene=event.new, closer=[]), "value")
     sort.observe(lambda event: _turn(g, sort=event.new), "value")
     blind.observe(lambda event: _turn(g, blind=event.new), "value")
@@ -516,7 +519,7 @@ def _reason_field(g: Gallery) -> list[Any]:
     w = g.widgets
     w.reasons = ToggleButtons(options=_WHY, value=None, description="reason",
                               style={"button_width": "auto"})
-    w.why = Text(placeholder="or in your own words", description="reason")
+    w.why = Text(placeholder="in your own words", description="or")
     w.reasons.observe(lambda event: event.new and setattr(w.why, "value", event.new), "value")
     return [w.reasons, w.why]
 

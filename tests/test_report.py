@@ -14,6 +14,7 @@ from refimg.enhance import Critique, ImagePromptEnhancementResult, Iteration, Us
 from refimg.pipeline import Progress, StoryResult, choose
 from refimg.view import progress_bar, report, save_table
 
+from .browser import Trouble, barriers, opened, served
 from .test_view import BIDI, HOSTILE, VOID, carried, chain_of, scene_of, shot, story_of, variation
 
 SCRIPTED = re.compile(r"<(?:script|iframe|object|embed|form|link|base)\b|\son\w+\s*=", re.I)
@@ -180,6 +181,66 @@ def test_its_policy_lets_nothing_out(folder):
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(ids) == len({*ids})
     assert {a["href"][1:] for a in page.all("a")} <= {*ids}
+
+
+# in a browser
+
+
+@pytest.fixture(scope="module")
+def page():
+    with opened() as page:
+        yield page
+
+
+def hostile_story(folder: Path) -> StoryResult:
+    """A run with every hostile text as a prompt, with and without scores, warnings and rounds."""
+    scenes = []
+    for n, text in enumerate(HOSTILE, 1):
+        spent = {"timings": {"generate_start": float(n), "generate": 1.0}}
+        made = scene_of(folder, n, count=2, prompt=text, warnings=[text], agent="sandbox-x")
+        scenes.append(enhanced(made, None).model_copy(update=spent))
+    return story_of(scenes, title=HOSTILE[0], timings={"total": 30.0}, settings={"a": HOSTILE[1]})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 400])
+def test_it_can_be_read_by_everybody_and_runs_nothing(page, folder, scheme, width):
+    report(hostile_story(folder), folder / "r.html")
+    trouble, asked = Trouble(page), []
+    page.on("dialog", lambda dialog: asked.append(dialog.message) or dialog.dismiss())
+    page.set_viewport_size({"width": width, "height": 900})
+    page.emulate_media(color_scheme=scheme)
+    with served(folder) as url:
+        page.goto(f"{url}/r.html", wait_until="load")
+        page.eval_on_selector_all("details", "all => all.forEach(d => { d.open = true })")
+        broken = "images => images.filter(i => !i.complete || !i.naturalWidth).length"
+        assert page.eval_on_selector_all("img", broken) == 0
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert not barriers(page)
+        lost = "links => links.filter(a => !document.querySelector(a.getAttribute('href'))).length"
+        assert page.eval_on_selector_all("a", lost) == 0
+    assert not asked and not trouble.found
+    assert HOSTILE[0] in page.title()
+
+
+@pytest.mark.slow
+def test_the_keyboard_and_paper_reach_everything(page, folder):
+    scenes = [enhanced(s, None) for s in chain_of(folder, 2).scenes]
+    report(story_of(scenes), folder / "r.html")
+    page.emulate_media(color_scheme="dark")
+    with served(folder) as url:
+        page.goto(f"{url}/r.html", wait_until="load")
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.textContent") == "to the content"
+        page.locator("#scene-1 ~ details summary").first.focus()
+        page.keyboard.press("Enter")
+        assert page.locator("#scene-1 ~ details").first.evaluate("d => d.open")
+        page.emulate_media(media="print", color_scheme="dark")
+        ink = page.evaluate("getComputedStyle(document.body).color")
+        closed = page.locator("#scene-2 ~ details > div").first.evaluate("d => d.offsetHeight")
+    assert ink == "rgb(31, 35, 40)"
+    assert closed > 0
 
 
 # progress
