@@ -350,7 +350,7 @@ def _opened(source: Story | StoryResult | str | Path, path: Path | None) -> tupl
                          "file, or the result of this one")
     return source, kept
 
-# %% ../nbs/05b_gallery.ipynb #50ede203
+# %% ../nbs/05b_gallery.ipynb #42e06eac
 def _say(g: Gallery, text: str) -> None:
     """Nothing; the text stands under the gallery."""
     g.message = text
@@ -381,7 +381,7 @@ def _do(g: Gallery, act: Callable[[], None]) -> None:
     except Exception as error:
         _say(g, f"{type(error).__name__}: {error}")
 
-
+# %% ../nbs/05b_gallery.ipynb #d14287cb
 async def _guarded(g: Gallery, work: Callable[[], Awaitable[None]], words: str) -> None:
     """Nothing; the work is done, or the reason why not is told."""
     _say(g, words)
@@ -547,7 +547,7 @@ def _result_face(g: Gallery) -> list[Any]:
     return [scene, HBox(rest, layout=Layout(flex_flow="row wrap")), w.prompt, reasons, grid,
             w.closer, w.decided, w.editor, w.price, w.again]
 
-# %% ../nbs/05b_gallery.ipynb #4b34b7de
+# %% ../nbs/05b_gallery.ipynb #f3decf4a
 def _show_card(g: Gallery, scene: SceneResult, card: SimpleNamespace, number: int | None) -> None:
     """Nothing; the place shows that variation, or is hidden."""
     card.box.layout.display = None if number else "none"
@@ -558,7 +558,7 @@ def _show_card(g: Gallery, scene: SceneResult, card: SimpleNamespace, number: in
         card.veto.tooltip = f"v{number} must not be used"
         card.look.description = "put back" if number in g.closer else "look closer"
 
-
+# %% ../nbs/05b_gallery.ipynb #1a32b9eb
 def _show_result(g: Gallery) -> None:
     """Nothing; the widgets show the scene as it stands."""
     w, scene = g.widgets, g.result.scenes[g.scene - 1]
@@ -577,8 +577,8 @@ def _refresh(g: Gallery) -> None:
     """Nothing; the widgets show what the gallery holds."""
     if not g.widgets:
         return
-    w, most = g.widgets, max((len(s.variations) for s in g.result.scenes), default=0) \
-        if g.result else 0
+    w, scenes = g.widgets, g.result.scenes if g.result else []
+    most = max((len(scene.variations) for scene in scenes), default=0)
     face = (g.result is not None, g.enhancements is not None, most)
     if face != w.face:
         w.buttons.clear()

@@ -321,3 +321,25 @@ def test_a_saved_result_holds_texts_exactly(folder, text):
     chosen = choose(result, 1, 1, text)
     chosen.save(folder / "r.json")
     assert StoryResult.load(folder / "r.json").settings["choices"][0]["reason"] == text
+
+
+# logs
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+async def test_a_log_line_of_a_run_is_one_line_without_control_characters(tmp_path, caplog, text):
+    from refimg.pipeline import Scene, Story
+
+    from .fakes import FakeImages, FakeScorer, picture
+    from .test_gallery import pipeline
+
+    def draw(request, number):
+        return RuntimeError(text) if number == 1 else picture()
+
+    p = pipeline(FakeImages(draw, name=f"x{text[:200]}"))
+    p.scorers = [FakeScorer("pickscore", lambda image, prompt: RuntimeError(text))]
+    with caplog.at_level("INFO"):
+        await p.run(Story(scenes=[Scene(prompt=f"{text} x")]), output_dir=tmp_path)
+    lines = [record.getMessage() for record in caplog.records]
+    assert any("unscored" in line for line in lines)
+    assert not [line for line in lines if re.search("[\x00-\x1f\x7f-\x9f\u202e\u2066]", line)]

@@ -24,7 +24,8 @@ class Runner(NotebookClient):
         if SKIP.search(cell.source) or "nbdev_export(" in cell.source:
             return cell
         done = await super().async_execute_cell(cell, cell_index, **kwargs)
-        done.outputs = [output for output in done.outputs if lasts(output)]
+        if done.cell_type == "code":
+            done.outputs = [output for output in done.outputs if lasts(output)]
         return done
 
 
