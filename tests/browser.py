@@ -48,6 +48,14 @@ def opened(**options) -> Iterator:
             browser.close()
 
 
+def barriers(page) -> list[str]:
+    """What keeps people from reading a page: axe-core's serious and critical findings."""
+    axe = pytest.importorskip("axe_core_python.sync_playwright", reason="axe is not installed")
+    found = axe.Axe().run(page, options={"resultTypes": ["violations"]})["violations"]
+    grave = [v for v in found if v["impact"] in ("serious", "critical")]
+    return [f"{v['id']}: {node['html'][:200]}" for v in grave for node in v["nodes"]]
+
+
 class Trouble:
     """Everything that a reader of a page would not want: errors, missing files, foreign hosts."""
 

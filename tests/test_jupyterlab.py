@@ -1,8 +1,9 @@
-"""A reader opens the pipeline's notebook in JupyterLab and runs it from top to bottom."""
+"""A reader opens a notebook in JupyterLab, runs it from top to bottom, and uses the gallery."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import socket
@@ -13,7 +14,9 @@ import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbformat.v4 import new_code_cell, new_notebook
 
 from .browser import Trouble, executable, opened
 
@@ -65,7 +68,7 @@ def workplace(tmp_path_factory) -> Path:
 def quiet(place: Path) -> dict[str, str]:
     """An environment in which Jupyter keeps its own things in the temporary folder."""
     folder = place / "settings" / "@jupyterlab" / "apputils-extension"
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     news = '{"fetchNews": "false", "checkForUpdates": false, "doNotDisturbMode": true}'
     (folder / "notification.jupyterlab-settings").write_text(news, encoding="utf-8")
     return os.environ | {name: str(place / folder) for name, folder in LOCAL.items()}
@@ -117,22 +120,103 @@ def run_to_the_end(page) -> list[dict]:
     return cells
 
 
-@pytest.mark.slow
-def test_the_pipeline_notebook_runs_in_jupyterlab(workplace):
+def needs(*names: str) -> None:
+    """The test is skipped where a browser or one of these packages is missing."""
     executable()
-    for name in ("jupyterlab", "ipykernel"):
+    for name in names:
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} is not installed")
+
+
+def opened_in(page, url: str, name: str) -> None:
+    """Returns when the notebook is shown and its kernel waits."""
+    page.goto(f"{url}/lab/tree/{name}?reset", wait_until="domcontentloaded")
+    page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=1000 * SECONDS)
+    page.wait_for_function(READY, timeout=1000 * SECONDS)
+
+
+@pytest.mark.slow
+def test_the_pipeline_notebook_runs_in_jupyterlab(workplace):
+    needs("jupyterlab", "ipykernel")
     with lab(workplace) as url, opened(viewport={"width": 1360, "height": 1300}) as page:
         trouble = Trouble(page)
-        page.goto(f"{url}/lab/tree/{NOTEBOOK}?reset", wait_until="domcontentloaded")
-        page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=1000 * SECONDS)
-        page.wait_for_function(READY, timeout=1000 * SECONDS)
+        opened_in(page, url, NOTEBOOK)
         cells = run_to_the_end(page)
         errors = page.evaluate(ERRORS)
         page.evaluate("() => window.jupyterapp.serviceManager.sessions.shutdownAll()")
     assert not errors
     assert not [cell["source"] for cell in cells if cell["count"] is None]
     assert any("execute_result" in cell["outputs"] for cell in cells)
+    outside = [what for what in trouble.found if what.startswith(("error", "outside"))]
+    assert not outside, trouble.found
+
+
+STORY = '''
+from fakes import FakeImages, FakeScorer, critic, director, picture
+from refimg import Pipeline, Scene, Story
+from refimg.view import Gallery
+
+shades = (40, 200, 120)
+images = FakeImages(lambda request, number: picture(shades[number % 3], size=(320, 180)))
+pipeline = Pipeline(
+    director=director(), critic=critic(), image_model=images, scorers=[FakeScorer()],
+    num_variations=3, max_enhancement_iterations=1)
+prompts = ("<img src=x onerror=\'document.title = 1\'> $\\\\frac{", "a keeper", "a boat")
+story = Story(scenes=[Scene(prompt=prompt) for prompt in prompts])
+'''
+GALLERY = '''
+gallery = Gallery(pipeline, story, generation_id="run", output_dir="images")
+if gallery.result is None:
+    await gallery.run()
+gallery
+'''
+PRESS = ".jp-OutputArea-output button"
+
+
+def gallery_notebook(place: Path) -> Path:
+    """A notebook that shows a gallery over models that cost nothing, and the JSON it keeps."""
+    shutil.copy2(ROOT / "tests" / "fakes.py", place / "work" / "fakes.py")
+    cells = [new_code_cell(STORY.strip()), new_code_cell(GALLERY.strip())]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+    made = new_notebook(cells=cells, metadata=kernel)
+    nbformat.write(made, place / "work" / "gallery.ipynb")
+    return place / "work" / "images" / "run.json"
+
+
+@pytest.mark.slow
+def test_a_person_overrules_in_two_clicks_and_a_reload_keeps_it(workplace):
+    needs("jupyterlab", "ipykernel", "ipywidgets")
+    kept = gallery_notebook(workplace)
+    with lab(workplace) as url, opened(viewport={"width": 1360, "height": 1300}) as page:
+        trouble = Trouble(page)
+        opened_in(page, url, "gallery.ipynb")
+        run_to_the_end(page)
+        errors = page.evaluate(ERRORS)
+        page.click(f"{PRESS}:has-text('better made')", timeout=1000 * SECONDS)
+        page.click(f"{PRESS}:has-text('choose v'):visible")
+        page.wait_for_selector("text=Your decisions")
+        chosen = json.loads(kept.read_text("utf-8"))["settings"]["choices"]
+
+        page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
+        opened_in(page, url, "gallery.ipynb")
+        page.wait_for_selector("text=Your decisions", timeout=1000 * SECONDS)
+        after_reload = page.locator("td:has-text('better made')").count()
+
+        page.click(f"{PRESS}:text-is('3')")
+        page.click(f"{PRESS}:has-text('Draw this scene again')")
+        end = time.monotonic() + SECONDS
+        while "reruns" not in kept.read_text("utf-8") and time.monotonic() < end:
+            page.wait_for_timeout(200)
+        title = page.title()
+        page.evaluate("() => window.jupyterapp.serviceManager.sessions.shutdownAll()")
+    settings = json.loads(kept.read_text("utf-8"))["settings"]
+    assert not errors
+    assert [choice["reason"] for choice in chosen] == ["better made"]
+    assert after_reload == 1
+    assert settings["reruns"] == {"3": 1} and settings["choices"] == chosen
+    files = sorted(path.name for path in kept.parent.glob("*.png"))
+    assert files == [f"run_scene_0{s}_v{k}.png" for s, last in ((1, 3), (2, 3), (3, 6))
+                     for k in range(1, last + 1)]  # fmt: skip
+    assert title != "1"
     outside = [what for what in trouble.found if what.startswith(("error", "outside"))]
     assert not outside, trouble.found

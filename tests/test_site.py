@@ -18,7 +18,7 @@ import yaml
 
 import refimg
 
-from .browser import Trouble, opened, served
+from .browser import Trouble, barriers, opened, served
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
@@ -34,7 +34,7 @@ def sources() -> list[Path]:
 
 def address(source: Path) -> str:
     """Where a page stands on the site: a notebook's number is not part of it."""
-    return source.with_name(re.sub(r"^\d+_", "", source.stem) + ".html").as_posix()
+    return source.with_name(re.sub(r"^\d+[a-z]?_", "", source.stem) + ".html").as_posix()
 
 
 PAGES = [address(source) for source in sources()]
@@ -171,6 +171,18 @@ def test_a_page_opens_without_trouble(base, page, name):
     assert page.title().startswith(title)
     assert page.evaluate("document.documentElement.scrollWidth") <= 1280
     assert not trouble.found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_keeps_nobody_out(base, page, name):
+    page.goto(f"{base}/{name}", wait_until="load")
+    try:
+        for scheme in ("light", "dark"):
+            page.emulate_media(color_scheme=scheme)
+            assert not barriers(page), scheme
+    finally:
+        page.emulate_media(color_scheme="light")
 
 
 def test_pages_fit_a_telephone(base, page):

@@ -51,8 +51,9 @@ VOID = {"img", "br"}
 ALLOWED = {
     "div", "span", "strong", "bdi", "figure", "figcaption", "img", "ul", "li", "details",
     "summary", "table", "caption", "thead", "tbody", "tr", "th", "td", "sup",
+    "ins", "del", "br", "ol",
 }  # fmt: skip
-ATTRIBUTES = {"class", "style", "src", "alt", "role", "aria-label", "scope"}
+ATTRIBUTES = {"class", "style", "src", "alt", "role", "aria-label", "scope", "tabindex"}
 
 
 class Reader(HTMLParser):

@@ -20,6 +20,7 @@ FRONT = re.compile(r"\A---\n(.*?)\n---\s*", re.DOTALL)
 CALLOUT = re.compile(r"^:::\s*\{\.callout-(\w+)[^}]*\}\n(.*?)^:::\s*$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(\]\()([\w./-]+\.(?:ipynb|md))((?:#[\w.-]+)?\))")
 COLOUR = re.compile(r"\x1b\[[\d;]*m")
+CAPTION = 'class="caption" role="heading"'
 WIDGET = "application/vnd.jupyter.widget-view+json"
 CONFIG = {
     "project": "refimg",
@@ -37,7 +38,7 @@ CONFIG = {
     "html_show_copyright": False,
     "html_css_files": ["styles.css"],
     "html_use_index": False,
-    "pygments_style": "friendly",
+    "pygments_style": "a11y-high-contrast-light",
 }
 
 
@@ -113,6 +114,13 @@ def write_sources(staged: Path, target: Path) -> None:
         convert(source, made)
 
 
+def level_headings(site: Path) -> None:
+    """Gives the sidebar's headings the level that Furo leaves out and screen readers need."""
+    for path in site.rglob("*.html"):
+        text = path.read_text("utf-8")
+        path.write_text(text.replace(CAPTION, f'{CAPTION} aria-level="2"'), encoding="utf-8")
+
+
 def build(staged: Path, work: Path) -> Path:
     """The folder below work with the finished site; a warning ends it."""
     sources, site, said = work / "sources", work / "site", io.StringIO()
@@ -123,4 +131,5 @@ def build(staged: Path, work: Path) -> Path:
     app.build()
     if app.statuscode or said.getvalue():
         sys.exit(COLOUR.sub("", said.getvalue()) or "Sphinx could not build the site")
+    level_headings(site)
     return site

@@ -1,7 +1,8 @@
 """Execute notebooks in place, so that their outputs can be committed.
 
 Cells under `#| notest` (they need a key) keep the outputs they have; the export cell is not run.
-The kernel is this environment's, whatever else the machine has.
+The kernel is this environment's, whatever else the machine has. What only a live page can show is
+left out: widgets, and bars that write over themselves.
 """
 
 import os
@@ -13,6 +14,7 @@ import nbformat
 from nbclient import NotebookClient
 
 SKIP = re.compile(r"^#\|\s*notest\b", re.MULTILINE)
+WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 class Runner(NotebookClient):
@@ -21,7 +23,18 @@ class Runner(NotebookClient):
     async def async_execute_cell(self, cell, cell_index, **kwargs):
         if SKIP.search(cell.source) or "nbdev_export(" in cell.source:
             return cell
-        return await super().async_execute_cell(cell, cell_index, **kwargs)
+        done = await super().async_execute_cell(cell, cell_index, **kwargs)
+        if done.cell_type == "code":
+            done.outputs = [output for output in done.outputs if lasts(output)]
+        return done
+
+
+def lasts(output: nbformat.NotebookNode) -> bool:
+    """Whether there is something to keep in an output, once its widget is taken out."""
+    if output.output_type == "stream":
+        return "\r" not in output.text
+    live = output.get("data", {}).pop(WIDGET, None)
+    return live is None or bool(output.data.keys() - {"text/plain"})
 
 
 def executed(source: Path) -> nbformat.NotebookNode:
@@ -30,7 +43,8 @@ def executed(source: Path) -> nbformat.NotebookNode:
     nb = nbformat.read(source, as_version=4)
     where = {"metadata": {"path": str(source.resolve().parent)}}
     quiet = ["--IPKernelApp.log_level=40"]
-    options = {"timeout": 300, "kernel_name": "python3", "extra_arguments": quiet}
+    options = {"timeout": 300, "kernel_name": "python3", "extra_arguments": quiet,
+               "store_widget_state": False}
     return Runner(nb, resources=where, **options).execute()
 
 
