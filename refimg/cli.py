@@ -337,7 +337,7 @@ def run(
     if {scene.reference_from for scene in result.scenes} & {"fallback", "carried"}:
         raise typer.Exit(3)
 
-# %% ../nbs/07_cli.ipynb #c517f717
+# %% ../nbs/07_cli.ipynb #e2cdb5bf
 @app.command(epilog=_examples("refimg report output/images/fox-1.json -o fox.html"))
 def report(
     result: Annotated[Path, typer.Argument(
@@ -347,14 +347,14 @@ def report(
     json_value: _Json = False,  # True: the page's path as JSON
 ) -> None:
     """Write one HTML file that shows a run."""
-    from refimg.view import report as page
-
     target = output or result.with_suffix(".html")
     if target.resolve() == result.resolve():
         raise ValueError(f"output is {str(target)!r}, the record itself; allowed: another file")
+    shown = StoryResult.load(result)
+    from refimg.view import report as page
+
     with contextlib.redirect_stdout(sys.stderr):
-        text = str(page(StoryResult.load(result)))
-    target.write_text(clean_text(text), "utf-8")
+        page(shown, target)
     _answer({"report": target}, json_value, [target])
 
 # %% ../nbs/07_cli.ipynb #453b7ac7

@@ -219,7 +219,8 @@ async def upload(request: Request, service: Service) -> dict[str, str]:
 @router.get("/health")
 async def health(service: Service) -> dict[str, str | int | None]:
     """How many generations run, and why their pictures would not be judged."""
-    return {"live": len(service.live), "unscored": service.unscored}
+    running = sum(live.record.state not in ENDED for live in service.live.values())
+    return {"live": running, "unscored": service.unscored}
 
 
 async def refuse(request: Request, error: RequestValidationError) -> JSONResponse:
