@@ -149,7 +149,7 @@ def test_after_kill_9_a_restart_goes_on_and_pays_nothing_twice(tmp_path, servers
             assert "HF_HUB_OFFLINE" in backend.get("/health")["unscored"]
             assert backend.wait(name)["state"] == "done"
             check_events(list(backend.events(name)), 2)
-            assert backend.status(name)["unscored"].startswith("unscored: only 0 %")
+            assert backend.status(name)["unscored"].startswith("unscored: no weights for")
             result = backend.get(f"/generations/{name}/result")
             assert {scene["reference_from"] for scene in result["scenes"]} == {"first"}
             assert [v["overall"] for s in result["scenes"] for v in s["variations"]] == [None] * 4
