@@ -163,7 +163,7 @@ def prompt_of(
     """The prompt."""
     return sys.stdin.read().strip() if given == "-" else given
 
-# %% ../nbs/07_cli.ipynb #80a61daf
+# %% ../nbs/07_cli.ipynb #552bfd5d
 def story_of(
     given: str,  # a YAML or JSON file; "-": its content is on standard input
 ) -> Story:
@@ -172,8 +172,11 @@ def story_of(
         return Story.load(given)
     import yaml
 
+    text = sys.stdin.read()
     try:
-        return Story.model_validate(yaml.safe_load(sys.stdin.read()))
+        with contextlib.suppress(json.JSONDecodeError):
+            return Story.model_validate(json.loads(text))
+        return Story.model_validate(yaml.safe_load(text))
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"standard input is no story: {error}") from error
 
