@@ -128,7 +128,7 @@ class Commands(TyperGroup):
         call = super().main
         sys.exit(_exit_code(lambda: call(words, prog_name, **options), "--json" in words))
 
-# %% ../nbs/07_cli.ipynb #d9d29f6d
+# %% ../nbs/07_cli.ipynb #ac04f536
 app = typer.Typer(
     cls=Commands, rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False,
     no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]},
@@ -136,11 +136,6 @@ app = typer.Typer(
     epilog="Results go to standard output, all else to standard error. Exit codes: 0 done, "
            "1 bad input or nothing could be made, 3 finished on fallbacks, 130 cancelled.",
 )
-
-
-@app.callback()
-def _refimg() -> None:
-    """Nothing; the options are those of the commands."""
 
 # %% ../nbs/07_cli.ipynb #10dd6478
 async def _stoppable(work: Callable[[], Awaitable]) -> Any:
@@ -310,7 +305,7 @@ async def _run(story: Story, name: str, output_dir: Path, settings: dict[str, An
     return await pipeline.run(
         story, generation_id=name, output_dir=output_dir, on_progress=_show_progress)
 
-# %% ../nbs/07_cli.ipynb #4f011a8a
+# %% ../nbs/07_cli.ipynb #6ed58049
 @app.command(epilog=_examples(
     "refimg run story.yaml", "refimg run story.yaml -n 2 --generation-id fox-1 --budget-usd 2",
     "refimg run - --json < story.json | jq -r '.references[]'"))
@@ -318,7 +313,7 @@ def run(
     story: _StoryFile,  # what to make references for
     output_dir: _Folder = Path("output/images"),  # where the images and the record go
     generation_id: Annotated[str | None, typer.Option(
-        help="Names the files; that of a run which was stopped resumes it.")] = None,  # None: random
+        help="Names the files; that of a stopped run resumes it.")] = None,  # None: random
     variations: _Variations = 4,  # images a scene, 1–20
     iterations: _Rounds = 4,  # rounds of the two agents, 0–10
     aspect_ratio: _Aspect = "16:9",  # width:height
