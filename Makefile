@@ -30,7 +30,7 @@ test: setup
 	$(BIN)/ruff check .
 	$(BIN)/python tools/check_sync.py
 	$(NO_KEYS) $(BIN)/nbdev_test --n_workers 2
-	$(BIN)/python -m pytest --cov=refimg --cov-report=term --cov-fail-under=90
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov=refimg --cov-report=term --cov-fail-under=90
 
 lab: setup
 	$(BIN)/jupyter lab nbs/03_pipeline.ipynb

@@ -15,3 +15,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 settings.register_profile("refimg", derandomize=True)  # the same examples everywhere
 settings.load_profile("refimg")
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    """The slow files first: two processes then end at about the same time."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)

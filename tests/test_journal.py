@@ -365,6 +365,23 @@ async def test_if_the_first_is_cancelled_the_next_takes_over(tmp_path):
     assert (await second).data == b"image 2" and not module._flights
 
 
+async def test_a_cancelled_call_leaves_no_part_of_a_file(tmp_path, monkeypatch):
+    begun, replace = threading.Event(), os.replace
+
+    def slowly(*paths):
+        begun.set()
+        time.sleep(0.05)
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", slowly)
+    call = asyncio.create_task(images(tmp_path, Paid()).generate(request()))
+    await asyncio.to_thread(begun.wait)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert not [*tmp_path.rglob("*.part")]
+
+
 async def test_if_one_who_waits_is_cancelled_the_first_goes_on(tmp_path):
     model = Paid(seconds=0.2)
     first, second = (asyncio.create_task(images(tmp_path, model).generate(request()))

@@ -19,7 +19,7 @@ from .browser import Trouble, executable, opened
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = "nbs/03_pipeline.ipynb"
-SECONDS = 60
+SECONDS = 240
 LOCAL = {
     "JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "data", "JUPYTER_RUNTIME_DIR": "runtime",
     "JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces",

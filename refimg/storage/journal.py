@@ -196,10 +196,15 @@ def _keep(database: _Database, call: _Call, answer: Any) -> None:
     except Exception as error:
         _logger.warning("%s: its answer is not in the journal, %r", call.slot, error)
 
-# %% ../../nbs/storage/journal.ipynb #efcbdfc5
+# %% ../../nbs/storage/journal.ipynb #70c59b7a
 async def _thread(function: Callable, *args: Any) -> Any:
-    """What the function returns; it runs to its end in a thread, even if nobody waits any more."""
-    return await asyncio.shield(asyncio.get_running_loop().run_in_executor(None, function, *args))
+    """What the function returns from a thread; a cancellation gives it a moment to end."""
+    work = asyncio.get_running_loop().run_in_executor(None, function, *args)
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        await asyncio.wait({work}, timeout=0.25)
+        raise
 
 
 async def _paid(database: _Database, call: _Call, pay: Callable[[], Awaitable]) -> Any:

@@ -29,9 +29,9 @@ class Plan:
 
 
 PLANS = {
-    "clip": Plan(4500, 1700, 2e-3, 1.0, 11),
-    "pickscore": Plan(4500, 1850, 2e-3, 0.88, 22)}
-HELD_OUT = 1000  # pairs
+    "clip": Plan(4000, 1450, 2e-3, 1.0, 11),
+    "pickscore": Plan(4000, 1520, 2e-3, 0.88, 22)}
+HELD_OUT = 800  # pairs
 
 
 def say(started: float, text: str) -> None:
