@@ -131,12 +131,13 @@ def paid(folder: Path) -> tuple[int, int]:
 def test_after_kill_9_a_restart_goes_on_and_pays_nothing_twice(tmp_path, servers):
     llm, images = servers
     llm.script()
-    images.script()
+    images.script([{"takes": 2}] * 12)  # so that the third scenes have not begun at the kill
     folder, env = tmp_path / "backend", keys(llm, images)
-    names, plan = ["one", "two", "three"], (3 * 2 * 2 * 2, 3 * 2 * 2)
+    asked = {"scenes": 3, "num_variations": 2, "max_enhancement_iterations": 2}
+    names, plan = ["one", "two", "three"], (3 * 3 * 2 * 2, 3 * 3 * 2)
     with Backend(FROM_ENV, folder, **env) as backend:
         for name in names:
-            backend.start(order(2, name, num_variations=2, max_enhancement_iterations=2))
+            backend.start(order(name=name, **asked))
         until(lambda: len(images.requests("create")) >= 7)
         before = {name: backend.status(name) for name in names}
         backend.kill()
@@ -148,16 +149,16 @@ def test_after_kill_9_a_restart_goes_on_and_pays_nothing_twice(tmp_path, servers
             assert first["percent"] >= before[name]["percent"]
             assert "HF_HUB_OFFLINE" in backend.get("/health")["unscored"]
             assert backend.wait(name)["state"] == "done"
-            check_events(list(backend.events(name)), 2)
+            check_events(list(backend.events(name)), 3)
             assert backend.status(name)["unscored"].startswith("unscored: no weights for")
             result = backend.get(f"/generations/{name}/result")
             assert {scene["reference_from"] for scene in result["scenes"]} == {"first"}
-            assert [v["overall"] for s in result["scenes"] for v in s["variations"]] == [None] * 4
+            assert [v["overall"] for s in result["scenes"] for v in s["variations"]] == [None] * 6
         again = [now - old for now, old in zip(
             (len(llm.requests()), len(images.requests("create"))), was, strict=True)]
         assert again == [planned - known for planned, known in zip(plan, had, strict=True)]
         assert images.orphans() == []
-        backend.start(order(2, "one", num_variations=2, max_enhancement_iterations=2))
+        backend.start(order(name="one", **asked))
         assert backend.status("one")["state"] == "done"
 
 
