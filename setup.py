@@ -28,7 +28,10 @@ setup(
     package_data={"refimg": ["py.typed", "sandbox/weights/*", "sandbox/weights/*/*"]},
     python_requires=f">={settings['min_python']},<{settings['max_python']}",
     install_requires=shlex.split(settings["requirements"]),
-    extras_require={"dev": shlex.split(settings["dev_requirements"])},
+    extras_require={
+        name: shlex.split(settings[f"{name}_requirements"]) for name in ("backend", "dev")
+    },
+    entry_points={"console_scripts": shlex.split(settings["console_scripts"])},
     classifiers=["Programming Language :: Python :: 3", "Framework :: Jupyter"],
     zip_safe=False,
 )

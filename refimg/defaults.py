@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from refimg.storage.journal import Journal
 
 # %% auto #0
-__all__ = ['world', 'director', 'critic', 'image_model', 'scorers', 'available', 'budget', 'estimate', 'retry_limits', 'journal',
-           'announce']
+__all__ = ['world', 'director', 'critic', 'image_model', 'real_scorers', 'scorers', 'available', 'budget', 'estimate',
+           'retry_limits', 'journal', 'announce']
 
 # %% ../nbs/06_defaults.ipynb #05cf8874
 _logger = logging.getLogger(__name__)
@@ -86,29 +86,29 @@ def image_model() -> ImageModel:
 
     return Painter()
 
-# %% ../nbs/06_defaults.ipynb #d596609e
-def _real_scorers() -> list[Scorer]:
+# %% ../nbs/06_defaults.ipynb #158b0da0
+def real_scorers() -> list[Scorer]:
     """Those on public checkpoints that are used by default, present or not."""
     from refimg.adapters.clip import Aesthetic, ClipScore, PickScore
 
     return [PickScore(), ClipScore(), Aesthetic()]
 
-# %% ../nbs/06_defaults.ipynb #93e609df
+# %% ../nbs/06_defaults.ipynb #1b6e587f
 def scorers(
     image_model: ImageModel | None = None,  # what draws the images; None: files of unknown origin
 ) -> list[Scorer]:
     """The scorers for that model's images: the sandbox's for its own, real ones for all others."""
     origin = world() if image_model is None else image_model.name
     if not origin.startswith("sandbox"):
-        return _real_scorers()
+        return real_scorers()
     from refimg.sandbox.scorers import SandboxAesthetic, SandboxClipScore, SandboxPickScore
 
     return [SandboxPickScore(), SandboxClipScore(), SandboxAesthetic()]
 
-# %% ../nbs/06_defaults.ipynb #a539f84d
+# %% ../nbs/06_defaults.ipynb #115309a9
 def available() -> dict[str, str | None]:
     """By metric: None where it can be had now, else what is missing and how to get it."""
-    return {scorer.name: scorer.missing() for scorer in _real_scorers()}
+    return {scorer.name: scorer.missing() for scorer in real_scorers()}
 
 # %% ../nbs/06_defaults.ipynb #2e261f35
 def budget(

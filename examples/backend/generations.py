@@ -1,0 +1,261 @@
+"""Generations: started, followed, cancelled, and resumed after a restart.
+
+Everything lies in one folder, which belongs to one process at a time:
+
+    records/ID.json    what was ordered, and how far it is; written before the answer to the client
+    results/ID.json    the `StoryResult`, once there is one
+    images/            the pictures        uploads/  pictures of clients, by their checksum
+    journal/           refimg's record of paid calls, so that nothing is paid twice
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import os
+import secrets
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from filelock import FileLock
+from pydantic import AfterValidator, BaseModel, Field
+
+from refimg import GenerationCancelled, Pipeline, Scene, Story, StoryResult
+from refimg.pipeline import Progress
+from refimg.score import shares
+from refimg.storage.files import check_id, decode_image, encode_png
+from refimg.storage.secrets import log_line
+
+logger = logging.getLogger("refimg.backend")
+GenerationId = Annotated[str, AfterValidator(check_id)]
+Checksum = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+State = Literal["waiting", "running", "cancelling", "done", "failed", "cancelled"]
+ENDED = ("done", "failed", "cancelled")
+
+
+class Order(BaseModel, frozen=True, extra="forbid"):
+    """What a client asks for: a story, and two settings of the run."""
+
+    scenes: Annotated[list[Scene], Field(min_length=1, max_length=50)]
+    title: str = ""
+    consistency_markers: dict[str, Any] = {}
+    brand: str | None = None
+    initial_reference_image: Checksum | None = None  # of an upload: clients name no paths
+    num_variations: Annotated[int, Field(ge=1, le=20)] = 4
+    max_enhancement_iterations: Annotated[int, Field(ge=0, le=10)] = 4
+    seed: int | None = None
+
+
+class Record(BaseModel, frozen=True):
+    """One generation, as it is kept on disk: all that is needed to go on after a restart."""
+
+    generation_id: str
+    order: Order
+    state: State = "waiting"
+    steps: list[Progress] = []  # each scene's three messages, in the order in which they came
+    error: str | None = None
+    unscored: str | None = None  # why a picture was not judged
+
+    @property
+    def percent(self) -> float:
+        """0 to 100; never falls, not even over a restart."""
+        return 100.0 if self.state == "done" else max([0.0, *(s.percent for s in self.steps)])
+
+
+@dataclass
+class Live:
+    """A generation that has not ended, in this process."""
+
+    record: Record
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    task: asyncio.Task | None = None
+
+
+class Taken(ValueError):
+    """The generation_id belongs to another order."""
+
+
+def write(path: Path, data: bytes) -> None:
+    """The file has this content, or what it had before: never a part of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    part.write_bytes(data)
+    os.replace(part, path)
+
+
+class Generations:
+    """The generations of one folder."""
+
+    def __init__(self, pipeline: Pipeline, folder: Path, at_once: int = 16):
+        self.pipeline, self.folder = pipeline, folder
+        self.unscored: str | None = None  # why the pictures of the next run cannot be judged
+        self.live: dict[str, Live] = {}
+        self.slots = asyncio.Semaphore(at_once)
+        self.lock = FileLock(folder / "lock")
+
+    async def __aenter__(self) -> Generations:
+        """Loads the models, then goes on with whatever had not ended."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock.acquire(blocking=False)  # a second process would pay for the same runs
+        await self._load()
+        for path in sorted((self.folder / "records").glob("*.json")):
+            try:
+                record = Record.model_validate_json(path.read_bytes())
+            except ValueError as error:
+                logger.error("%s is no record: %s", path, error)
+                continue
+            if record.state == "cancelling":
+                self._write(record.model_copy(update={"state": "cancelled"}))
+            elif record.state not in ENDED:
+                self._begin(record)
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        """Stops what runs; its record says that it has not ended, so the next start resumes it."""
+        tasks = [live.task for live in self.live.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self.lock.release()
+
+    async def _load(self) -> None:
+        """Awaits the models; the service starts without them, and says what that means."""
+        try:
+            await self.pipeline.load()
+        except Exception as error:
+            logger.warning("%s", reason := log_line(str(error)))
+            judges = self.pipeline.scorers
+            lacking = {s.name for s in judges if getattr(s, "missing", lambda: None)()}
+            weights = shares(judges, self.pipeline.weights).items()
+            if sum(share for name, share in weights if name not in lacking) < 0.5:
+                self.unscored = reason
+
+    # what clients ask for
+
+    async def start(self, order: Order, generation_id: str | None = None) -> Record:
+        """The record of a new generation, or of the one that this order began before."""
+        name = secrets.token_hex(8) if generation_id is None else generation_id
+        if known := self.find(name):
+            return self._same(known, order)
+        pipeline, story = self._pipeline(order), self._story(order)
+        await asyncio.to_thread(pipeline.estimate, story)  # a ValueError says what is wrong
+        if known := self.find(name):
+            return self._same(known, order)
+        record = Record(generation_id=name, order=order)
+        self._write(record)
+        return self._begin(record)
+
+    def find(self, generation_id: str) -> Record | None:
+        """The record; None where there is no such generation."""
+        if live := self.live.get(generation_id):
+            return live.record
+        path = self.folder / "records" / f"{generation_id}.json"
+        return Record.model_validate_json(path.read_bytes()) if path.exists() else None
+
+    def cancel(self, generation_id: str) -> None:
+        """From here on the generation makes no new call; one that has ended stays as it is."""
+        if live := self.live.get(generation_id):
+            waits = live.record.state == "waiting"
+            self._change(live, state="cancelled" if waits else "cancelling")
+            if waits:
+                live.task.cancel()
+
+    def result(self, generation_id: str) -> StoryResult:
+        """What a generation that is done has made."""
+        return StoryResult.load(self._result_path(generation_id))
+
+    async def follow(self, generation_id: str, step: int = 0) -> AsyncIterator[Record]:
+        """The record after each of its steps from that one on, and at its end."""
+        while True:
+            live = self.live.get(generation_id)
+            changed, record = live and live.changed, self.find(generation_id)
+            while step < len(record.steps):
+                step += 1
+                yield record.model_copy(update={"steps": record.steps[:step], "state": "running"})
+            if live is None or record.state in ENDED:
+                yield record
+                return
+            await changed.wait()
+
+    def keep_upload(self, data: bytes) -> str:
+        """The checksum of a picture, decoded under guard; a ValueError for anything else."""
+        png = encode_png(decode_image(data), {})
+        name = hashlib.sha256(png).hexdigest()
+        write(self.folder / "uploads" / f"{name}.png", png)
+        return name
+
+    # how they are made
+
+    def _same(self, record: Record, order: Order) -> Record:
+        if record.order != order:
+            raise Taken(f"generation_id {record.generation_id!r} belongs to another order")
+        return record
+
+    def _pipeline(self, order: Order) -> Pipeline:
+        """The service's pipeline, its loaded models shared, with the order's settings."""
+        return replace(self.pipeline, num_variations=order.num_variations, seed=order.seed,
+                       max_enhancement_iterations=order.max_enhancement_iterations)
+
+    def _story(self, order: Order) -> Story:
+        given = order.initial_reference_image
+        image = given and self.folder / "uploads" / f"{given}.png"
+        return Story(scenes=order.scenes, title=order.title, brand=order.brand,
+                     consistency_markers=order.consistency_markers, initial_reference_image=image)
+
+    def _result_path(self, generation_id: str) -> Path:
+        return self.folder / "results" / f"{generation_id}.json"
+
+    def _write(self, record: Record) -> None:
+        data = record.model_dump_json().encode()
+        write(self.folder / "records" / f"{record.generation_id}.json", data)
+
+    def _change(self, live: Live, **update: Any) -> None:
+        """The record is another, on disk too, and whoever follows it is told."""
+        live.record = live.record.model_copy(update=update)
+        self._write(live.record)
+        live.changed.set()
+        live.changed = asyncio.Event()
+
+    def _begin(self, record: Record) -> Record:
+        live = self.live[record.generation_id] = Live(record)
+        live.task = asyncio.create_task(self._run(live))
+        live.task.add_done_callback(lambda task: self._forget(live))
+        return record
+
+    def _forget(self, live: Live) -> None:
+        """What has ended, or is left to the next start, is on disk only."""
+        del self.live[live.record.generation_id]
+        live.changed.set()
+
+    def _step(self, live: Live, step: Progress) -> None:
+        """A run that is resumed reports again what is known: that is left out."""
+        if (step.stage, step.scene) not in {(s.stage, s.scene) for s in live.record.steps}:
+            percent = max(step.percent, live.record.percent)
+            told = step.model_copy(update={"percent": percent})
+            self._change(live, steps=[*live.record.steps, told])
+
+    async def _run(self, live: Live) -> None:
+        """Takes a generation to its end; only a shutdown leaves it without one."""
+        name, order = live.record.generation_id, live.record.order
+        try:
+            async with self.slots:
+                self._change(live, state="running")
+                result = await self._pipeline(order).run(
+                    self._story(order), generation_id=name, output_dir=self.folder / "images",
+                    on_progress=partial(self._step, live),
+                    cancellation_check=lambda: live.record.state == "cancelling")
+            path = self._result_path(name)
+            path.parent.mkdir(exist_ok=True)
+            await asyncio.to_thread(result.save, path)
+            warnings = (text for scene in result.scenes for text in scene.warnings)
+            reason = next((text for text in warnings if text.startswith("unscored")), None)
+            self._change(live, state="done", unscored=reason and log_line(reason))
+        except GenerationCancelled:
+            self._change(live, state="cancelled")
+        except Exception as error:
+            logger.exception("generation %s failed", name)
+            self._change(live, state="failed", error=log_line(str(error) or repr(error))[:2000])
