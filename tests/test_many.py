@@ -281,7 +281,7 @@ def test_bad_arguments_are_said_at_the_call(tmp_path, wrong):
 
 @pytest.mark.parametrize("wrong", [
     {"chain": "next"}, {"max_concurrency": 0}, {"score_threshold": 101}, {"scorers": [object()]},
-], ids=str)  # fmt: skip
+], ids=lambda wrong: next(iter(wrong)))  # fmt: skip
 def test_what_is_wrong_with_the_pipeline_is_said_at_the_call(tmp_path, wrong):
     pipeline = make_pipeline()
     for name, value in wrong.items():
