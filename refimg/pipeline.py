@@ -146,7 +146,7 @@ class Story(BaseModel, frozen=True, extra="forbid"):
             raise ValueError(f"{path} is no story: {error}") from error
         return _map_paths(story, lambda image: Path(path).parent / image)
 
-# %% ../nbs/03_pipeline.ipynb #f1db50c6
+# %% ../nbs/03_pipeline.ipynb #7a2ac232
 class Progress(BaseModel, frozen=True):
     """One step of a run, as it is reported to whoever waits."""
 
@@ -155,6 +155,7 @@ class Progress(BaseModel, frozen=True):
     scene: int  # from 1
     scenes: int  # how many there are
     percent: float  # 0–100; share of all stages that are done
+    cost: float | None = None  # USD of the run so far; None: the price of a call is not known
 
 # %% ../nbs/03_pipeline.ipynb #e4564a32
 class Variation(BaseModel, frozen=True):
@@ -516,7 +517,7 @@ class _News:
             await asyncio.wait({listener}, timeout=patience)
         listener.cancel()
 
-# %% ../nbs/03_pipeline.ipynb #0c494a62
+# %% ../nbs/03_pipeline.ipynb #e9a1b06d
 class _Reporter(_News):
     """Counts finished stages and makes each Progress."""
 
@@ -524,12 +525,12 @@ class _Reporter(_News):
         super().__init__(callback)
         self.scenes, self.stages, self.finished = scenes, 3 * todo, 0
 
-    def begin(self, stage: str, scene: int) -> None:
+    def begin(self, stage: str, scene: int, cost: float | None) -> None:
         """Reports that a stage of a scene begins (scoring is mostly done by then: it counts)."""
         self.finished += stage == "score"
         percent = 100.0 * self.finished / self.stages
         step = Progress(stage=stage, message=_MESSAGES[stage], scene=scene, scenes=self.scenes,
-                        percent=percent)
+                        percent=percent, cost=cost)
         _logger.info("%s (scene %d of %d, %.0f %%)", step.message, scene, self.scenes, percent)
         self.queue.put_nowait(step)
 
@@ -717,21 +718,21 @@ def _timed(run: _Run, draft: _Draft, stage: str) -> Iterator[None]:
     finally:
         draft.timings[stage] = run.clock() - started
 
-# %% ../nbs/03_pipeline.ipynb #dcae7b69
-async def _enhance(run: _Run, draft: _Draft) -> ImagePromptEnhancementResult:
-    """The scene's enhancement: the one handed in, or the agents'."""
+# %% ../nbs/03_pipeline.ipynb #d78170bd
+async def _enhance(run: _Run, draft: _Draft) -> None:
+    """Gives the scene its enhancement: the one handed in, or the agents'."""
     folder, result = _trace_dir(run, draft), run.given[draft.number - 1]
     async with run.agents:
-        run.reporter.begin("enhance", draft.number)
+        run.reporter.begin("enhance", draft.number, _total_cost(run))
         with _timed(run, draft, "enhance"):
             if result is None:
                 result = await _ask_agents(_with_chats_recorded(run, draft.number), run.story,
                                            draft.number, stopped=run.is_stopped, trace_dir=folder)
             else:
                 trace_enhancement(result, folder)
+    draft.enhancement = result
     draft.warnings += result.warnings
     run.reporter.finished += 1
-    return result
 
 # %% ../nbs/03_pipeline.ipynb #ddcf5ba0
 class _Judge:
@@ -977,17 +978,17 @@ async def _incoming(run: _Run, number: int) -> Path | None:
         return None
     return await run.references[1 if chain == "first" else number - 1]
 
-# %% ../nbs/03_pipeline.ipynb #58fe3761
+# %% ../nbs/03_pipeline.ipynb #8a254783
 async def _make_images(run: _Run, draft: _Draft) -> None:
     """Draws, scores and chooses the images of one scene."""
     enhanced = run.pipeline.score_text == "enhanced"
     text = draft.enhancement.final_prompt if enhanced else draft.scene.prompt
     judge = _Judge(run, text)
-    run.reporter.begin("generate", draft.number)
+    run.reporter.begin("generate", draft.number, _total_cost(run))
     with _timed(run, draft, "generate"):
         await _draw(run, draft, judge)
     run.reporter.finished += 1
-    run.reporter.begin("score", draft.number)
+    run.reporter.begin("score", draft.number, _total_cost(run))
     with _timed(run, draft, "score"):
         await judge.finish()
         await _choose(run, draft)
@@ -995,10 +996,10 @@ async def _make_images(run: _Run, draft: _Draft) -> None:
         _describe(run, draft)
     run.group.create_task(_write_others(run, draft))
 
-# %% ../nbs/03_pipeline.ipynb #a4351649
+# %% ../nbs/03_pipeline.ipynb #522d4d96
 async def _scene(run: _Run, draft: _Draft) -> None:
     """Takes one scene from its prompt to its reference; what breaks on the way stays in it."""
-    draft.enhancement = await run.enhanced[draft.number]
+    await run.enhanced[draft.number]
     ready = run.clock()
     draft.incoming = await _incoming(run, draft.number)
     try:
@@ -1079,11 +1080,11 @@ def _scene_result(run: _Run, draft: _Draft, reference: Path) -> SceneResult:
         timings=dict.fromkeys(("enhance", "wait", "generate", "score"), 0.0) | draft.timings,
     )
 
-# %% ../nbs/03_pipeline.ipynb #a3b9d043
+# %% ../nbs/03_pipeline.ipynb #b8d7b709
 def _total_cost(run: _Run) -> float | None:
     """USD of all calls so far, those of the runs before a rerun too; None if one is unknown."""
     asked = [d.enhancement for d in run.drafts if run.given[d.number - 1] is None or not run.reruns]
-    costs = [run.spent, *(made.cost for made in asked)]
+    costs = [run.spent, *(made.cost for made in asked if made)]
     costs += [cost for draft in run.drafts for cost in draft.bill]
     return None if any(cost is None for cost in costs) else sum(costs)
 

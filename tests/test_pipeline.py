@@ -947,6 +947,18 @@ async def test_each_scene_reports_its_three_stages(run, kind, scenes, chain):
     check_reports(steps, scenes)
 
 
+@pytest.mark.parametrize("price", [0.25, None])
+async def test_a_report_says_what_the_run_has_cost_so_far(run, price):
+    images = drawn(lambda *place: GeneratedImage(data=picture(1), cost=price))
+    steps = []
+    result = await run(a_pipeline(images, max_enhancement_iterations=0), a_story(3),
+                       on_progress=steps.append)
+    costs = {(step.scene, step.stage): step.cost for step in steps}
+    assert [costs[scene, "generate"] for scene in (1, 2)] == [0, price and 0.5]
+    assert [costs[scene, "score"] for scene in (1, 2, 3)] == [price and 0.5 * n for n in (1, 2, 3)]
+    assert result.cost == steps[-1].cost
+
+
 @pytest.mark.parametrize("broken", ["agents", "images"])
 async def test_scenes_that_fail_report_like_any_other(run, broken):
     def rule(scene, variation, attempt):
