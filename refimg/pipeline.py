@@ -872,17 +872,14 @@ async def _save(run: _Run, draft: _Draft, take: _Take) -> bool:
         _failed(draft, f"file of variation {take.number}", error)
     return take.image is not None
 
-# %% ../nbs/03_pipeline.ipynb #75bb7017
+# %% ../nbs/03_pipeline.ipynb #f61c32d9
 def _number_files(run: _Run, draft: _Draft) -> None:
-    """Gives each take a file number to begin with, once, in order of variation.
-
-    The next free one; with a journal the first of all, because `keep` finds the same file again.
-    """
+    """Gives each take a file number to begin with, once, in order of variation."""
     if draft.files:
         return
-    stem, again = run.folder / _stem(run, draft.number), run.pipeline.journal is not None
-    free = (k for k in itertools.count(1) if again or not os.path.lexists(f"{stem}_v{k}.png"))
-    draft.files = {take.number: next(free) for take in draft.takes}
+    stem, own = run.folder / _stem(run, draft.number), [take.number for take in draft.takes]
+    free = (k for k in itertools.count(1) if not os.path.lexists(f"{stem}_v{k}.png"))
+    draft.files = dict(zip(own, own if run.pipeline.journal else free, strict=False))
 
 # %% ../nbs/03_pipeline.ipynb #d42d53e7
 def _rank(run: _Run, draft: _Draft) -> list[_Take]:

@@ -114,9 +114,10 @@ class Life:
         return len(chats), len(made)
 
     def pictures(self) -> dict[str, bytes]:
-        """Every image by its path below the folder; nothing else may lie there."""
+        """Every file by its path below the folder, but for what a kill cut off while written."""
         folder = self.folder / "images"
-        return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*")}
+        return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*")
+                if not p.name.startswith(".refimg-")}
 
 
 def kill_and_run_again(folder: Path, llm: Any, images: Any, points: list[int]) -> dict[str, Any]:

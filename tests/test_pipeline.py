@@ -9,11 +9,13 @@ import threading
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from refimg import GenerationFailed, Pipeline, Scene, Story
 from refimg.generate import GeneratedImage
 from refimg.score import RawScore
 from refimg.storage.files import TraceTree
+from refimg.storage.journal import Journal
 from tests.fakes import FakeChat, FakeImages, FakeScorer, critic, critique, director, picture
 
 BOOM = RuntimeError("boom")
@@ -945,6 +947,20 @@ async def test_each_scene_reports_its_three_stages(run, kind, scenes, chain):
     listener = steps.append if kind == "sync" else wait_and_append
     await run(a_pipeline(chain=chain), a_story(scenes), on_progress=listener)
     check_reports(steps, scenes)
+
+
+async def test_a_picture_keeps_its_place_when_a_journaled_run_goes_on(run, tmp_path):
+    def half(scene, variation, attempt):
+        return BOOM if variation == 1 else picture(variation)
+
+    journal = Journal(tmp_path / "journal")
+    await run(a_pipeline(drawn(half), journal=journal), a_story(1))
+    whole = drawn(lambda scene, variation, attempt: picture(variation))
+    await run(a_pipeline(whole, journal=journal), a_story(1))
+    shades = {path.name: Image.open(path).getpixel((0, 0))[0]
+              for path in (tmp_path / "images").iterdir()}
+    assert shades == {"x_scene_01_v1.png": 1, "x_scene_01_v2.png": 2}
+    assert len(whole.requests) == 1
 
 
 @pytest.mark.parametrize("price", [0.25, None])
