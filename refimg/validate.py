@@ -1067,7 +1067,7 @@ def _first_place(table: pd.DataFrame, by: str, truth: str) -> pd.DataFrame:
                                     "none better": best * lot})
     return _whole_sum(found.groupby(_SCENE))
 
-# %% ../nbs/04_validate.ipynb #05000914
+# %% ../nbs/04_validate.ipynb #cd7983ae
 def verifier_error(
     runs: pd.DataFrame | Iterable[StoryResult],  # one arm, two images a scene or more
     truth: str = "right",  # the column that knows, or what people said; higher is better
@@ -1078,6 +1078,8 @@ def verifier_error(
 
     table = _arm(runs, "runs", truth)
     _check_unit(table, "runs", unit, None, "overall")
+    if (most := int(_size(table).min())) < 2:
+        raise ValueError(f"runs has scenes of {most} image; allowed: two images or more to choose from")
     verifiers = [m for m in _metrics(table) if m not in (*_TRUTH, truth)]
     table = table.assign(random=0.0, oracle=table[truth].astype(float))
     rows = []
@@ -1252,7 +1254,7 @@ def distribution_chart(
         caption="Boxes: the middle half, whiskers 5 to 95 %. ★ mean of the selected images; "
                 "dashed: the quality threshold.")
 
-# %% ../nbs/04_validate.ipynb #412b89c0
+# %% ../nbs/04_validate.ipynb #c02163fa
 def _draw_cells(axes: Axes, metric: str, rows: pd.DataFrame) -> None:
     """One metric: from the first image to the best, with plain and with enhanced prompts."""
     chose, cells = bool(rows["selects"].iloc[0]), rows.set_index("what")
@@ -1262,14 +1264,14 @@ def _draw_cells(axes: Axes, metric: str, rows: pd.DataFrame) -> None:
         pair = cells.loc[[f"{name}, first", f"{name}, best"]]
         x = np.arange(2) + shift
         axes.vlines(x, pair["low"], pair["high"], color=colour, linewidth=2)
-        axes.plot(x, pair["mean"], line, color=colour, marker="o", markerfacecolor=face, label=name)
+        axes.plot(x, pair["mean"], f"o{line}", color=colour, markerfacecolor=face, label=name)
     axes.set_title(f"{metric}\n{'chooses' if chose else 'held out'}", loc="left")
     axes.set_xticks([0, 1], ["first", f"best of {rows['k'].iloc[0]}"])
-    axes.set_xlim(-0.3, 1.3)
+    axes.margins(x=0.3, y=0.1)
     axes.grid(axis="y")
     axes.legend(loc="upper left", frameon=False)
 
-# %% ../nbs/04_validate.ipynb #57d71e42
+# %% ../nbs/04_validate.ipynb #8ab9c510
 def cells_chart(
     cells: pd.DataFrame,  # from `four_cells`
 ) -> Html:
@@ -1289,4 +1291,5 @@ def cells_chart(
     return _figure_of(
         bool(cells["sandbox"].any()), "Prompts and selection apart", size, draw,
         alt=f"Two lines a metric. {told}.",
-        caption=f"Bars: 95 %, over {cells['units'].iloc[0]} units. {told}.")
+        caption=f"Hollow: plain prompts; filled: enhanced. Bars: 95 %, over "
+                f"{cells['units'].iloc[0]} units.")
