@@ -1067,7 +1067,7 @@ def _first_place(table: pd.DataFrame, by: str, truth: str) -> pd.DataFrame:
                                     "none better": best * lot})
     return _whole_sum(found.groupby(_SCENE))
 
-# %% ../nbs/04_validate.ipynb #cd7983ae
+# %% ../nbs/04_validate.ipynb #7123c770
 def verifier_error(
     runs: pd.DataFrame | Iterable[StoryResult],  # one arm, two images a scene or more
     truth: str = "right",  # the column that knows, or what people said; higher is better
@@ -1078,8 +1078,8 @@ def verifier_error(
 
     table = _arm(runs, "runs", truth)
     _check_unit(table, "runs", unit, None, "overall")
-    if (most := int(_size(table).min())) < 2:
-        raise ValueError(f"runs has scenes of {most} image; allowed: two images or more to choose from")
+    if _size(table).min() < 2:
+        raise ValueError("runs has a scene of one image; allowed: two or more to choose from")
     verifiers = [m for m in _metrics(table) if m not in (*_TRUTH, truth)]
     table = table.assign(random=0.0, oracle=table[truth].astype(float))
     rows = []
@@ -1232,7 +1232,7 @@ def _draw_boxes(axes: Axes, metric: str, arms: dict[str, pd.DataFrame]) -> None:
     axes.invert_yaxis()
     axes.grid(axis="x")
 
-# %% ../nbs/04_validate.ipynb #352d6499
+# %% ../nbs/04_validate.ipynb #5db11ca9
 def distribution_chart(
     runs: pd.DataFrame | Iterable[StoryResult],  # one arm or several
 ) -> Html:
@@ -1245,8 +1245,8 @@ def distribution_chart(
         for axes, metric in zip(_grid(figure, len(metrics), 2), metrics, strict=True):
             _draw_boxes(axes, metric, arms)
 
-    told = [f"{m}, {arm}: median {_figures(g[m].median())}, "
-            f"selected {_figures(_selected(g)[m].mean())}" for m in metrics for arm, g in arms.items()]
+    told = [f"{m}, {arm}: median {_figures(g[m].median())}, selected "
+            f"{_figures(_selected(g)[m].mean())}" for m in metrics for arm, g in arms.items()]
     high = -(-len(metrics) // 2) * (0.9 + 0.35 * len(arms))
     return _figure_of(
         bool(table["sandbox"].astype(bool).any()), "Scores by arm", (7.6, high), draw,
