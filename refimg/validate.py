@@ -1056,18 +1056,18 @@ def agreement(
     rows = [_agreement_row(table, ranks, pair, unit) for pair in combinations(metrics, 2)]
     return _marked(pd.DataFrame(rows), table)
 
-# %% ../nbs/04_validate.ipynb #41cb8953
-def _first_place(table: pd.DataFrame, by: str, truth: str) -> pd.DataFrame:
+# %% ../nbs/04_validate.ipynb #ea32d6d6
+def _first_place(table: pd.DataFrame, score: pd.Series, truth: pd.Series) -> pd.DataFrame:
     """One row a scene: what is true of the image that a score puts first."""
-    scenes = table.groupby(_SCENE)
-    lot = scenes[by].transform(lambda scores: best_weights(scores, len(scores)))
-    lost = scenes[truth].transform("max") - table[truth]
-    best = (lost <= _SAME).where(lost.notna()).astype(float)
-    found = table[_SCENE].assign(**{"picked": table[truth] * lot, "lost": lost * lot,
-                                    "none better": best * lot})
+    keys = [table[c] for c in _SCENE]
+    lot = score.groupby(keys).transform(lambda scores: best_weights(scores, len(scores)))
+    lost = truth.groupby(keys).transform("max") - truth
+    best = (lost <= _SAME).astype(float)
+    found = table[_SCENE].assign(
+        **{"picked": truth * lot, "lost": lost * lot, "none better": best * lot + 0 * truth})
     return _whole_sum(found.groupby(_SCENE))
 
-# %% ../nbs/04_validate.ipynb #7123c770
+# %% ../nbs/04_validate.ipynb #0ee1d2a5
 def verifier_error(
     runs: pd.DataFrame | Iterable[StoryResult],  # one arm, two images a scene or more
     truth: str = "right",  # the column that knows, or what people said; higher is better
@@ -1078,16 +1078,15 @@ def verifier_error(
 
     table = _arm(runs, "runs", truth)
     _check_unit(table, "runs", unit, None, "overall")
-    if _size(table).min() < 2:
-        raise ValueError("runs has a scene of one image; allowed: two or more to choose from")
-    verifiers = [m for m in _metrics(table) if m not in (*_TRUTH, truth)]
-    table = table.assign(random=0.0, oracle=table[truth].astype(float))
+    size, right = _size(table), table[truth].astype(float)
+    if short := size.index[size < 2].tolist():
+        raise ValueError(f"runs has one image only for {_listed(short)}; two or more are needed")
+    verifiers = [(m, table[m]) for m in _metrics(table) if m not in (*_TRUTH, truth)]
     rows = []
-    for name in ("random", *verifiers, "oracle"):
-        prompts = _whole_mean(_first_place(table, name, "oracle").groupby(["story", "scene"]))
+    for name, score in (("random", 0 * right), *verifiers, ("oracle", right)):
+        prompts = _whole_mean(_first_place(table, score, right).groupby(["story", "scene"]))
         values = _whole_mean(prompts.groupby(_UNITS[unit]))
-        rows += [{"verifier": name, "what": what, **_interval_row(values[what])}
-                 for what in values]
+        rows += [{"verifier": name, "what": what, **_interval_row(values[what])} for what in values]
     return _marked(pd.DataFrame(rows).assign(units=len(values)), table)
 
 # %% ../nbs/04_validate.ipynb #d6a58fbe
