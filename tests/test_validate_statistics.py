@@ -323,7 +323,7 @@ def test_an_unknown_score_or_truth_makes_no_verdict(column):
 
 
 def test_verifiers_need_a_choice_and_a_truth():
-    with pytest.raises(ValueError, match="one image only for .*s0"):
+    with pytest.raises(ValueError, match=r"one image only for .*s0"):
         verifier_error(random_arm(3, images=1), truth="seen")
     with pytest.raises(ValueError, match="no column right"):
         verifier_error(random_arm(3))
