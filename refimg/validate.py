@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['runs_table', 'load_runs', 'score_csv', 'Interval', 'paired_interval', 'wilson', 'Wins', 'win_rate', 'holm',
            'best_weights', 'unit_values', 'Difference', 'Comparison', 'compare', 'aa_check', 'best_of_k', 'four_cells',
-           'power', 'distributions', 'pass_rates', 'threshold_errors', 'stop_reasons', 'agreement', 'critic_agreement',
-           'curve_chart', 'forest_chart', 'distribution_chart']
+           'power', 'distributions', 'pass_rates', 'threshold_errors', 'stop_reasons', 'agreement', 'verifier_error',
+           'critic_agreement', 'curve_chart', 'forest_chart', 'distribution_chart', 'cells_chart']
 
 # %% ../nbs/04_validate.ipynb #2d8ceb33
 _SCENE = ["generation_id", "story", "scene"]
@@ -433,10 +433,15 @@ def _check_images(tables: dict[str, pd.DataFrame], k: tuple | None, matched: boo
         raise ValueError(f"{said}; the same number is needed, unless matched=False")
     return [said]
 
-# %% ../nbs/04_validate.ipynb #395c4b31
+# %% ../nbs/04_validate.ipynb #848df562
 def _whole_mean(groups: Any) -> pd.DataFrame:
     """The means of the groups, NaN where one value is missing."""
     return groups.mean().where(groups.count().eq(groups.size(), axis=0))
+
+
+def _whole_sum(groups: Any) -> pd.DataFrame:
+    """The sums of the groups, NaN where one value is missing."""
+    return groups.sum().where(groups.count().eq(groups.size(), axis=0))
 
 
 def _chosen(table: pd.DataFrame, name: str) -> pd.DataFrame:
@@ -457,7 +462,7 @@ def _best(table: pd.DataFrame, k: int, by: str) -> pd.DataFrame:
         rows = place[size == n].sort_values(kind="stable").index
         weights[rows] = best_weights(table.loc[rows, by].to_numpy().reshape(-1, n), k).ravel()
     parts = table[_metrics(table)].mul(weights, axis=0).groupby([table[c] for c in _SCENE])
-    return parts.sum().where(parts.count().eq(parts.size(), axis=0))
+    return _whole_sum(parts)
 
 # %% ../nbs/04_validate.ipynb #96b4c7c5
 _UNITS = {"story": ["story"], "prompt": ["story", "scene"]}
@@ -540,7 +545,7 @@ class Difference(BaseModel, frozen=True):
     def __str__(self) -> str:
         return _sentence(self)
 
-# %% ../nbs/04_validate.ipynb #e34bfa8c
+# %% ../nbs/04_validate.ipynb #b873900f
 def _sentence(d: Difference) -> str:
     """The difference in words."""
     role = "" if d.selects else " (held out)"
@@ -552,8 +557,9 @@ def _sentence(d: Difference) -> str:
 
 def _figures(*values: float | None, sign: str = "") -> str:
     """One number, or one with its bounds; a dash where there is none."""
-    digits = 2 if max((abs(v) for v in values if v is not None), default=1) >= 1 else 3
-    told = ["–" if v is None else f"{v:{sign}.{digits}f}" for v in values]
+    known = [None if v is None or math.isnan(v) else v for v in values]
+    digits = 2 if max((abs(v) for v in known if v is not None), default=1) >= 1 else 3
+    told = ["–" if v is None else f"{v:{sign}.{digits}f}" for v in known]
     return told[0] if len(told) == 1 or told[1] == "–" else f"{told[0]} [{told[1]}, {told[2]}]"
 
 # %% ../nbs/04_validate.ipynb #40d2902e
@@ -1050,6 +1056,39 @@ def agreement(
     rows = [_agreement_row(table, ranks, pair, unit) for pair in combinations(metrics, 2)]
     return _marked(pd.DataFrame(rows), table)
 
+# %% ../nbs/04_validate.ipynb #ea32d6d6
+def _first_place(table: pd.DataFrame, score: pd.Series, truth: pd.Series) -> pd.DataFrame:
+    """One row a scene: what is true of the image that a score puts first."""
+    keys = [table[c] for c in _SCENE]
+    lot = score.groupby(keys).transform(lambda scores: best_weights(scores, len(scores)))
+    lost = truth.groupby(keys).transform("max") - truth
+    best = (lost <= _SAME).astype(float)
+    found = table[_SCENE].assign(
+        **{"picked": truth * lot, "lost": lost * lot, "none better": best * lot + 0 * truth})
+    return _whole_sum(found.groupby(_SCENE))
+
+# %% ../nbs/04_validate.ipynb #0ee1d2a5
+def verifier_error(
+    runs: pd.DataFrame | Iterable[StoryResult],  # one arm, two images a scene or more
+    truth: str = "right",  # the column that knows, or what people said; higher is better
+    unit: Literal["story", "prompt"] = "story",  # what counts as one observation
+) -> pd.DataFrame:
+    """One row a verifier and what is true of the images it puts first: mean, low, high."""
+    import pandas as pd
+
+    table = _arm(runs, "runs", truth)
+    _check_unit(table, "runs", unit, None, "overall")
+    size, right = _size(table), table[truth].astype(float)
+    if short := size.index[size < 2].tolist():
+        raise ValueError(f"runs has one image only for {_listed(short)}; two or more are needed")
+    verifiers = [(m, table[m]) for m in _metrics(table) if m not in (*_TRUTH, truth)]
+    rows = []
+    for name, score in (("random", 0 * right), *verifiers, ("oracle", right)):
+        prompts = _whole_mean(_first_place(table, score, right).groupby(["story", "scene"]))
+        values = _whole_mean(prompts.groupby(_UNITS[unit]))
+        rows += [{"verifier": name, "what": what, **_interval_row(values[what])} for what in values]
+    return _marked(pd.DataFrame(rows).assign(units=len(values)), table)
+
 # %% ../nbs/04_validate.ipynb #d6a58fbe
 def _correlation(x: pd.Series, y: pd.Series) -> dict[str, Any]:
     """Pearson's r with its interval, NaN with a reason where there is none."""
@@ -1192,7 +1231,7 @@ def _draw_boxes(axes: Axes, metric: str, arms: dict[str, pd.DataFrame]) -> None:
     axes.invert_yaxis()
     axes.grid(axis="x")
 
-# %% ../nbs/04_validate.ipynb #d9968bc0
+# %% ../nbs/04_validate.ipynb #5db11ca9
 def distribution_chart(
     runs: pd.DataFrame | Iterable[StoryResult],  # one arm or several
 ) -> Html:
@@ -1205,11 +1244,51 @@ def distribution_chart(
         for axes, metric in zip(_grid(figure, len(metrics), 2), metrics, strict=True):
             _draw_boxes(axes, metric, arms)
 
-    told = [f"{m}, {arm}: median {g[m].median():.1f}, selected {_selected(g)[m].mean():.1f}"
-            for m in metrics for arm, g in arms.items()]
+    told = [f"{m}, {arm}: median {_figures(g[m].median())}, selected "
+            f"{_figures(_selected(g)[m].mean())}" for m in metrics for arm, g in arms.items()]
     high = -(-len(metrics) // 2) * (0.9 + 0.35 * len(arms))
     return _figure_of(
         bool(table["sandbox"].astype(bool).any()), "Scores by arm", (7.6, high), draw,
         alt=f"Box plots. {'; '.join(told)}.",
         caption="Boxes: the middle half, whiskers 5 to 95 %. ★ mean of the selected images; "
                 "dashed: the quality threshold.")
+
+# %% ../nbs/04_validate.ipynb #c02163fa
+def _draw_cells(axes: Axes, metric: str, rows: pd.DataFrame) -> None:
+    """One metric: from the first image to the best, with plain and with enhanced prompts."""
+    chose, cells = bool(rows["selects"].iloc[0]), rows.set_index("what")
+    colour = _BLUE if chose else _ORANGE
+    for name, line, face, shift in (("enhanced", "-", colour, 0.04),
+                                    ("original", "--", "white", -0.04)):
+        pair = cells.loc[[f"{name}, first", f"{name}, best"]]
+        x = np.arange(2) + shift
+        axes.vlines(x, pair["low"], pair["high"], color=colour, linewidth=2)
+        axes.plot(x, pair["mean"], f"o{line}", color=colour, markerfacecolor=face, label=name)
+    axes.set_title(f"{metric}\n{'chooses' if chose else 'held out'}", loc="left")
+    axes.set_xticks([0, 1], ["first", f"best of {rows['k'].iloc[0]}"])
+    axes.margins(x=0.3, y=0.1)
+    axes.grid(axis="y")
+    axes.legend(loc="upper left", frameon=False)
+
+# %% ../nbs/04_validate.ipynb #8ab9c510
+def cells_chart(
+    cells: pd.DataFrame,  # from `four_cells`
+) -> Html:
+    """The four cells of each metric with their 95 % intervals, and the effects in words."""
+    groups = dict([*cells.groupby("metric", sort=False)])
+    columns = 2 if len(groups) in (2, 4) else 3
+
+    def draw(figure: Figure) -> None:
+        panels = _grid(figure, len(groups), columns)
+        for axes, (metric, rows) in zip(panels, groups.items(), strict=True):
+            _draw_cells(axes, metric, rows)
+
+    effects = cells[cells["what"].isin([*_EFFECTS])][["metric", "what", "mean", "low", "high"]]
+    told = "; ".join(f"{metric}, {what}: {_figures(*span, sign='+')}"
+                     for metric, what, *span in effects.to_numpy())
+    size = 7.6, 2.7 * -(-len(groups) // columns)
+    return _figure_of(
+        bool(cells["sandbox"].any()), "Prompts and selection apart", size, draw,
+        alt=f"Two lines a metric. {told}.",
+        caption=f"Hollow: plain prompts; filled: enhanced. Bars: 95 %, over "
+                f"{cells['units'].iloc[0]} units.")

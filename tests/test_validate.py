@@ -16,6 +16,7 @@ from refimg.validate import (
     aa_check,
     agreement,
     best_of_k,
+    cells_chart,
     compare,
     critic_agreement,
     curve_chart,
@@ -28,6 +29,7 @@ from refimg.validate import (
     stop_reasons,
     threshold_errors,
     unit_values,
+    verifier_error,
 )
 
 from .arms import arm, random_arm
@@ -325,8 +327,9 @@ def test_names_of_strangers_are_text():
     bad = {"seen": "<script>x</script>", "raw_seen": "raw_<script>x</script>"}
     a, b = (t.rename(columns=bad).assign(story='"><b>' + t["story"]) for t in (A, B))
     found = compare(a, b.assign(**{bad["seen"]: np.nan}))
+    cells = four_cells(a, b.assign(max_enhancement_iterations=4), 2)
     for html in (found._repr_html_(), forest_chart(found), curve_chart(best_of_k(a)),
-                 distribution_chart(a)):
+                 distribution_chart(a), cells_chart(cells)):
         read(html)
         assert "<script>" not in str(html) and "<b>" not in str(html)
 
@@ -336,18 +339,22 @@ def test_everything_says_whether_it_is_the_sandboxs(sandbox):
     a, b = A.assign(sandbox=sandbox), B.assign(sandbox=sandbox, max_enhancement_iterations=4)
     found = compare(a, b)
     tables = [found.frame(), best_of_k(a), four_cells(a, b, 2), distributions(a), pass_rates(a),
-              stop_reasons(a), agreement(a), critic_agreement(a)]
+              stop_reasons(a), agreement(a), critic_agreement(a), verifier_error(a, "seen")]
     assert all((table["sandbox"] == sandbox).all() for table in tables)
     shown = [found._repr_html_(), forest_chart(found), curve_chart(best_of_k(a)),
-             distribution_chart(pd.concat([a, b]))]
+             distribution_chart(pd.concat([a, b])), cells_chart(four_cells(a, b, 2))]
     assert all(("sandbox" in str(html)) == sandbox for html in shown)
     assert ("sandbox" in str(found)) == sandbox
 
 
 def test_charts_say_in_words_what_they_show():
     found, curve = compare(A, B), best_of_k(A)
+    cells = four_cells(A, B.assign(max_enhancement_iterations=4), 2)
     for html in (forest_chart(found), curve_chart(curve), distribution_chart(A)):
         assert len(read(html).alts) == 1
+    chosen = cells.set_index(["metric", "what"]).loc[("seen", "selection")]
+    span = "{:+.2f} [{:+.2f}, {:+.2f}]".format(*chosen[["mean", "low", "high"]])
+    assert f"seen, selection: {span}" in read(cells_chart(cells)).alts[0]
     ends = curve[curve["metric"] == "seen"]["mean"].iloc[[0, -1]]
     assert "seen {:.2f} to {:.2f}".format(*ends) in read(curve_chart(curve)).alts[0]
     assert str(found["seen"]) in read(forest_chart(found)).alts[0]
@@ -358,6 +365,8 @@ def test_charts_of_what_cannot_be_told():
     assert "cannot tell" in read(forest_chart(compare(nothing, B))).alts[0]
     assert len(read(curve_chart(best_of_k(nothing[nothing["story"] == "s1"]))).alts) == 1
     assert len(read(distribution_chart(nothing)).alts) == 1
+    cells = four_cells(nothing, B.assign(max_enhancement_iterations=4), 2)
+    assert "seen, selection: –;" in read(cells_chart(cells)).alts[0]
 
 
 # the same arm twice

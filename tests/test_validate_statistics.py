@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -21,6 +21,7 @@ from refimg.validate import (
     paired_interval,
     power,
     unit_values,
+    verifier_error,
     wilson,
     win_rate,
 )
@@ -285,3 +286,49 @@ def test_power_refuses_what_has_no_answer(wrong):
 def test_the_arm_helper_is_what_it_says():
     table = arm([[[1, 5, 3]], [[9, 2, 4]]])
     assert table.query("selected")["variation"].tolist() == [2, 1]
+
+
+# verifiers against the truth
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.tuples(SMALL, SMALL), min_size=2, max_size=6))
+def test_a_verifier_is_judged_by_what_it_puts_first(pairs):
+    scores, right = map(list, zip(*pairs, strict=True))
+    runs = arm([[scores]], [[right]], overall_of="pickscore")
+    found = verifier_error(runs, truth="seen").set_index(["verifier", "what"])["mean"]
+    flat = [0.0] * len(scores)
+    for name, by in (("pickscore", scores), ("random", flat), ("oracle", right)):
+        picked = by_hand(by, right, len(by))
+        assert found[name, "picked"] == pytest.approx(picked)
+        assert found[name, "lost"] == pytest.approx(max(right) - picked, abs=1e-12)
+        top = by_hand(by, [float(r == max(right)) for r in right], len(by))
+        assert found[name, "none better"] == pytest.approx(top)
+    assert ("seen", "picked") not in found
+
+
+def test_what_people_said_can_be_the_truth():
+    runs = random_arm(3).assign(rating=lambda t: t["pickscore"].rank())
+    found = verifier_error(runs, truth="rating").set_index(["verifier", "what"])
+    assert found.loc[("pickscore", "none better"), "mean"] == 1
+    assert found.loc[("random", "lost"), "low"] > 0 and found["units"].eq(12).all()
+
+
+@pytest.mark.parametrize("column", ["pickscore", "rating"])
+def test_an_unknown_score_or_truth_makes_no_verdict(column):
+    runs = random_arm(3).assign(rating=1.0)
+    runs.loc[5, column] = math.nan
+    found = verifier_error(runs, truth="rating").set_index(["verifier", "what"])
+    assert math.isnan(found.loc[("pickscore", "picked"), "mean"])
+    assert "s1" in found.loc[("pickscore", "picked"), "reason"]
+
+
+def test_verifiers_need_a_choice_and_a_truth():
+    with pytest.raises(ValueError, match=r"one image only for .*s0"):
+        verifier_error(random_arm(3, images=1), truth="seen")
+    with pytest.raises(ValueError, match="no column right"):
+        verifier_error(random_arm(3))
+    chained = random_arm(3, scenes=2, chain="previous")
+    with pytest.raises(ValueError, match="not independent"):
+        verifier_error(chained, truth="seen", unit="prompt")
+    assert verifier_error(chained, truth="seen")["units"].eq(12).all()
