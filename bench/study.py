@@ -269,7 +269,6 @@ def save(frame: pd.DataFrame, path: Path) -> None:
 def make_part(path: Path, arm: Arm, numbers: range) -> Path:
     """The path of a part, made if it is not there."""
     if not path.exists():
-        logging.getLogger("refimg").setLevel(logging.ERROR)
 
         async def work() -> list[pd.DataFrame]:
             return [await run_unit(arm, number) for number in numbers]
@@ -297,23 +296,23 @@ def jobs(folder: Path, prompts: int, stories: int) -> list[tuple[Path, Arm, rang
     ]
 
 
-def one_thread() -> None:
-    """Each process has one core."""
+def prepare() -> None:
+    """This process has one core, and says nothing of single scenes."""
     import torch
 
     torch.set_num_threads(1)
+    logging.getLogger("refimg").setLevel(logging.ERROR)
 
 
 def make(prompts: int, stories: int, folder: Path, workers: int = 1) -> pd.DataFrame:
     """The table of a study, from parts that are there and parts that are made now."""
     todo = jobs(folder, prompts, stories)
     if workers == 1:
-        one_thread()
         paths = [make_part(*job) for job in todo]
     else:
         os.environ["OMP_NUM_THREADS"] = "1"
         context = get_context("spawn")
-        with ProcessPoolExecutor(workers, mp_context=context, initializer=one_thread) as pool:
+        with ProcessPoolExecutor(workers, mp_context=context, initializer=prepare) as pool:
             paths = list(pool.map(make_part, *zip(*todo, strict=True)))
     table = pd.concat([pd.read_parquet(path) for path in paths], ignore_index=True)
     table.attrs = about_study() | {"prompts": prompts, "stories": stories}
@@ -366,6 +365,7 @@ def main() -> None:
     parser.add_argument("--quick", type=int, metavar="N", help="N prompts and N stories only")
     parser.add_argument("--workers", type=int, default=2)
     given, started = parser.parse_args(), time.time()
+    prepare()
     parts = ROOT / "output" / "study"
     target = parts / "quick.parquet" if given.quick else TARGET
     table = make(given.quick or PROMPTS, given.quick or STORIES, parts, given.workers)
