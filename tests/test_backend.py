@@ -12,12 +12,8 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from PIL import Image
-
-pytest.importorskip("fastapi", reason="the backend is not installed: refimg[backend]")
-pytest.importorskip("uvicorn", reason="the backend is not installed: refimg[backend]")
-
 from fastapi.testclient import TestClient
+from PIL import Image
 
 from examples.backend.app import create_app
 from examples.backend.generations import Generations, Order, Record

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -56,6 +55,7 @@ ERRORS = """() => [...window.jupyterapp.shell.currentWidget.content.model.cells]
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory) -> Path:
     """A copy of what a reader has, so that a run changes nothing here."""
+    executable()
     place = tmp_path_factory.mktemp("lab")
     ignore = shutil.ignore_patterns("output", "__pycache__", ".ipynb_checkpoints", "_*.yml")
     for name in ("nbs", "examples", "refimg"):
@@ -120,14 +120,6 @@ def run_to_the_end(page) -> list[dict]:
     return cells
 
 
-def needs(*names: str) -> None:
-    """The test is skipped where a browser or one of these packages is missing."""
-    executable()
-    for name in names:
-        if importlib.util.find_spec(name) is None:
-            pytest.skip(f"{name} is not installed")
-
-
 def opened_in(page, url: str, name: str) -> None:
     """Returns when the notebook is shown and its kernel waits."""
     page.goto(f"{url}/lab/tree/{name}?reset", wait_until="domcontentloaded")
@@ -137,7 +129,6 @@ def opened_in(page, url: str, name: str) -> None:
 
 @pytest.mark.slow
 def test_the_pipeline_notebook_runs_in_jupyterlab(workplace):
-    needs("jupyterlab", "ipykernel")
     with lab(workplace) as url, opened(viewport={"width": 1360, "height": 1300}) as page:
         trouble = Trouble(page)
         opened_in(page, url, NOTEBOOK)
@@ -185,7 +176,6 @@ def gallery_notebook(place: Path) -> Path:
 
 @pytest.mark.slow
 def test_a_person_overrules_in_two_clicks_and_a_reload_keeps_it(workplace):
-    needs("jupyterlab", "ipykernel", "ipywidgets")
     kept = gallery_notebook(workplace)
     with lab(workplace) as url, opened(viewport={"width": 1360, "height": 1300}) as page:
         trouble = Trouble(page)
