@@ -164,6 +164,21 @@ gallery
 PRESS = ".jp-OutputArea-output button"
 
 
+FOCUS = """() => {
+    const held = document.activeElement;
+    return held.closest(".jp-OutputArea-output") ? held.textContent : "";
+}"""
+
+
+def tab_to(page, text: str) -> None:
+    """Goes on with Tab until a button with that text has the focus."""
+    for _ in range(60):
+        if page.evaluate(FOCUS).startswith(text):
+            return
+        page.keyboard.press("Tab")
+    pytest.fail(f"Tab does not reach {text!r}")
+
+
 def gallery_notebook(place: Path) -> Path:
     """A notebook that shows a gallery over models that cost nothing, and the JSON it keeps."""
     shutil.copy2(ROOT / "tests" / "fakes.py", place / "work" / "fakes.py")
@@ -175,7 +190,7 @@ def gallery_notebook(place: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_person_overrules_in_two_clicks_and_a_reload_keeps_it(workplace):
+def test_a_person_overrules_in_two_clicks_or_by_keyboard_and_a_reload_keeps_it(workplace):
     kept = gallery_notebook(workplace)
     with lab(workplace) as url, opened(viewport={"width": 1360, "height": 1300}) as page:
         trouble = Trouble(page)
@@ -192,6 +207,13 @@ def test_a_person_overrules_in_two_clicks_and_a_reload_keeps_it(workplace):
         page.wait_for_selector("text=Your decisions", timeout=1000 * SECONDS)
         after_reload = page.locator("td:has-text('better made')").count()
 
+        page.evaluate("() => { window.jupyterapp.shell.currentWidget.content.activate(); }")
+        for text in ("fits the other scenes", "choose v"):
+            tab_to(page, text)
+            page.keyboard.press("Enter")
+        page.wait_for_selector("td:has-text('fits the other scenes')", timeout=10_000)
+        mode = page.evaluate("() => window.jupyterapp.shell.currentWidget.content.mode")
+
         page.click(f"{PRESS}:text-is('3')")
         page.click(f"{PRESS}:has-text('Draw this scene again')")
         end = time.monotonic() + SECONDS
@@ -203,7 +225,10 @@ def test_a_person_overrules_in_two_clicks_and_a_reload_keeps_it(workplace):
     assert not errors
     assert [choice["reason"] for choice in chosen] == ["better made"]
     assert after_reload == 1
-    assert settings["reruns"] == {"3": 1} and settings["choices"] == chosen
+    assert mode == "command"
+    assert settings["choices"][:1] == chosen
+    assert [choice["reason"] for choice in settings["choices"][1:]] == ["fits the other scenes"]
+    assert settings["reruns"] == {"3": 1}
     files = sorted(path.name for path in kept.parent.glob("*.png"))
     assert files == [f"run_scene_0{s}_v{k}.png" for s, last in ((1, 3), (2, 3), (3, 6))
                      for k in range(1, last + 1)]  # fmt: skip
