@@ -212,7 +212,7 @@ def _closer_html(g: Gallery, scene: SceneResult) -> Html:
                for k, picture in zip(g.closer, big, strict=True)]
     return element("div", *figures, style="display:flex;flex-wrap:wrap;gap:12px")
 
-# %% ../nbs/05b_gallery.ipynb #f54574f7
+# %% ../nbs/05b_gallery.ipynb #e3f95446
 def _scene_html(g: Gallery, scene: SceneResult) -> Html:
     """The scene's prompt, what the agents changed, what was sent, and what to know."""
     head = f"Scene {scene.scene} of {len(g.result.scenes)}"
@@ -231,7 +231,7 @@ def _bare(g: Gallery, scene: SceneResult) -> Html:
         return element("div", "no picture of its own", style=_QUIET)
     return _borrowed_figure(scene)
 
-
+# %% ../nbs/05b_gallery.ipynb #8fe0c9e2
 def _head_html(g: Gallery) -> Html:
     """The story's title, and whether it is the sandbox's."""
     title = g.story.title.strip() if g.story else ""
@@ -347,7 +347,7 @@ async def _rerun_gallery(g: Gallery, scene: int, prompt: str | None) -> None:
     g.closer = []
     _keep(g, await g.pipeline.rerun(old, scene))
 
-# %% ../nbs/05b_gallery.ipynb #d7576852
+# %% ../nbs/05b_gallery.ipynb #df2edef6
 _OTHER = "path is {!r}, the result of another story; allowed: a new file, or the result of this one"
 
 
@@ -379,7 +379,7 @@ def _place(source: Story | StoryResult | str | Path, name: str | None, folder: P
         folder = next(made, Path())
     return folder / f"{check_id(name)}.json" if name is not None else None
 
-
+# %% ../nbs/05b_gallery.ipynb #4dab3851
 def _opened(source: Story | StoryResult | str | Path, path: Path | None) -> tuple[Any, Any]:
     """The story, and its result where there is one."""
     if isinstance(source, (str, Path)):

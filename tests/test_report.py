@@ -261,14 +261,14 @@ def every_view(folder: Path) -> list:
 def studied(result: StoryResult) -> list:
     """What `validate` shows of two arms whose metrics have hostile names."""
     def renamed(scores):
-        given = scores.metrics | dict.fromkeys(HOSTILE[:12], 50.0)
-        return scores.model_copy(update={"metrics": given})
+        given = dict.fromkeys(HOSTILE[:12], 50.0)
+        return scores.model_copy(update={"metrics": scores.metrics | given, "raw": given})
 
     scenes = [s.model_copy(update={"variations": [
         v.model_copy(update={"scores": renamed(v.scores)}) for v in s.variations]})
         for s in result.scenes]  # fmt: skip
     table = runs_table(result.model_copy(update={"scenes": scenes}))
-    table = table.assign(score_text="original", chain="none")
+    table = table.assign(arm=HOSTILE[3], score_text="original", chain="none")
     made = [distribution_chart(table), curve_chart(best_of_k(table))]
     assert all(escape(HOSTILE[0]) in str(chart) for chart in made)
     return made
