@@ -175,7 +175,7 @@ def human_agreement(
                      "agreement": share})
     return pd.DataFrame(rows, columns=["verifier", "pairs", "agreement"])
 
-# %% ../nbs/05b_gallery.ipynb #72812b3f
+# %% ../nbs/05b_gallery.ipynb #6803cf60
 def _order(g: Gallery, scene: SceneResult) -> list[int]:
     """The numbers of the scene's variations, the best by the wanted score first."""
     numbers = list(range(1, len(scene.variations) + 1))
@@ -200,7 +200,8 @@ def _picture_html(g: Gallery, scene: SceneResult, number: int, width: int = 256)
         figure = _figure(picture, f"v{number}", _WON["human"] if mine else None, [])
     if number not in out:
         return figure
-    return element("div", figure, element("div", "✕ vetoed: ", _text(out[number]["reason"], 200)))
+    reason = _text(out[number]["reason"], 200)
+    return element("div", figure, element("div", "✕ vetoed:", Html(" "), reason))
 
 
 def _closer_html(g: Gallery, scene: SceneResult) -> Html:

@@ -100,6 +100,8 @@ async def test_a_restart_loses_no_decision(p, result):
     assert second.result == first.result
     assert preferences(second.result).equals(preferences(first.result))
     assert "blurred" in shown(second)
+    second.scene = 2
+    assert "vetoed: <bdi>blurred" in str(second.static())
 
 
 async def test_running_the_cell_again_finds_what_was_decided_and_drawn(p, result):
