@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # bench/statistics.py hides nothing
 
 from refimg import Pipeline, Scene, Story
 from refimg.sandbox.painter import Painter

@@ -1297,7 +1297,7 @@ def _contents(parts: list[Html]) -> Html:
     links = [element("li", element("a", Html(title), href=f"#{name}")) for name, title in found]
     return element("nav", element("ul", *links), aria_label="Contents")
 
-# %% ../nbs/05_view.ipynb #55c4fd19
+# %% ../nbs/05_view.ipynb #49359be0
 _POLICY = (
     "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; "
     "form-action 'none'"
@@ -1320,8 +1320,11 @@ summary { cursor: pointer } details { margin: .4em 0 } details > div { margin: .
 @media print {
   * { print-color-adjust: exact } nav, .skip { display: none }
   body { max-width: none; padding: 0; font-size: 10pt } figure, tr { break-inside: avoid }
-  h2, h3 { break-after: avoid } .scroll { overflow: visible !important }
-  td, th { white-space: normal !important; overflow-wrap: anywhere }
+  h2, h3, caption, thead { break-after: avoid } .scroll { overflow: visible !important }
+  .refimg:has(> figure), [style*="display:grid"] { break-inside: avoid }
+  [style*="display:grid"] { grid-template-columns: repeat(4, 1fr) !important }
+  table { font-size: 7pt !important } td, th { padding: .1em .35em !important }
+  td { white-space: normal !important; overflow-wrap: anywhere } td strong { white-space: nowrap }
   details::details-content { content-visibility: visible; block-size: auto }
 }
 """

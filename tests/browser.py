@@ -13,6 +13,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from axe_core_python.sync_playwright import Axe
+from playwright.sync_api import sync_playwright
 
 NAMES = (
     "chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome",
@@ -38,8 +40,7 @@ def executable() -> str:
 def opened(**options) -> Iterator:
     """A page of a headless browser."""
     path = executable()
-    driver = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with driver.sync_playwright() as play:
+    with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=path, args=FLAGS)
         page = browser.new_page(**options)
         try:
@@ -50,8 +51,7 @@ def opened(**options) -> Iterator:
 
 def barriers(page) -> list[str]:
     """What keeps people from reading a page: axe-core's serious and critical findings."""
-    axe = pytest.importorskip("axe_core_python.sync_playwright", reason="axe is not installed")
-    found = axe.Axe().run(page, options={"resultTypes": ["violations"]})["violations"]
+    found = Axe().run(page, options={"resultTypes": ["violations"]})["violations"]
     grave = [v for v in found if v["impact"] in ("serious", "critical")]
     return [f"{v['id']}: {node['html'][:200]}" for v in grave for node in v["nodes"]]
 

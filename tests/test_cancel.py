@@ -771,7 +771,6 @@ class Kernel:
 
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory):
-    pytest.importorskip("ipykernel")
     made = Kernel(tmp_path_factory.mktemp("kernel"))
     yield made
     made.stop()

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from refimg import StoryResult, defaults, view
+from refimg import StoryResult, defaults
 from refimg.cli import app
 
 from .fakes import FakeImages, FakeScorer, critic, director, picture
@@ -246,8 +246,6 @@ def test_load_fetches_what_is_missing_and_says_what_failed(monkeypatch):
 
 
 def test_report_writes_one_page(world, story, tmp_path):
-    if not hasattr(view, "report"):
-        pytest.skip("refimg.view.report is not built yet")
     record = value(refimg("run", story, "-n", 1, "-o", tmp_path / "images", "--json"))["record"]
     done = refimg("report", record, "--json")
     page = Path(value(done)["report"])
@@ -464,9 +462,8 @@ def test_the_command_from_the_wheel_in_a_clean_environment(installed, tmp_path):
     assert code == 0 and json.loads(text)["images"] == 4
     code, text = shell("run", "-", *few, "--generation-id", "fox", stdin=story)
     assert code == 0 and json.loads(text)["sandbox"] is True
-    if hasattr(view, "report"):
-        code, text = shell("report", "output/images/fox.json")
-        assert code == 0 and Path(tmp_path, text.strip()).stat().st_size > 10_000
+    code, text = shell("report", "output/images/fox.json")
+    assert code == 0 and Path(tmp_path, text.strip()).stat().st_size > 10_000
     code, text = shell("doctor", "--json")
     assert code == 0 and json.loads(text)["world"] == "sandbox"
     code, text = shell("load", "--json")

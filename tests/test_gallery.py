@@ -9,7 +9,7 @@ import ipywidgets
 import pytest
 
 from refimg.enhance import Critique
-from refimg.gallery import Gallery, agreement, preferences, veto
+from refimg.gallery import Gallery, human_agreement, preferences, veto
 from refimg.pipeline import Pipeline, Scene, Story, StoryResult, choose
 from refimg.view import report
 
@@ -100,6 +100,27 @@ async def test_a_restart_loses_no_decision(p, result):
     assert second.result == first.result
     assert preferences(second.result).equals(preferences(first.result))
     assert "blurred" in shown(second)
+    second.scene = 2
+    assert "vetoed: <bdi>blurred" in str(second.static())
+
+
+async def test_running_the_cell_again_finds_what_was_decided_and_drawn(p, result):
+    Gallery(p, result).choose(1, loser(result), "why not")
+    again = Gallery(p, result)
+    assert [c["reason"] for c in again.result.settings["choices"]] == ["why not"]
+    await again.rerun(3)
+    again.veto(2, 1, "blurred")
+    third = Gallery(p, result)
+    assert third.result == again.result and "blurred" in shown(third)
+    own = choose(result, 2, 1, "mine")
+    assert Gallery(p, own).result == own
+
+
+async def test_a_result_does_not_take_the_place_of_another(p, result, tmp_path):
+    other = await p.run(story(), output_dir=tmp_path / "images")
+    Gallery(p, other).choose(1, loser(other), "kept")
+    with pytest.raises(ValueError, match="another story"):
+        Gallery(p, result, path=Gallery(p, other).path)
 
 
 async def test_a_veto_of_the_reference_takes_the_next_best_and_a_choice_lifts_it(p, result):
@@ -128,14 +149,14 @@ async def test_when_all_are_vetoed_the_reference_stays_and_says_so(result):
 async def test_agreement_is_the_share_of_pairs_ordered_as_the_person_did(result):
     variations = result.scenes[0].variations
     middle = next(k for k, v in enumerate(variations, 1) if v.rank == 2)
-    table = agreement(choose(result, 1, middle, "")).set_index("verifier")
+    table = human_agreement(choose(result, 1, middle, "")).set_index("verifier")
     assert table.loc["pickscore", ["pairs", "agreement"]].tolist() == [2, 0.5]
     assert table.loc["flat", ["pairs", "agreement"]].tolist() == [2, 0.5]
     confirmed = choose(result, 1, next(k for k, v in enumerate(variations, 1) if v.rank == 1), "")
-    table = agreement(confirmed).set_index("verifier")
+    table = human_agreement(confirmed).set_index("verifier")
     assert table.loc["pickscore", "agreement"] == 1
     assert table.loc["flat", "agreement"] == 0.5
-    assert agreement(result).empty
+    assert human_agreement(result).empty
 
 
 async def test_a_missing_score_is_no_vote(result):
@@ -143,7 +164,7 @@ async def test_a_missing_score_is_no_vote(result):
     bare = scene.variations[0].scores.model_copy(update={"metrics": {"pickscore": None, "flat": 1}})
     variations = [scene.variations[0].model_copy(update={"scores": bare}), *scene.variations[1:]]
     scenes = [scene.model_copy(update={"variations": variations}), *result.scenes[1:]]
-    table = agreement(choose(result.model_copy(update={"scenes": scenes}), 1, 2, ""))
+    table = human_agreement(choose(result.model_copy(update={"scenes": scenes}), 1, 2, ""))
     assert table.set_index("verifier").loc["pickscore", "pairs"] == 1
 
 
@@ -178,6 +199,47 @@ async def test_blind_hides_models_scores_ranks_and_verifiers(p, result):
     descriptions = [w.description for w in widgets(blind.widgets.box)
                     if isinstance(w, ipywidgets.Button)]  # fmt: skip
     assert not [text for text in descriptions if text.startswith("keep")]
+
+
+async def test_blind_a_veto_does_not_tell_what_the_scores_put_first_and_next(p, result):
+    blind = Gallery(p, result, blind=True)
+    pictures = [v.image.image_path.name for s in result.scenes for v in s.variations]
+    before = [str(blind.static()), shown(blind)]
+    best = next(k for k, v in enumerate(result.scenes[0].variations, 1) if v.rank == 1)
+    blind.veto(1, best, "wrong coat")
+    for number, source in ((1, blind.static()), (2, None)):
+        blind.scene = number
+        words = read(source or blind.static()).words + shown(blind)
+        assert "chosen by a person" not in words and "stale" not in words
+    assert blind.result.scenes[0].reference_from == "human"
+    assert any(w.startswith("stale") for w in blind.result.scenes[1].warnings)
+    assert not [name for name in pictures for text in before if name in text]
+    blind.scene = 1
+    blind.choose(1, loser(result), "the quiet one")
+    assert shown(blind).count("chosen by a person") == 1
+
+
+async def test_blind_a_scene_without_pictures_names_none_of_another_scene(p, result):
+    scene = result.scenes[1].model_copy(update={
+        "variations": [], "reference": result.scenes[0].reference, "reference_from": "carried"})
+    scenes = [result.scenes[0], scene, result.scenes[2]]
+    gallery = Gallery(p, result.model_copy(update={"scenes": scenes}), blind=True)
+    gallery.scene = 2
+    name = result.scenes[0].reference.name
+    for source in (str(gallery.static()), shown(gallery)):
+        assert "no picture of its own" in source and name not in source and "carried" not in source
+    gallery.blind = False
+    assert name in str(gallery.static())
+
+
+async def test_blind_nothing_can_be_sorted(p, result):
+    gallery = Gallery(p, result)
+    gallery._repr_mimebundle_()
+    [switch] = [w for w in widgets(gallery.widgets.box) if isinstance(w, ipywidgets.Checkbox)]
+    assert not gallery.widgets.sort.disabled
+    switch.value = True
+    assert gallery.widgets.sort.disabled
+    assert [c.number for c in gallery.widgets.cards] == [1, 2, 3]
 
 
 async def test_pictures_are_sorted_by_what_is_asked_for(p, result):
@@ -218,6 +280,7 @@ async def test_nothing_is_paid_before_prompts_are_seen_and_an_edit_is_what_is_se
     assert "in the fog" in shown(gallery)
     press(gallery, "Draw the pictures")
     await finished(gallery)
+    assert gallery.message == ""
     prompts = {r.slot.split("/")[0]: r.prompt for r in p.image_model.requests}
     assert prompts["new_scene_02"].startswith("a keeper, scene 2, in the fog")
     second = gallery.result.scenes[1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -56,6 +55,7 @@ ERRORS = """() => [...window.jupyterapp.shell.currentWidget.content.model.cells]
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory) -> Path:
     """A copy of what a reader has, so that a run changes nothing here."""
+    executable()
     place = tmp_path_factory.mktemp("lab")
     ignore = shutil.ignore_patterns("output", "__pycache__", ".ipynb_checkpoints", "_*.yml")
     for name in ("nbs", "examples", "refimg"):
@@ -120,14 +120,6 @@ def run_to_the_end(page) -> list[dict]:
     return cells
 
 
-def needs(*names: str) -> None:
-    """The test is skipped where a browser or one of these packages is missing."""
-    executable()
-    for name in names:
-        if importlib.util.find_spec(name) is None:
-            pytest.skip(f"{name} is not installed")
-
-
 def opened_in(page, url: str, name: str) -> None:
     """Returns when the notebook is shown and its kernel waits."""
     page.goto(f"{url}/lab/tree/{name}?reset", wait_until="domcontentloaded")
@@ -137,7 +129,6 @@ def opened_in(page, url: str, name: str) -> None:
 
 @pytest.mark.slow
 def test_the_pipeline_notebook_runs_in_jupyterlab(workplace):
-    needs("jupyterlab", "ipykernel")
     with lab(workplace) as url, opened(viewport={"width": 1360, "height": 1300}) as page:
         trouble = Trouble(page)
         opened_in(page, url, NOTEBOOK)
@@ -173,6 +164,21 @@ gallery
 PRESS = ".jp-OutputArea-output button"
 
 
+FOCUS = """() => {
+    const held = document.activeElement;
+    return held.closest(".jp-OutputArea-output") ? held.textContent : "";
+}"""
+
+
+def tab_to(page, text: str) -> None:
+    """Goes on with Tab until a button with that text has the focus."""
+    for _ in range(60):
+        if page.evaluate(FOCUS).startswith(text):
+            return
+        page.keyboard.press("Tab")
+    pytest.fail(f"Tab does not reach {text!r}")
+
+
 def gallery_notebook(place: Path) -> Path:
     """A notebook that shows a gallery over models that cost nothing, and the JSON it keeps."""
     shutil.copy2(ROOT / "tests" / "fakes.py", place / "work" / "fakes.py")
@@ -184,8 +190,7 @@ def gallery_notebook(place: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_person_overrules_in_two_clicks_and_a_reload_keeps_it(workplace):
-    needs("jupyterlab", "ipykernel", "ipywidgets")
+def test_a_person_overrules_in_two_clicks_or_by_keyboard_and_a_reload_keeps_it(workplace):
     kept = gallery_notebook(workplace)
     with lab(workplace) as url, opened(viewport={"width": 1360, "height": 1300}) as page:
         trouble = Trouble(page)
@@ -202,6 +207,13 @@ def test_a_person_overrules_in_two_clicks_and_a_reload_keeps_it(workplace):
         page.wait_for_selector("text=Your decisions", timeout=1000 * SECONDS)
         after_reload = page.locator("td:has-text('better made')").count()
 
+        page.evaluate("() => { window.jupyterapp.shell.currentWidget.content.activate(); }")
+        for text in ("fits the other scenes", "choose v"):
+            tab_to(page, text)
+            page.keyboard.press("Enter")
+        page.wait_for_selector("td:has-text('fits the other scenes')", timeout=10_000)
+        mode = page.evaluate("() => window.jupyterapp.shell.currentWidget.content.mode")
+
         page.click(f"{PRESS}:text-is('3')")
         page.click(f"{PRESS}:has-text('Draw this scene again')")
         end = time.monotonic() + SECONDS
@@ -213,7 +225,10 @@ def test_a_person_overrules_in_two_clicks_and_a_reload_keeps_it(workplace):
     assert not errors
     assert [choice["reason"] for choice in chosen] == ["better made"]
     assert after_reload == 1
-    assert settings["reruns"] == {"3": 1} and settings["choices"] == chosen
+    assert mode == "command"
+    assert settings["choices"][:1] == chosen
+    assert [choice["reason"] for choice in settings["choices"][1:]] == ["fits the other scenes"]
+    assert settings["reruns"] == {"3": 1}
     files = sorted(path.name for path in kept.parent.glob("*.png"))
     assert files == [f"run_scene_0{s}_v{k}.png" for s, last in ((1, 3), (2, 3), (3, 6))
                      for k in range(1, last + 1)]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,11 +12,33 @@ import pandas as pd
 import pytest
 
 from refimg.enhance import Critique, ImagePromptEnhancementResult, Iteration, Usage
-from refimg.pipeline import Progress, StoryResult, choose
-from refimg.view import progress_bar, report, save_table
+from refimg.gallery import Gallery
+from refimg.pipeline import Pipeline, Progress, StoryResult, choose
+from refimg.validate import best_of_k, curve_chart, distribution_chart, runs_table
+from refimg.view import (
+    dimension_rise,
+    iteration_histogram,
+    progress_bar,
+    report,
+    save_table,
+    score_distributions,
+    timeline,
+)
 
 from .browser import Trouble, barriers, opened, served
-from .test_view import BIDI, HOSTILE, VOID, carried, chain_of, scene_of, shot, story_of, variation
+from .fakes import FakeImages
+from .test_view import (
+    BIDI,
+    HOSTILE,
+    VOID,
+    carried,
+    chain_of,
+    scene_of,
+    shot,
+    story_of,
+    variation,
+    views,
+)
 
 SCRIPTED = re.compile(r"<(?:script|iframe|object|embed|form|link|base)\b|\son\w+\s*=", re.I)
 
@@ -224,9 +247,52 @@ def test_it_can_be_read_by_everybody_and_runs_nothing(page, folder, scheme, widt
     assert HOSTILE[0] in page.title()
 
 
+def every_view(folder: Path) -> list:
+    """All views and charts of the hostile story, and of a study of it; the gallery's twin too."""
+    result = hostile_story(folder)
+    story = result.model_copy(update={"scenes": result.scenes[:1]})
+    gallery = Gallery(Pipeline(None, None, FakeImages(), []), choose(story, 1, 2, HOSTILE[0]))
+    gallery.veto(1, 1, HOSTILE[1])
+    charts = [draw(result) for draw in
+              (score_distributions, iteration_histogram, dimension_rise, timeline)]
+    return [*views(result), *charts, gallery.static(), *studied(result)]
+
+
+def studied(result: StoryResult) -> list:
+    """What `validate` shows of two arms whose metrics have hostile names."""
+    def renamed(scores):
+        given = dict.fromkeys(HOSTILE[:12], 50.0)
+        return scores.model_copy(update={"metrics": scores.metrics | given, "raw": given})
+
+    scenes = [s.model_copy(update={"variations": [
+        v.model_copy(update={"scores": renamed(v.scores)}) for v in s.variations]})
+        for s in result.scenes]  # fmt: skip
+    table = runs_table(result.model_copy(update={"scenes": scenes}))
+    table = table.assign(arm=HOSTILE[3], score_text="original", chain="none")
+    made = [distribution_chart(table), curve_chart(best_of_k(table))]
+    assert all(escape(HOSTILE[0]) in str(chart) for chart in made)
+    return made
+
+
+@pytest.mark.slow
+def test_no_view_runs_anything_even_where_no_policy_forbids_it(page, folder):
+    shown = "".join(map(str, every_view(folder)))
+    (folder / "v.html").write_text(f"<!doctype html><meta charset=utf-8>{shown}", "utf-8")
+    trouble, asked = Trouble(page), []
+    page.on("dialog", lambda dialog: asked.append(dialog.message) or dialog.dismiss())
+    with served(folder) as url:
+        page.goto(f"{url}/v.html", wait_until="load")
+        words = page.inner_text("body")
+        made = "document.querySelectorAll('script, style, [onerror], [src=x], a').length"
+        assert page.evaluate(made) == 0
+    assert not asked and not [f for f in trouble.found if "favicon" not in f and "404" not in f]
+    for text in ("<img src=x onerror=alert(1)>", "</script>", r"$\frac{", "[/red]", "=HYPERLINK("):
+        assert text in words, text
+
+
 @pytest.mark.slow
 def test_the_keyboard_and_paper_reach_everything(page, folder):
-    scenes = [enhanced(s, None) for s in chain_of(folder, 2).scenes]
+    scenes = [enhanced(s, None) for s in chain_of(folder, 2, count=4).scenes]
     report(story_of(scenes), folder / "r.html")
     page.emulate_media(color_scheme="dark")
     with served(folder) as url:
@@ -239,8 +305,15 @@ def test_the_keyboard_and_paper_reach_everything(page, folder):
         page.emulate_media(media="print", color_scheme="dark")
         ink = page.evaluate("getComputedStyle(document.body).color")
         closed = page.locator("#scene-2 ~ details > div").first.evaluate("d => d.offsetHeight")
+        page.set_viewport_size({"width": 680, "height": 1000})  # A4 without its margins
+        figures, heads = page.locator("#scene-1 ~ div figure"), page.locator("th[scope=col]")
+        tops = figures.evaluate_all("all => all.map(figure => figure.offsetTop)")
+        highest = max(heads.evaluate_all("all => all.map(head => head.offsetHeight)"))
+        wide = page.evaluate("document.documentElement.scrollWidth")
     assert ink == "rgb(31, 35, 40)"
     assert closed > 0
+    assert len(tops) == 4 and len({*tops}) == 1
+    assert highest < 25 and wide <= 680
 
 
 # progress
@@ -327,7 +400,7 @@ def test_a_saved_result_holds_texts_exactly(folder, text):
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
-async def test_a_log_line_of_a_run_is_one_line_without_control_characters(tmp_path, caplog, text):
+def test_a_log_line_of_a_run_is_one_line_without_control_characters(tmp_path, caplog, text):
     from refimg.pipeline import Scene, Story
 
     from .fakes import FakeImages, FakeScorer, picture
@@ -339,7 +412,7 @@ async def test_a_log_line_of_a_run_is_one_line_without_control_characters(tmp_pa
     p = pipeline(FakeImages(draw, name=f"x{text[:200]}"))
     p.scorers = [FakeScorer("pickscore", lambda image, prompt: RuntimeError(text))]
     with caplog.at_level("INFO"):
-        await p.run(Story(scenes=[Scene(prompt=f"{text} x")]), output_dir=tmp_path)
+        p.run_sync(Story(scenes=[Scene(prompt=f"{text} x")]), output_dir=tmp_path)
     lines = [record.getMessage() for record in caplog.records]
     assert any("unscored" in line for line in lines)
     assert not [line for line in lines if re.search("[\x00-\x1f\x7f-\x9f\u202e\u2066]", line)]

@@ -43,7 +43,6 @@ AFTER = inspect.cleandoc("""
 
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory) -> Iterator[Kernel]:
-    pytest.importorskip("ipykernel")
     made = Kernel(tmp_path_factory.mktemp("kernel"))
     yield made
     made.stop()
