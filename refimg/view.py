@@ -1395,19 +1395,17 @@ def report(
     os.replace(part, path)
     return path
 
-# %% ../nbs/05_view.ipynb #eff70477
+# %% ../nbs/05_view.ipynb #b64284b2
 def _line(step: Progress) -> str:
     """One report in words."""
-    cost = getattr(step, "cost", None)
     told = f"{step.message}: scene {step.scene} of {step.scenes}"
-    return told if cost is None else f"{told}, {cost:.4f} USD so far"
+    return told if step.cost is None else f"{told}, {step.cost:.4f} USD so far"
 
 
 def _summary(step: Progress, seconds: float) -> str:
     """What stays when a run is through."""
-    cost = getattr(step, "cost", None)
     told = f"{_count(step.scenes, 'scene')} in {_seconds(seconds)}"
-    return told if cost is None else f"{told}, {cost:.4f} USD"
+    return told if step.cost is None else f"{told}, {step.cost:.4f} USD"
 
 # %% ../nbs/05_view.ipynb #36488674
 def progress_bar() -> Callable[[Progress], None]:

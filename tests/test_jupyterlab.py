@@ -52,6 +52,9 @@ ERRORS = """() => [...window.jupyterapp.shell.currentWidget.content.model.cells]
     .map(output => `${output.ename}: ${output.evalue}`)"""
 
 
+PRESS = ".jp-OutputArea-output button"
+
+
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory) -> Path:
     """A copy of what a reader has, so that a run changes nothing here."""
@@ -128,14 +131,22 @@ def opened_in(page, url: str, name: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_pipeline_notebook_runs_in_jupyterlab(workplace):
+def test_the_pipeline_notebook_runs_and_its_gallery_overrules(workplace):
+    demo = workplace / "work" / "output" / "demo"
     with lab(workplace) as url, opened(viewport={"width": 1360, "height": 1300}) as page:
         trouble = Trouble(page)
         opened_in(page, url, NOTEBOOK)
         cells = run_to_the_end(page)
         errors = page.evaluate(ERRORS)
+        pictures = sorted(demo.rglob("*.png"))
+        page.click(f"{PRESS}:has-text('better made')", timeout=1000 * SECONDS)
+        page.click(f"{PRESS}:has-text('choose v'):visible")
+        page.wait_for_selector("td:has-text('better made')")
         page.evaluate("() => window.jupyterapp.serviceManager.sessions.shutdownAll()")
     assert not errors
+    decided = json.loads((demo / "decided.json").read_text("utf-8"))["settings"]["choices"]
+    assert [choice["reason"] for choice in decided] == ["better made"]
+    assert pictures and sorted(demo.rglob("*.png")) == pictures
     assert not [cell["source"] for cell in cells if cell["count"] is None]
     assert any("execute_result" in cell["outputs"] for cell in cells)
     outside = [what for what in trouble.found if what.startswith(("error", "outside"))]
@@ -161,7 +172,6 @@ if gallery.result is None:
     await gallery.run()
 gallery
 '''
-PRESS = ".jp-OutputArea-output button"
 
 
 FOCUS = """() => {

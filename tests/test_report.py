@@ -333,13 +333,10 @@ def test_a_bar_leaves_one_line(capsys):
     assert "Generating: scene 1 of 2" in err
 
 
-def test_a_bar_tells_the_cost_where_the_report_does(capsys):
-    class Priced(Progress):
-        cost: float | None = None
-
+def test_a_bar_tells_the_cost_where_it_is_known(capsys):
     show = progress_bar()
-    for step in steps(2):
-        show(Priced(**step.model_dump(), cost=0.125))
+    for step in steps(2, cost=0.125):
+        show(step)
     out, err = capsys.readouterr()
     assert "0.1250 USD so far" in err
     assert out.endswith(", 0.1250 USD\n")
