@@ -22,6 +22,7 @@ from refimg.pipeline import GenerationCancelled, Pipeline, Scene, Story
 from refimg.storage import files
 
 from .fakes import FakeChat, FakeImages, FakeScorer, critic, critique, director, picture
+from .test_view import HOSTILE
 
 ROOT = Path(__file__).resolve().parent.parent
 TRACES = "reference_image_traces"
@@ -497,3 +498,15 @@ async def test_a_place_where_no_tree_can_be_made_is_named_or_does_without(tmp_pa
             story(), generation_id="id", output_dir=tmp_path / "images"))
     except ValueError as error:
         assert str(tmp_path) in str(error) and not made.image_model.requests
+
+
+async def test_hostile_texts_are_kept_to_the_letter_and_stay_in_their_files(tmp_path):
+    told = Story(title=HOSTILE[0], scenes=[Scene(prompt=text) for text in HOSTILE])
+    plain = pipeline(max_enhancement_iterations=0, keep_traces=True)
+    await plain.run(told, generation_id="t", output_dir=tmp_path / "images")
+    for number, text in enumerate(HOSTILE, start=1):
+        folder = tmp_path / TRACES / "t" / f"scene_{number}"
+        assert (folder / "00_original_prompt.txt").read_bytes().decode() == text
+        assert json.loads((folder / END[1]).read_text("utf-8"))["original_prompt"] == text
+    names = {path.name for path in (tmp_path / TRACES / "t").rglob("*.*")}
+    assert names <= {*ROUNDS, *END, GENERATION, ".refimg-trace"}
