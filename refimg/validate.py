@@ -946,13 +946,13 @@ def power(
     return 2 + bisect_left(
         range(2, 10**8), chance, key=lambda units: _t_power(units, effect, level))
 
-# %% ../nbs/04_validate.ipynb #7ae9bd95
+# %% ../nbs/04_validate.ipynb #c9d9b223
 def _by_arm(table: pd.DataFrame) -> pd.Series:
     """The name of each row's arm: the table's own, or one made of the rounds allowed."""
     if "arm" in table:
         return table["arm"]
     rounds = table.get("max_enhancement_iterations", table["chain"])
-    return ("rounds: " + rounds.astype(str)).rename("arm")
+    return ("rounds: " + rounds.astype(str)).fillna("rounds: unknown").rename("arm")
 
 
 def _selected(table: pd.DataFrame) -> pd.DataFrame:

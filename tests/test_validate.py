@@ -367,6 +367,13 @@ def test_charts_say_in_words_what_they_show():
     assert str(found["seen"]) in read(forest_chart(found)).alts[0]
 
 
+@pytest.mark.parametrize("missing", [None, np.nan])
+def test_an_arm_whose_rounds_are_not_known_is_shown_all_the_same(missing):
+    unknown = A.assign(max_enhancement_iterations=missing)
+    assert "seen, rounds: unknown: median" in read(distribution_chart(unknown)).alts[0]
+    assert len(distributions(unknown)) == len(distributions(A))
+
+
 def test_charts_of_what_cannot_be_told():
     nothing = A.assign(seen=np.nan)
     assert "cannot tell" in read(forest_chart(compare(nothing, B))).alts[0]
