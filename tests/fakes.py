@@ -18,6 +18,14 @@ from refimg.score import Batch, RawScore
 DIMENSIONS = ("completeness", "specificity", "professionalism", "cinematography", "brand_alignment")
 
 
+def until(happens: Callable[[], Any], seconds: float = 60) -> None:
+    """Returns as soon as it happens."""
+    limit = time.monotonic() + seconds
+    while not happens():
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+
+
 def critique(score: float, **over: Any) -> str:
     """A critique's JSON in which every dimension, and so the overall, has the same score."""
     body = dict.fromkeys(DIMENSIONS, score) | {"critique": "as scripted", "improvements": ["more"]}

@@ -19,7 +19,7 @@ from examples.backend.app import create_app
 from examples.backend.generations import Generations, Order, Record
 from refimg.enhance import Reply
 from tests.backends import ENDED, FAKES, FROM_ENV, Backend, fake_pipeline, order
-from tests.fakes import FakeChat, picture
+from tests.fakes import FakeChat, picture, until
 from tests.servers.images import start_image_server
 from tests.servers.llm import start_llm_server
 
@@ -82,14 +82,6 @@ def keys(llm, images) -> dict[str, str]:
     return {"OPENAI_BASE_URL": llm.base_url, "REPLICATE_BASE_URL": images.base_url,
             "REPLICATE_API_TOKEN": "not-a-token", "REFIMG_IMAGE_MODEL":
             "black-forest-labs/flux-2-pro", "REFIMG_SANDBOX": "0"}  # fmt: skip
-
-
-def until(happens, seconds: float = 60) -> None:
-    """Returns as soon as it happens."""
-    limit = time.monotonic() + seconds
-    while not happens():
-        assert time.monotonic() < limit
-        time.sleep(0.02)
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from refimg import StoryResult, defaults
 from refimg.cli import app
 
-from .fakes import FakeImages, FakeScorer, critic, director, picture
+from .fakes import FakeImages, FakeScorer, critic, director, picture, until
 from .servers.images import start_image_server
 from .servers.llm import start_llm_server
 from .test_project import wheel  # noqa: F401
@@ -364,13 +364,6 @@ def process(servers, folder: Path, *words: object) -> subprocess.Popen:
     command = [sys.executable, "-c", "from refimg.cli import app; app(prog_name='refimg')"]
     return subprocess.Popen([*command, *map(str, words)], cwd=folder, env=os.environ | env,
                             text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
-
-
-def until(happens, seconds: float = 60) -> None:
-    limit = time.monotonic() + seconds
-    while not happens():
-        assert time.monotonic() < limit
-        time.sleep(0.02)
 
 
 @pytest.mark.slow
