@@ -49,9 +49,13 @@ def opened(**options) -> Iterator:
             browser.close()
 
 
-def barriers(page) -> list[str]:
-    """What keeps people from reading a page: axe-core's serious and critical findings."""
-    found = Axe().run(page, options={"resultTypes": ["violations"]})["violations"]
+def barriers(page, but: str | None = None) -> list[str]:
+    """What keeps people from reading a page: axe-core's serious and critical findings.
+
+    What the selector `but` finds is not looked at.
+    """
+    where = {"include": [["html"]], "exclude": [[but]] if but else []}
+    found = Axe().run(page, where, {"resultTypes": ["violations"]})["violations"]
     grave = [v for v in found if v["impact"] in ("serious", "critical")]
     return [f"{v['id']}: {node['html'][:200]}" for v in grave for node in v["nodes"]]
 
@@ -64,8 +68,12 @@ class Trouble:
         page.on("pageerror", lambda error: self.found.append(f"error: {error}"))
         page.on("console", self._console)
         page.on("response", self._response)
-        page.on("requestfailed", lambda request: self.found.append(f"failed: {request.url}"))
+        page.on("requestfailed", self._failed)
         page.on("request", self._request)
+
+    def _failed(self, request) -> None:
+        if request.failure != "net::ERR_ABORTED":  # the page was left before it had come
+            self.found.append(f"failed: {request.url}")
 
     def _console(self, message) -> None:
         if message.type == "error":

@@ -169,14 +169,18 @@ def test_a_page_opens_without_trouble(base, page, name):
     assert not trouble.found
 
 
+WITH_CODE = ("index.html", "storage/secrets.html")  # elsewhere its colours are the same, and many
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PAGES)
 def test_a_page_keeps_nobody_out(base, page, name):
+    coloured = None if name in WITH_CODE else "div.highlight"
     page.goto(f"{base}/{name}", wait_until="load")
     try:
         for scheme in ("light", "dark"):
             page.emulate_media(color_scheme=scheme)
-            assert not barriers(page), scheme
+            assert not barriers(page, but=coloured), scheme
     finally:
         page.emulate_media(color_scheme="light")
 
