@@ -898,12 +898,12 @@ def _short(score: float | None) -> float | None:
     """The score with one decimal, for people."""
     return None if score is None else round(score, 1)
 
-# %% ../nbs/03_pipeline.ipynb #c0a682e8
+# %% ../nbs/03_pipeline.ipynb #78a399af
 def _verdict(scores: ImageScores, threshold: float) -> str | None:
-    """What a scene's warnings must say of the chosen image's scores, if anything."""
+    """What a scene's warnings must say of the chosen image's scores, each advice once; or None."""
     if scores.overall is None:
-        notes = dict.fromkeys(scores.notes[name] for name in sorted(scores.notes))
-        return f"unscored: {'; '.join(notes)}"
+        parts = [part for _, note in sorted(scores.notes.items()) for part in note.split("; ")]
+        return f"unscored: {'; '.join([*dict.fromkeys(parts[::-1])][::-1])}"
     if scores.overall < threshold:
         return f"below threshold: {math.floor(10 * scores.overall) / 10} < {threshold:g}"
     return None

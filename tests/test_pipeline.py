@@ -582,6 +582,18 @@ async def test_unscored_is_neither_a_pass_nor_a_zero(run, caplog, scorers):
     assert [r.levelname for r in said] == ["WARNING", "WARNING"]
 
 
+async def test_what_several_scorers_say_alike_stands_once_in_a_warning(run):
+    class Lost(FakeScorer):
+        def score(self, batch):
+            raise OSError(f"no weights for {self.name}; fetch it")
+
+    lost = [Lost("a"), Lost("b")]
+    result = await run(a_pipeline(scorers=lost), a_story(1))
+    [warning] = result.scenes[0].warnings
+    assert warning.count("fetch it") == 1
+    assert "no weights for a; OSError: no weights for b; fetch it; only 0 %" in warning
+
+
 async def test_below_the_threshold_is_a_warning_with_the_score_and_on(run, caplog):
     result = await run(three(quality_threshold=80.5), a_story(2))
     for scene in result.scenes:
