@@ -170,6 +170,18 @@ def test_the_readme_is_in_step(tmp_path):
     assert not stale, f"{stale}: make readme"
 
 
+def test_models_and_prices_of_the_readme_are_the_defaults(monkeypatch, tmp_path):
+    monkeypatch.setenv("REFIMG_CACHE", str(tmp_path))
+    for name in ("OPENAI_API_KEY", "REPLICATE_API_TOKEN"):
+        monkeypatch.setenv(name, "none")
+    p = refimg.Pipeline.from_env()
+    cost = p.estimate(refimg.Story.load(ROOT / "examples" / "lighthouse.yaml"))
+    text = (ROOT / "README.md").read_text("utf-8")
+    names = [m.name.partition(":")[2] for m in (p.director, p.critic, p.image_model)]
+    assert "The director is `{}`, the critic `{}`, the painter `{}`.".format(*names) in text
+    assert f"these are {cost.low:.2f} and {cost.high:.2f}, by list prices" in text
+
+
 # the wheel
 
 
