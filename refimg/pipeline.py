@@ -107,6 +107,18 @@ def _read_story(path: Path) -> Any:
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read as a story: {error}") from error
 
+# %% ../nbs/03_pipeline.ipynb #7d1c93ae
+def _faults(error: ValidationError) -> str:
+    """What is wrong with the fields of a story, in words; scenes count from 1."""
+    plain = {"extra_forbidden": "there is no such field", "missing": "is missing"}
+    told = []
+    for fault in error.errors():
+        at = fault["loc"]
+        if at[:1] == ("scenes",) and len(at) > 1:
+            at = (f"scene {at[1] + 1}", *at[2:])
+        told.append(f"{', '.join(map(str, at))}: {plain.get(fault['type'], fault['msg'])}")
+    return "; ".join(told)
+
 # %% ../nbs/03_pipeline.ipynb #9249c9df
 def _map_paths(value: Any, change: Callable[[Path], Path]) -> Any:
     """The same value with every Path in it changed."""
@@ -143,7 +155,7 @@ class Story(BaseModel, frozen=True, extra="forbid"):
         try:
             story = cls.model_validate(fields)
         except ValidationError as error:
-            raise ValueError(f"{path} is no story: {error}") from error
+            raise ValueError(f"{path} is no story: {_faults(error)}") from error
         return _map_paths(story, lambda image: Path(path).parent / image)
 
 # %% ../nbs/03_pipeline.ipynb #7a2ac232

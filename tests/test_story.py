@@ -172,10 +172,10 @@ def test_a_path_in_a_story_is_meant_from_its_folder(tmp_path, monkeypatch, user_
 
 BAD_STORIES = {
     "unknown field": ("scenes: [{prompt: a}]\nmoood: calm", "moood"),
-    "unknown field of a scene": ("scenes: [{prompt: a, continuty_note: b}]", "continuty_note"),
+    "unknown field of a scene": ("scenes: [{prompt: a, continuty_note: b}]", "scene 1, cont"),
     "no scenes": ("title: a", "scenes"),
     "a scene without a prompt": ("scenes: [{continuity_note: a}]", "prompt"),
-    "scenes that are none": ("scenes: [a, b]", "scenes"),
+    "scenes that are none": ("scenes: [a, b]", "scene 2"),
     "a list": ("[1, 2]", "mapping"),
     "a text": ("hello", "mapping"),
     "nothing": ("", "mapping"),

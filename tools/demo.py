@@ -1,7 +1,8 @@
 """The demo: a story through the whole pipeline, offline, in the sandbox.
 
-Runs nbs/03_pipeline.ipynb, which writes output/demo/images and output/demo/run.json, keeps the run
-as a page, output/demo/story.html, and prints the scores. The committed notebook is not touched.
+Runs nbs/03_pipeline.ipynb, which writes output/demo/images and output/demo/run.json, shows that run
+on a page, output/demo/story.html, keeps the notebook as it ran, output/demo/03_pipeline.html, and
+prints the scores. The committed notebook is not touched.
 """
 
 import os
@@ -47,21 +48,24 @@ def page(nb: NotebookNode) -> str:
     html, _ = exporter.from_notebook_node(tidy(nb), {"metadata": {"path": str(NOTEBOOK.parent)}})
     html = LOADER.sub("", html)
     if outside := FETCH.findall(html):
-        sys.exit(f"story.html would fetch {outside[:3]}")
+        sys.exit(f"{NOTEBOOK.stem}.html would fetch {outside[:3]}")
     return html
 
 
 def show() -> None:
-    """Prints the scores of the run and where to look."""
+    """Writes the page of the run, prints its scores and where to look."""
     from refimg import StoryResult
+    from refimg.view import report
 
     result = StoryResult.load(OUT / "run.json")
+    story = report(result, OUT / "story.html")
     frame = result.frame()
     metrics = [name for name in frame.columns if f"raw_{name}" in frame.columns]
     columns = ["scene", "variation", "rank", "selected", "overall", *metrics]
     print(f"\nscores, 0-100{' (sandbox)' if result.sandbox else ''}")
     print(frame[columns].round(1).to_string(index=False))
-    print(f"\nread    {OUT / 'story.html'}\nimages  {OUT / 'images'}\nresult  {OUT / 'run.json'}")
+    print(f"\nlook at   {story}\nimages    {OUT / 'images'}\nresult    {OUT / 'run.json'}")
+    print(f"notebook  {OUT / NOTEBOOK.stem}.html")
 
 
 def main() -> None:
@@ -71,7 +75,7 @@ def main() -> None:
     OUT.mkdir(parents=True)
     print(f"running nbs/{NOTEBOOK.name} offline, in the sandbox ...", flush=True)
     html = page(executed(NOTEBOOK))
-    (OUT / "story.html").write_text(html, encoding="utf-8")
+    (OUT / f"{NOTEBOOK.stem}.html").write_text(html, encoding="utf-8")
     show()
 
 
