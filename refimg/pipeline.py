@@ -107,7 +107,7 @@ def _read_story(path: Path) -> Any:
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read as a story: {error}") from error
 
-# %% ../nbs/03_pipeline.ipynb #7d1c93ae
+# %% ../nbs/03_pipeline.ipynb #5e294473
 def _faults(error: ValidationError) -> str:
     """What is wrong with the fields of a story, in words; scenes count from 1."""
     plain = {"extra_forbidden": "there is no such field", "missing": "is missing"}
@@ -133,7 +133,7 @@ def _map_paths(value: Any, change: Callable[[Path], Path]) -> Any:
         return {key: _map_paths(item, change) for key, item in value.items()}
     return value
 
-# %% ../nbs/03_pipeline.ipynb #db0bb3b8
+# %% ../nbs/03_pipeline.ipynb #3a427773
 class Story(BaseModel, frozen=True, extra="forbid"):
     """Scenes in their order, and what all of them share."""
 
@@ -493,11 +493,16 @@ def _is_cancelled() -> bool:
     """Whether a CancelledError is meant for the running task, or was raised by what it called."""
     return asyncio.current_task().cancelling() > 0
 
-# %% ../nbs/03_pipeline.ipynb #e8713796
+# %% ../nbs/03_pipeline.ipynb #3e0609f1
 async def _call(function: Callable | None, *args: Any) -> Any:
     """What a sync or async function of the caller returns."""
     answer = function(*args) if function else None
-    return await answer if inspect.isawaitable(answer) else answer
+    if not inspect.isawaitable(answer):
+        return answer
+    found = await answer
+    if _is_cancelled():
+        raise asyncio.CancelledError("the function kept its task's cancellation to itself")
+    return found
 
 # %% ../nbs/03_pipeline.ipynb #aa6464c6
 class _News:
@@ -806,17 +811,18 @@ def _stem(run: _Run, scene: int) -> str:
     """How the files of a scene begin."""
     return f"{run.generation_id}_scene_{scene:02d}"
 
-# %% ../nbs/03_pipeline.ipynb #da4895fb
+# %% ../nbs/03_pipeline.ipynb #b08da2b7
 async def _take(
     run: _Run, draft: _Draft, number: int, request: ImageRequest, judge: _Judge
 ) -> None:
     """Draws one variation and hands it to the judge."""
     if run.stopped:
         raise asyncio.CancelledError
-    place = len(draft.bill)
-    draft.bill.append(None)
-    arrived = await receive(run.pipeline.image_model, request)
-    draft.bill[place] = arrived.image.cost
+    arrived = None
+    try:
+        arrived = await receive(run.pipeline.image_model, request)
+    finally:
+        draft.bill.append(arrived.image.cost if arrived else None)
     draft.decoding[number] = asyncio.ensure_future(decode(arrived))
     take = _Take(number, await asyncio.shield(draft.decoding[number]))
     draft.takes.append(take)
@@ -1336,14 +1342,15 @@ def _check_scene(result: StoryResult, scene: int) -> SceneResult:
     _check_number("scene", scene, 1, len(result.scenes))
     return result.scenes[scene - 1]
 
-# %% ../nbs/03_pipeline.ipynb #7c909bd9
+# %% ../nbs/03_pipeline.ipynb #f9ee9086
 def _settings_after(old: dict[str, Any], new: dict[str, Any], again: set[int]) -> dict[str, Any]:
     """The first run's settings, choices that still hold, and for each scene made again: how."""
     counts, how = old.get("reruns", {}), old.get("rerun_settings", {})
+    before = {"rescores_before": len(old.get("rescores", []))}
     return old | {
         "choices": [choice for choice in old.get("choices", []) if choice["scene"] not in again],
         "reruns": counts | {str(n): counts.get(str(n), 0) + 1 for n in sorted(again)},
-        "rerun_settings": how | {str(n): new for n in sorted(again)},
+        "rerun_settings": how | {str(n): new | before for n in sorted(again)},
     }
 
 # %% ../nbs/03_pipeline.ipynb #be671bdc
@@ -1661,7 +1668,7 @@ class ManyProgress(BaseModel, frozen=True):
     failed: int  # stories that have none
     total: int | None = None  # how many there are; None: not known yet
 
-# %% ../nbs/03_pipeline.ipynb #2fe2e419
+# %% ../nbs/03_pipeline.ipynb #42d33382
 def _check_many(
     p: Pipeline, stories: Any, concurrency: int, generation_id: str | None, output_dir: str | Path
 ) -> str:
@@ -1671,7 +1678,8 @@ def _check_many(
         raise ValueError(f"stories is {stories!r:.200}; allowed: any iterable of Story")
     _check_number("concurrency", concurrency, 1, 1000)
     name = check_id(secrets.token_hex(6) if generation_id is None else generation_id)
-    check_id(f"{name}-0")
+    last = len(stories) - 1 if hasattr(stories, "__len__") else 999_999
+    check_id(f"{name}-{max(0, last)}")
     _check_folder(output_dir)
     _check_settings(_with_defaults(p))
     _check_models(p)
@@ -1745,7 +1753,7 @@ def _stop_all(tasks: Iterable[asyncio.Task]) -> None:
         if not task.cancelling():
             task.cancel()
 
-# %% ../nbs/03_pipeline.ipynb #af36c95b
+# %% ../nbs/03_pipeline.ipynb #9821744a
 async def _run_many(
     p: Pipeline, stories: Iterable[Story] | AsyncIterable[Story], concurrency: int, name: str,
     output_dir: str | Path, on_progress: Callable | None, check: Callable | None,
@@ -1770,7 +1778,7 @@ async def _run_many(
     finally:
         tasks = {watch, listener, feeder, *many.running}
         _stop_all(tasks)
-        await asyncio.wait(tasks)
+        await asyncio.wait(tasks, timeout=2 * GRACE)
 
 # %% ../nbs/03_pipeline.ipynb #498a39dd
 def _padded(name: str, values: list[str | None] | None, length: int) -> list[str | None]:

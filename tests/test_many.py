@@ -7,7 +7,7 @@ import gc
 import itertools
 import logging
 import weakref
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 
 import pytest
 
@@ -386,6 +386,23 @@ async def test_a_plain_break_stops_it_too(tmp_path):
         break
     await until(lambda: len(asyncio.all_tasks()) == 1)
     await stage.check_gone()
+
+
+async def deaf(*progress):
+    with suppress(asyncio.CancelledError):
+        await asyncio.sleep(0.2)
+
+
+@pytest.mark.parametrize("role", ["on_progress", "cancellation_check"])
+async def test_a_function_that_swallows_its_cancellation_holds_nothing_up(tmp_path, role):
+    images = FakeImages(seconds=0.01)
+    async with asyncio.timeout(10):
+        async with aclosing(make_pipeline(images).run_many(
+                itertools.repeat(make_story()), concurrency=2, output_dir=tmp_path / "i",
+                **{role: deaf})) as made:
+            await anext(made)
+            await asyncio.sleep(0.05)  # the function has begun
+    await assert_only_we_are_left()
 
 
 async def test_cancelling_the_consumer_stops_what_is_on_its_way(tmp_path):

@@ -987,6 +987,14 @@ async def test_a_report_says_what_the_run_has_cost_so_far(run, price):
     assert result.cost == steps[-1].cost
 
 
+async def test_a_call_on_its_way_does_not_hide_the_cost_so_far(run):
+    images = drawn(lambda *place: GeneratedImage(data=picture(1), cost=0.25), seconds=0.01)
+    costs = []
+    pipeline = a_pipeline(images, max_enhancement_iterations=0, chain="none")
+    await run(pipeline, a_story(4), on_progress=lambda step: costs.append(step.cost))
+    assert costs == sorted(costs) and costs[-1] == 2
+
+
 @pytest.mark.parametrize("broken", ["agents", "images"])
 async def test_scenes_that_fail_report_like_any_other(run, broken):
     def rule(scene, variation, attempt):

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from refimg import Pipeline, Scene, Story, StoryResult, choose, defaults
 from refimg.enhance import Reply
 from refimg.generate import GeneratedImage
-from refimg.pipeline import compose_prompt, scene_context
+from refimg.pipeline import compose_prompt, rescore, scene_context
 from tests.fakes import FakeChat, FakeImages, FakeScorer, critic, critique, director, picture
 from tests.test_pipeline import a_pipeline, a_story, at, drawn, received
 
@@ -743,6 +743,10 @@ async def test_a_rerun_keeps_the_first_settings_and_says_how_the_scene_was_made_
     after = await a_pipeline(seed=2).rerun(before, 2)
     assert after.settings["seed"] == 1
     assert after.settings["rerun_settings"]["2"]["seed"] == 2
+    assert after.settings["rerun_settings"]["2"]["rescores_before"] == 0
+    judged = await rescore(after, weights={"pickscore": 1})
+    again = await a_pipeline(seed=3).rerun(judged, 2)
+    assert again.settings["rerun_settings"]["2"]["rescores_before"] == 1
 
 
 async def test_what_is_made_again_from_a_stale_scene_is_stale(run):
