@@ -17,6 +17,7 @@ from PIL import Image
 
 from examples.backend.app import create_app
 from examples.backend.generations import Generations, Order, Record
+from refimg import StoryResult
 from refimg.enhance import Reply
 from tests.backends import ENDED, FAKES, FROM_ENV, Backend, fake_pipeline, order
 from tests.fakes import FakeChat, picture, until
@@ -337,6 +338,93 @@ async def test_what_waits_is_cancelled_at_once(tmp_path):
         assert [r.state for r in await follow(service, "second")] == ["cancelled"]
         assert service.find("first").state == "running"
         assert (await follow(service, "first"))[-1].state == "done"
+
+
+async def test_after_a_restart_too_what_waits_is_cancelled_and_not_paid(tmp_path):
+    asked = Order.model_validate(order(1, num_variations=1))
+    (tmp_path / "records").mkdir()
+    for name in ("first", "second"):
+        record = Record(generation_id=name, order=asked, state="running")
+        (tmp_path / "records" / f"{name}.json").write_text(record.model_dump_json())
+    pipeline = fake_pipeline(tmp_path, 0.1)
+    async with Generations(pipeline, tmp_path, at_once=1) as service:
+        await asyncio.sleep(0.05)
+        assert [service.find(name).state for name in ("first", "second")] == ["running", "waiting"]
+        service.cancel("second")
+        assert [r.state for r in await follow(service, "second")] == ["cancelled"]
+        assert (await follow(service, "first"))[-1].state == "done"
+    assert len(pipeline.image_model.requests) == 1
+    assert service.find("second").state == "cancelled"
+
+
+async def test_a_cancel_that_comes_with_the_end_changes_nothing(tmp_path):
+    async with Generations(fake_pipeline(tmp_path), tmp_path) as service:
+        await service.start(Order.model_validate(order(1)), "id")
+        live = service.live["id"]
+        while live.record.state != "done":
+            await live.changed.wait()
+        assert service.live
+        service.cancel("id")
+        assert service.find("id").state == "done"
+    assert service.find("id").state == "done" and service.result("id").references
+
+
+@pytest.mark.parametrize("waits", [True, False])
+async def test_many_cancels_are_one(tmp_path, waits):
+    asked = Order.model_validate(order(1))
+    async with Generations(fake_pipeline(tmp_path, 0.3), tmp_path, at_once=1) as service:
+        for name in ("first", "second"):
+            await service.start(asked, name)
+            await asyncio.sleep(0.05)
+        name = "second" if waits else "first"
+        states = []
+        for _ in range(40):
+            service.cancel(name)
+            states.append(service.find(name).state)
+        assert set(states) == {"cancelled" if waits else "cancelling"}
+        assert (await follow(service, name))[-1].state == "cancelled"
+    assert service.find(name).state == "cancelled"
+
+
+async def test_what_is_cancelled_while_it_is_saved_ends_as_cancelled(tmp_path, monkeypatch):
+    save = StoryResult.save
+    async with Generations(fake_pipeline(tmp_path), tmp_path) as service:
+        loop = asyncio.get_running_loop()
+
+        def slow(result, path):
+            loop.call_soon_threadsafe(service.cancel, "id")
+            until(lambda: service.find("id").state == "cancelling")
+            save(result, path)
+
+        monkeypatch.setattr(StoryResult, "save", slow)
+        await service.start(Order.model_validate(order(1)), "id")
+        assert (await follow(service, "id"))[-1].state == "cancelled"
+
+
+DAMAGED = {"torn": b'{"generation_id": "id", "a secret', "empty": b"", "no text": b"\xff a secret"}
+
+
+@pytest.mark.parametrize("data", DAMAGED.values(), ids=list(DAMAGED))
+def test_a_damaged_file_is_said_and_never_repeated(client, tmp_path, caplog, data):
+    client.post("/generations", json=order(1, "id"))
+    ended(client, "id")
+    page, result = "/generations/id", tmp_path / "results" / "id.json"
+    result.write_bytes(data)
+    pictures = [f"{page}/scenes/1/reference", f"{page}/scenes/1/variations/1"]
+    answers = [(client.get(path), "result") for path in (f"{page}/result", *pictures)]
+    result.unlink()
+    answers.append((client.get(f"{page}/result"), "result"))
+    assert client.get(page).json()["state"] == "done"
+    (tmp_path / "records" / "id.json").write_bytes(data)
+    answers += [(client.get(path), "record") for path in (page, f"{page}/events", *pictures)]
+    answers += [(client.post(f"{page}/cancel"), "record"),
+                (client.post("/generations", json=order(1, "id")), "record")]  # fmt: skip
+    for answer, what in answers:
+        assert answer.status_code == 500
+        assert answer.json() == {
+            "detail": f"the generation is there, but its {what} cannot be read"}  # fmt: skip
+    logged = [record.getMessage() for record in caplog.records if record.name == "refimg.backend"]
+    assert len(logged) == len(answers) and all("id.json cannot be read: " in one for one in logged)
 
 
 async def test_one_process_a_folder(tmp_path):

@@ -19,6 +19,8 @@ from typer.testing import CliRunner
 
 from refimg import StoryResult, defaults
 from refimg.cli import app
+from refimg.gallery import veto
+from refimg.pipeline import choose
 
 from .fakes import FakeImages, FakeScorer, critic, director, picture, until
 from .servers.images import start_image_server
@@ -257,6 +259,76 @@ def test_report_writes_one_page(world, story, tmp_path):
     assert StoryResult.load(record).references
 
 
+def test_report_into_a_folder_is_refused_and_leaves_nothing(world, story, tmp_path):
+    record = value(refimg("run", story, "-n", 1, "-o", tmp_path / "images", "--json"))["record"]
+    out = tmp_path / "pages"
+    out.mkdir()
+    done = refimg("report", record, "-o", out, "--json")
+    assert done.exit_code == 1 and value(done)["error"].endswith("a folder; allowed: a file")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "pages", "story.json"]
+
+
+# the record of another run
+
+
+def named(story: object, folder: Path, **more: str):
+    """What `refimg run` did under the name `fox`."""
+    return refimg("run", story, "-n", 2, "-i", 0, "-o", folder, "--generation-id", "fox", "--json",
+                  **more)  # fmt: skip
+
+
+def decide(result: StoryResult, kind: str) -> StoryResult:
+    """The result, after a person decided something."""
+    if kind == "choices":
+        return choose(result, 1, 1, "the better light")
+    if kind == "vetoes":
+        return veto(result, 1, 1, "a third hand")
+    more = {"reruns": {"1": 1}, "rescores": [{"changed": [1]}]}[kind]
+    return result.model_copy(update={"settings": result.settings | {kind: more}})
+
+
+@pytest.mark.parametrize("kind", ["choices", "vetoes", "reruns", "rescores"])
+def test_a_run_never_replaces_what_was_decided(world, story, tmp_path, kind):
+    record = tmp_path / "out" / "fox.json"
+    assert named(story, record.parent).exit_code == 0
+    decide(StoryResult.load(record), kind).save(record)
+    before, paid = record.read_bytes(), len(world["image_model"].requests)
+    done = named(story, record.parent)
+    assert done.exit_code == 1 and str(record) in value(done)["error"]
+    assert kind in value(done)["error"] and "--generation-id" in value(done)["error"]
+    assert record.read_bytes() == before and len(world["image_model"].requests) == paid
+    assert named(story, tmp_path / "elsewhere").exit_code == 0
+
+
+def test_a_run_never_replaces_the_record_of_another_story(world, story, tmp_path):
+    record = tmp_path / "fox.json"
+    assert named(story, tmp_path).exit_code == 0
+    paid = len(world["image_model"].requests)
+    others = [STORY | {"title": "another"}, {"scenes": STORY["scenes"][:1]}]
+    for other in others:
+        done = named("-", tmp_path, stdin=json.dumps(other))
+        assert done.exit_code == 1 and "the record of another story" in value(done)["error"]
+    assert StoryResult.load(record).story.title == ""
+    for text in ("{}", "no JSON", "[1]"):
+        record.write_text(text)
+        done = named(story, tmp_path)
+        assert done.exit_code == 1 and "is no record of a run" in value(done)["error"]
+        assert record.read_text() == text
+    assert len(world["image_model"].requests) == paid
+
+
+def test_the_same_story_again_goes_on(world, tmp_path, monkeypatch):
+    (tmp_path / "first.png").write_bytes(picture(7))
+    text = ("scenes: [{prompt: A keeper.}]\ninitial_reference_image: first.png\n"
+            "consistency_markers: {odd: .nan, day: 2026-11-23, deep: {1: [a, 0.1]}}\n")  # fmt: skip
+    (tmp_path / "story.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    for words in ("story.yaml", tmp_path / "story.yaml"):
+        assert named(words, Path("out")).exit_code == 0
+    done = named("-", Path("out"), stdin=text)
+    assert done.exit_code == 0, done.stderr
+
+
 # doctor
 
 
@@ -344,6 +416,46 @@ def test_a_key_in_an_error_is_cut_out(world, monkeypatch):
     for words in ([], ["--json"]):
         done = refimg("generate", "A keeper.", "-n", 1, *words)
         assert done.exit_code == 1 and "a-key-without-a-shape" not in done.stdout + done.stderr
+
+
+# streams that are closed, and bytes that are no text
+
+
+@pytest.mark.parametrize("words", [
+    ("enhance", "-"), ("generate", "-", "-n", 1), ("run", "-", "-n", 1), ("estimate", "-"),
+    ("score", __file__, "--prompt", "-"),
+])  # fmt: skip
+def test_standard_input_is_utf_8_or_refused(world, tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner(charset="ascii").invoke(app, [*map(str, words), "--json"], b"scenes: caf\xe9")
+    assert done.exit_code == 1 and value(done)["error"].startswith("standard input is no UTF-8")
+    assert "Traceback" not in done.stderr and not world["image_model"].requests
+    assert not world["director"].calls
+
+
+def test_standard_input_is_utf_8_whatever_the_locale(world):
+    done = CliRunner(charset="ascii").invoke(app, ["enhance", "-", "--json"], "a café".encode())
+    assert value(done)["original_prompt"] == "a café"
+
+
+@pytest.mark.parametrize("words", [("enhance",), ("generate",), ("score", __file__, "--prompt")])
+def test_an_argument_that_is_no_text_is_refused(world, words):
+    done = refimg(*words, "caf\udce9", "--json")
+    assert done.exit_code == 1 and "which is no UTF-8" in value(done)["error"]
+    assert not world["image_model"].requests and not world["director"].calls
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a POSIX shell")
+@pytest.mark.parametrize(("words", "closed"), [
+    ("enhance -", "input"), ("run -", "input"), ("doctor", "output"),
+])  # fmt: skip
+def test_a_closed_stream_is_one_line_and_exit_1(words, closed):
+    stream = {"input": "<&-", "output": ">&-"}[closed]
+    line = f"'{sys.executable}' -c 'from refimg.cli import app; app()' {words} {stream}"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "REFIMG_SANDBOX": "1"}
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, env=env, timeout=120)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith(f"error: standard {closed} is closed")
 
 
 # whole processes

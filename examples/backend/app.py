@@ -23,7 +23,16 @@ from starlette.concurrency import run_in_threadpool
 from refimg import Pipeline
 from refimg.storage.journal import Journal
 
-from .generations import ENDED, GenerationId, Generations, Order, Record, State, Taken
+from .generations import (
+    ENDED,
+    GenerationId,
+    Generations,
+    Order,
+    Record,
+    State,
+    Taken,
+    Unreadable,
+)
 
 router = APIRouter()
 
@@ -229,6 +238,11 @@ async def refuse(request: Request, error: RequestValidationError) -> JSONRespons
     return JSONResponse({"detail": problems}, status_code=422)
 
 
+async def tell_unreadable(request: Request, error: Unreadable) -> JSONResponse:
+    """That a file of the service is damaged, and not what is in it."""
+    return JSONResponse({"detail": str(error)}, status_code=500)
+
+
 def create_app(pipeline: Pipeline | None = None, folder: Path | None = None) -> FastAPI:
     """The application; without arguments its models and its folder come from the environment."""
     home = folder or Path(os.environ.get("REFIMG_BACKEND_FOLDER", "output/backend"))
@@ -241,5 +255,6 @@ def create_app(pipeline: Pipeline | None = None, folder: Path | None = None) -> 
 
     app = FastAPI(title="refimg", lifespan=lifespan, max_body_size=1_000_000)
     app.add_exception_handler(RequestValidationError, refuse)
+    app.add_exception_handler(Unreadable, tell_unreadable)
     app.include_router(router)
     return app

@@ -15,7 +15,7 @@ import hashlib
 import logging
 import os
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -79,6 +79,24 @@ class Taken(ValueError):
     """The generation_id belongs to another order."""
 
 
+class Unreadable(RuntimeError):
+    """A file of the folder does not hold what it should; what it holds is not repeated."""
+
+
+def read(path: Path, parse: Callable[[Path], Any], what: str) -> Any:
+    """What the file holds; where it cannot be read the log says why."""
+    try:
+        return parse(path)
+    except (OSError, ValueError) as error:
+        logger.error("%s cannot be read: %s", path, log_line(str(error))[:500])
+        raise Unreadable(f"the generation is there, but its {what} cannot be read") from None
+
+
+def read_record(path: Path) -> Record:
+    """The record in that file."""
+    return read(path, lambda path: Record.model_validate_json(path.read_bytes()), "record")
+
+
 def write(path: Path, data: bytes) -> None:
     """The file has this content, or what it had before: never a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,14 +122,13 @@ class Generations:
         await self._load()
         for path in sorted((self.folder / "records").glob("*.json")):
             try:
-                record = Record.model_validate_json(path.read_bytes())
-            except ValueError as error:
-                logger.error("%s is no record: %s", path, error)
+                record = read_record(path)
+            except Unreadable:
                 continue
             if record.state == "cancelling":
                 self._write(record.model_copy(update={"state": "cancelled"}))
             elif record.state not in ENDED:
-                self._begin(record)
+                self._begin(record.model_copy(update={"state": "waiting"}))
         return self
 
     async def __aexit__(self, *exc: object) -> None:
@@ -150,23 +167,25 @@ class Generations:
         return self._begin(record)
 
     def find(self, generation_id: str) -> Record | None:
-        """The record; None where there is no such generation."""
+        """The record; None where there is no such generation; it may be `Unreadable`."""
         if live := self.live.get(generation_id):
             return live.record
         path = self.folder / "records" / f"{generation_id}.json"
-        return Record.model_validate_json(path.read_bytes()) if path.exists() else None
+        return read_record(path) if path.exists() else None
 
     def cancel(self, generation_id: str) -> None:
         """From here on the generation makes no new call; one that has ended stays as it is."""
-        if live := self.live.get(generation_id):
-            waits = live.record.state == "waiting"
-            self._change(live, state="cancelled" if waits else "cancelling")
-            if waits:
-                live.task.cancel()
+        live = self.live.get(generation_id)
+        state = live and live.record.state
+        if state == "waiting":
+            self._change(live, state="cancelled")
+            live.task.cancel()
+        elif state == "running":
+            self._change(live, state="cancelling")
 
     def result(self, generation_id: str) -> StoryResult:
-        """What a generation that is done has made."""
-        return StoryResult.load(self._result_path(generation_id))
+        """What a generation that is done has made; it may be `Unreadable`."""
+        return read(self._result_path(generation_id), StoryResult.load, "result")
 
     async def follow(self, generation_id: str, step: int = 0) -> AsyncIterator[Record]:
         """The record after each of its steps from that one on, and at its end."""
@@ -220,6 +239,12 @@ class Generations:
         live.changed.set()
         live.changed = asyncio.Event()
 
+    def _change_unless_cancelled(self, live: Live, **update: Any) -> None:
+        """The same, except that a cancel is never written over."""
+        if live.record.state not in ("waiting", "running"):
+            raise GenerationCancelled
+        self._change(live, **update)
+
     def _begin(self, record: Record) -> Record:
         live = self.live[record.generation_id] = Live(record)
         live.task = asyncio.create_task(self._run(live))
@@ -243,7 +268,7 @@ class Generations:
         name, order = live.record.generation_id, live.record.order
         try:
             async with self.slots:
-                self._change(live, state="running")
+                self._change_unless_cancelled(live, state="running")
                 result = await self._pipeline(order).run(
                     self._story(order), generation_id=name, output_dir=self.folder / "images",
                     on_progress=partial(self._step, live),
@@ -253,7 +278,8 @@ class Generations:
             await asyncio.to_thread(result.save, path)
             warnings = (text for scene in result.scenes for text in scene.warnings)
             reason = next((text for text in warnings if text.startswith("unscored")), None)
-            self._change(live, state="done", unscored=reason and log_line(reason))
+            told = reason and log_line(reason)
+            self._change_unless_cancelled(live, state="done", unscored=told)
         except GenerationCancelled:
             self._change(live, state="cancelled")
         except Exception as error:
