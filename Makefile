@@ -6,7 +6,7 @@ BIN := .venv/bin
 
 unexport PYTHONPATH PYTHONHOME MPLBACKEND
 NO_KEYS := env -u OPENAI_API_KEY -u OPENAI_BASE_URL -u REPLICATE_API_TOKEN -u REFIMG_SANDBOX
-FIRST := nbs/tutorials/first_story.ipynb
+FIRST := nbs/03_pipeline.ipynb
 AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 export JUPYTER_PATH := $(CURDIR)/.venv/share/jupyter
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -16,7 +16,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 help:
 	@echo "make demo   a story through the whole pipeline, offline, into output/demo/"
 	@echo "make test   lint, notebooks and modules in step, notebooks run, pytest with coverage"
-	@echo "make lab    JupyterLab on the tutorial for a story of your own"
+	@echo "make lab    JupyterLab on 03_pipeline, the other notebooks beside it"
 	@echo "make bench  the short benchmarks; make bench-long the rest"
 	@echo "make docs   the documentation site in _docs/, offline; with Quarto the published one"
 	@echo "make readme README.md from nbs/index.ipynb"
