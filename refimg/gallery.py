@@ -409,21 +409,32 @@ def _history(result: StoryResult, but: Iterable[int]) -> dict[str, list]:
     return rows | {"rescores": judged, "pictures": pictures,
                    "earlier": settings.get("earlier_preferences", [])}
 
-# %% ../nbs/05b_gallery.ipynb #532e86cc
+# %% ../nbs/05b_gallery.ipynb #10c32044
+def _drawn_since(new: StoryResult, old: StoryResult) -> list[int]:
+    """The scenes that the new result has drawn more often than the old one."""
+    more, less = (result.settings.get("reruns", {}) for result in (new, old))
+    return [int(scene) for scene in more if more[scene] > less.get(scene, 0)]
+
+
+def _forgets(new: StoryResult, old: StoryResult) -> bool:
+    """Whether the new result lacks what was decided about pictures that it has no more."""
+    again, earlier = _drawn_since(new, old), new.settings.get("earlier_preferences", [])
+    return any(row not in earlier for row in _preference_rows(old) if row["scene"] in again)
+
+
 def _goes_on(new: StoryResult, old: StoryResult) -> bool:
     """Whether the new result has all that the old one has, but for scenes drawn again since."""
-    more, less = (result.settings.get("reruns", {}) for result in (new, old))
-    again = [int(scene) for scene in more if more[scene] > less.get(scene, 0)]
+    again = _drawn_since(new, old)
     a, b = _history(new, again), _history(old, again)
     chosen = [(c["scene"], c["variation"]) for c in a["choices"][len(b["choices"]):]]
     return (
-        all(more.get(scene, 0) >= count for scene, count in less.items())
+        not _drawn_since(old, new)
         and a["pictures"] == b["pictures"]
         and all(a[n][:len(b[n])] == b[n] for n in ("choices", "rescores", "earlier"))
         and all(v in a["vetoes"] or (v["scene"], v["variation"]) in chosen for v in b["vetoes"])
     )
 
-# %% ../nbs/05b_gallery.ipynb #2b0403af
+# %% ../nbs/05b_gallery.ipynb #596ec980
 def _with_kept(result: StoryResult, path: Path | None) -> StoryResult:
     """The file's result where it goes on from the given one, or the given where that does."""
     if path is None or not path.exists():
@@ -433,7 +444,7 @@ def _with_kept(result: StoryResult, path: Path | None) -> StoryResult:
         raise ValueError(_OTHER.format(str(path)))
     if _goes_on(kept, result):
         return kept
-    if not _goes_on(result, kept):
+    if not _goes_on(result, kept) or _forgets(result, kept):
         raise ValueError(_APART.format(str(path)))
     return result
 

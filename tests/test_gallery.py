@@ -129,11 +129,23 @@ async def test_a_result_and_a_file_that_went_apart_are_not_chosen_between(p, res
 async def test_a_result_that_goes_on_from_the_file_is_shown(p, result):
     first = Gallery(p, result)
     first.choose(1, loser(result), "why not")
-    first.veto(2, 1, "blurred")
-    more = veto(choose(first.result, 3, 1, "more"), 1, 1, "no")
-    drawn = await p.rerun(more, 2)
+    more = veto(choose(first.result, 2, 1, "more"), 1, 1, "no")
+    drawn = await p.rerun(first.result, 2)
     for own in (more, drawn):
         assert Gallery(p, own).result == own
+
+
+async def test_pictures_drawn_anew_elsewhere_do_not_take_decisions_away(p, result, tmp_path):
+    first = Gallery(p, result)
+    first.choose(3, loser(result, 3), "the old one")
+    drawn = await p.rerun(first.result, 3)
+    with pytest.raises(ValueError, match="does not go on"):
+        Gallery(p, drawn)
+    await first.rerun(3)
+    assert Gallery(p, result).result == first.result
+    kept = Gallery(p, first.result, path=tmp_path / "other.json")
+    kept.veto(1, 1, "more")
+    assert Gallery(p, kept.path, path=first.path).result == kept.result
 
 
 async def test_of_two_galleries_the_second_refuses_and_goes_on_when_shown_again(p, result):
