@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 
 import ipywidgets
 import pytest
 
 from refimg.enhance import Critique
 from refimg.gallery import Gallery, human_agreement, preferences, veto
-from refimg.pipeline import Pipeline, Scene, Story, StoryResult, choose
+from refimg.pipeline import Pipeline, Scene, Story, StoryResult, choose, rescore
 from refimg.view import report
 
 from .fakes import FakeImages, FakeScorer, critic, director, picture
@@ -112,8 +113,147 @@ async def test_running_the_cell_again_finds_what_was_decided_and_drawn(p, result
     again.veto(2, 1, "blurred")
     third = Gallery(p, result)
     assert third.result == again.result and "blurred" in shown(third)
-    own = choose(result, 2, 1, "mine")
-    assert Gallery(p, own).result == own
+
+
+async def test_a_result_and_a_file_that_went_apart_are_not_chosen_between(p, result, tmp_path):
+    first = Gallery(p, result)
+    first.choose(1, loser(result), "theirs")
+    before = first.path.read_bytes()
+    for own in (choose(result, 2, 1, "mine"), veto(result, 2, 1, "mine")):
+        with pytest.raises(ValueError, match=r"run\.json.*allowed: path= a new file"):
+            Gallery(p, own)
+        assert Gallery(p, own, path=tmp_path / "own.json").result == own
+    assert first.path.read_bytes() == before
+
+
+async def test_a_result_that_goes_on_from_the_file_is_shown(p, result):
+    first = Gallery(p, result)
+    first.choose(1, loser(result), "why not")
+    more = veto(choose(first.result, 2, 1, "more"), 1, 1, "no")
+    drawn = await p.rerun(first.result, 2)
+    for own in (more, drawn):
+        assert Gallery(p, own).result == own
+
+
+async def test_pictures_drawn_anew_elsewhere_do_not_take_decisions_away(p, result, tmp_path):
+    first = Gallery(p, result)
+    first.choose(3, loser(result, 3), "the old one")
+    drawn = await p.rerun(first.result, 3)
+    with pytest.raises(ValueError, match="does not go on"):
+        Gallery(p, drawn)
+    await first.rerun(3)
+    assert Gallery(p, result).result == first.result
+    kept = Gallery(p, first.result, path=tmp_path / "other.json")
+    kept.veto(1, 1, "more")
+    assert Gallery(p, kept.path, path=first.path).result == kept.result
+
+
+async def test_of_two_galleries_the_second_refuses_and_goes_on_when_shown_again(p, result):
+    a, b = Gallery(p, result), Gallery(p, result)
+    b._repr_mimebundle_()
+    a.choose(1, 2, "A likes it")
+    before = a.path.read_bytes()
+    b.widgets.cards[2].choose.click()
+    assert "show it again" in b.message and "show it again" in b.widgets.status.value
+    for decide in (b.choose, b.veto):
+        with pytest.raises(ValueError, match="changed by another gallery"):
+            decide(2, 3, "B likes it")
+    with pytest.raises(ValueError, match="changed by another gallery"):
+        await b.rerun(1)
+    assert a.path.read_bytes() == before and "choices" not in b.result.settings
+    assert "A likes it" in shown(b)
+    b.choose(2, 3, "B likes it")
+    kept = StoryResult.load(a.path).settings["choices"]
+    assert [c["reason"] for c in kept] == ["A likes it", "B likes it"]
+
+
+async def test_a_decision_made_while_another_gallery_draws_is_not_overwritten(tmp_path):
+    p = pipeline(FakeImages(seconds=0.2))
+    result = await p.run(story(2), generation_id="run", output_dir=tmp_path)
+    a, b = Gallery(p, result), Gallery(p, result)
+    drawing = asyncio.create_task(b.rerun(2))
+    await asyncio.sleep(0.05)
+    a.choose(1, 2, "meanwhile")
+    with pytest.raises(ValueError, match="changed by another gallery"):
+        await drawing
+    assert StoryResult.load(a.path) == a.result
+    assert b.result.settings["reruns"] == {"2": 1}
+    assert "does not go on" in shown(b)
+
+
+async def test_a_decision_by_code_while_a_scene_is_drawn_is_refused(tmp_path):
+    p = pipeline(FakeImages(seconds=0.1))
+    gallery = Gallery(p, await p.run(story(1), generation_id="run", output_dir=tmp_path))
+    press(gallery, "Draw this scene again")
+    await asyncio.sleep(0)
+    with pytest.raises(ValueError, match="are being drawn"):
+        gallery.choose(1, 2, "too early")
+    await finished(gallery)
+    gallery.choose(1, 2, "now")
+
+
+async def test_the_cell_of_a_rerun_result_finds_what_was_decided(p, result):
+    rerun = await p.rerun(result, 2)
+    first = Gallery(p, rerun)
+    first.choose(1, 2, "first")
+    first.choose(3, 1, "second")
+    again = Gallery(p, rerun)
+    assert again.result == first.result
+    again.choose(2, 2, "third")
+    kept = StoryResult.load(first.path).settings["choices"]
+    assert [c["reason"] for c in kept] == ["first", "second", "third"]
+
+
+async def test_a_rescored_result_is_shown_and_its_cell_may_run_again(p, result):
+    result.save(Gallery(p, result).path)
+    judges = [FakeScorer("mine", lambda image, prompt: 1.0)]
+    new = await rescore(result, scorers=judges)
+    gallery = Gallery(p, new)
+    assert gallery.result == new
+    gallery.choose(1, 2, "why not")
+    assert Gallery(p, await rescore(result, scorers=judges)).result == gallery.result
+    assert Gallery(p, result).result == gallery.result
+    with pytest.raises(ValueError, match="does not go on"):
+        Gallery(p, await rescore(result, weights={"pickscore": 1.0, "flat": 3.0}))
+
+
+async def test_a_file_without_a_rerun_that_the_result_has_is_not_shown(p, result, tmp_path):
+    first = Gallery(p, result)
+    first.veto(1, 1, "before")
+    drawn = await p.rerun(first.result, 3)
+    assert Gallery(p, drawn).result == drawn
+    other = result.model_copy(update={"scenes": [*reversed(result.scenes)]})
+    with pytest.raises(ValueError, match="does not go on"):
+        Gallery(p, other)
+
+
+async def test_lifted_and_repeated_vetoes_are_no_parting(p, result):
+    given = veto(result, 1, 1, "a first look")
+    first = Gallery(p, given)
+    first.veto(1, 1, "a second look")
+    assert Gallery(p, given).result == first.result
+    first.choose(1, 1, "after all")
+    assert Gallery(p, given).result == first.result
+    assert first.result.settings["vetoes"] == []
+
+
+OTHER_STORIES = [
+    {"consistency_markers": {"style": "oil"}},
+    {"brand": "acme"},
+    {"scenes": [Scene(prompt="a keeper, scene 1", consistency_guideline="a red coat")]},
+    {"scenes": [Scene(prompt="a keeper, scene 1", subject_present=False)]},
+    {"initial_reference_image": Path("first.png")},
+]
+
+
+@pytest.mark.parametrize("over", OTHER_STORIES, ids=lambda over: next(iter(over)))
+async def test_a_story_that_differs_in_more_than_prompts_is_another(p, tmp_path, over):
+    one = story(1, consistency_markers={"style": "ink", "palette": ("a", "b")})
+    settings = {"generation_id": "run", "output_dir": tmp_path}
+    await Gallery(p, one, **settings).run()
+    assert Gallery(p, one, **settings).result is not None
+    with pytest.raises(ValueError, match="another story"):
+        Gallery(p, one.model_copy(update=over), **settings)
 
 
 async def test_a_result_does_not_take_the_place_of_another(p, result, tmp_path):
@@ -144,6 +284,26 @@ async def test_when_all_are_vetoed_the_reference_stays_and_says_so(result):
     assert preferences(new).empty
     with pytest.raises(ValueError, match="variation is 4"):
         veto(result, 1, 4, "no")
+
+
+async def test_a_choice_after_all_were_vetoed_takes_the_warning_away(p, result):
+    gallery = Gallery(p, result)
+    for k in (1, 2, 3):
+        gallery.veto(1, k, "no")
+    gallery.choose(1, 2, "after all")
+    assert not any(w.startswith("vetoed") for w in gallery.result.scenes[0].warnings)
+    assert [v["variation"] for v in gallery.result.settings["vetoes"]] == [1, 3]
+
+
+async def test_a_vetoed_choice_is_no_choice(p, result):
+    gallery = Gallery(p, result, blind=True)
+    for k in (1, 3):
+        gallery.veto(1, k, "no")
+    gallery.choose(1, 2, "best of a bad lot")
+    assert len(preferences(gallery.result)) == 2
+    gallery.veto(1, 2, "no, bad too")
+    assert preferences(gallery.result).empty and human_agreement(gallery.result).empty
+    assert "chosen by a person" not in str(gallery.static())
 
 
 async def test_agreement_is_the_share_of_pairs_ordered_as_the_person_did(result):

@@ -7,7 +7,9 @@ import re
 from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
+from unittest.mock import Mock
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -160,6 +162,22 @@ def test_it_stands_beside_the_pictures_or_where_it_should(folder):
     assert not list(folder.rglob("*.part"))
     with pytest.raises(ValueError, match="generation_id"):
         report(result.model_copy(update={"generation_id": "../../x"}))
+
+
+def test_a_folder_is_no_place_for_it_and_nothing_is_left_behind(folder, monkeypatch):
+    result = chain_of(folder, 1)
+    place = folder / "page.html"
+    place.mkdir()
+    before = sorted(folder.iterdir())
+    with pytest.raises(ValueError, match=r"page\.html.*a folder; allowed: a file"):
+        report(result, place)
+    assert sorted(folder.iterdir()) == before
+    place.rmdir()
+    place.write_text("the old one")
+    monkeypatch.setattr("os.replace", Mock(side_effect=PermissionError("in use")))
+    with pytest.raises(PermissionError):
+        report(result, place)
+    assert sorted(folder.iterdir()) == before and place.read_text() == "the old one"
 
 
 def test_a_long_prompt_does_not_make_it_slow(folder):
@@ -352,7 +370,7 @@ def test_a_run_can_be_watched(capsys, tmp_path):
 # tables
 
 FORMULAS = ["=HYPERLINK(\"http://x\")", "+1", "-1+1", "@SUM(A1)", "\t=1", "\r=1", "  =1", "|calc",
-            "\n=1", "＝1", *HOSTILE]  # fmt: skip
+            "\n=1", "＝1", "\ufeff=1", "\ufeff @x", *HOSTILE]  # fmt: skip
 
 
 def test_a_csv_holds_nothing_that_runs_and_keeps_every_text(tmp_path):
@@ -361,7 +379,7 @@ def test_a_csv_holds_nothing_that_runs_and_keeps_every_text(tmp_path):
     back = pd.read_csv(tmp_path / "t.csv", keep_default_na=False)
     assert list(back.columns) == ["text", "'=1", "n"]
     for made, text in zip(back["text"], FORMULAS, strict=True):
-        assert made.lstrip()[0] not in "=+-@|％＝" and made.removeprefix("'") == text
+        assert made.lstrip("\ufeff\t\n\r ")[0] not in "=+-@|％＝" and made.removeprefix("'") == text
     assert back["'=1"].eq(-1.5).all()
 
 
@@ -380,6 +398,68 @@ def test_json_and_parquet_are_exact(tmp_path, kind):
 def test_another_form_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"\.csv, \.json, \.parquet"):
         save_table(pd.DataFrame(), tmp_path / "t.xlsx")
+
+
+def indexed() -> list[tuple[pd.DataFrame, list[str]]]:
+    """Tables, and the columns that they have on disk."""
+    table = pd.DataFrame({"=arm": ["=x", "b"], "story": [1, 2], "rate": [0.5, 1.0]})
+    rates = table["rate"]
+    return [
+        (table, ["=arm", "story", "rate"]),
+        (table[::-1], ["=arm", "story", "rate"]),
+        (table.set_index("=arm"), ["=arm", "story", "rate"]),
+        (table.set_index(["=arm", "story"]), ["=arm", "story", "rate"]),
+        (rates.rename_axis("row").to_frame(), ["row", "rate"]),
+        (pd.DataFrame({"rate": [0.5, 1.0]}, index=["=x", "b"]), ["index", "rate"]),
+    ]
+
+
+@pytest.mark.parametrize("frame, columns", indexed(), ids=range(len(indexed())))
+def test_an_index_with_names_or_labels_is_kept(tmp_path, frame, columns):
+    for kind in ("csv", "json", "parquet"):
+        save_table(frame, tmp_path / f"t.{kind}")
+    assert list(pd.read_parquet(tmp_path / "t.parquet").columns) == columns
+    assert list(json.loads((tmp_path / "t.json").read_text("utf-8"))[0]) == columns
+    back = pd.read_csv(tmp_path / "t.csv")
+    assert list(back.columns) == [c.replace("=", "'=") for c in columns]
+    assert not any(str(v).startswith("=") for v in back.iloc[:, 0])
+    assert "index" not in frame.columns
+
+
+def test_json_is_valid_whatever_a_cell_holds(tmp_path):
+    odd = [np.inf, -np.inf, np.nan, pd.NA, pd.NaT, [1.0, np.nan, np.inf], {"a": np.nan, 2: [None]},
+           np.array([[1, 2], [3, 4]]), np.array([1.5, np.nan]), (np.int64(2**60 + 1),), True, "=1",
+           pd.Timestamp("2026-01-01"), [], {}, {1.5}]  # fmt: skip
+    frame = pd.DataFrame({"v": pd.Series(odd, dtype=object)})
+    save_table(frame, tmp_path / "t.json")
+    rows = json.loads((tmp_path / "t.json").read_text("utf-8"), parse_constant=pytest.fail)
+    assert [row["v"] for row in rows] == [
+        *[None] * 5, [1.0, None, None], {"a": None, "2": [None]}, [[1, 2], [3, 4]], [1.5, None],
+        [2**60 + 1], True, "=1", "2026-01-01 00:00:00", [], {}, [1.5]]  # fmt: skip
+    floats = pd.DataFrame({"x": [1.0, np.inf, np.nan]})
+    save_table(floats, tmp_path / "t.json")
+    assert json.loads((tmp_path / "t.json").read_text()) == [{"x": 1.0}, {"x": None}, {"x": None}]
+
+
+@pytest.mark.parametrize("value", [b"=1+1", [b"\xff"], {"a": bytearray(b"x")}, np.bytes_(b"x")])
+def test_bytes_are_refused_by_the_name_of_their_column(tmp_path, value):
+    place = tmp_path / "t.json"
+    place.write_text("the old one")
+    with pytest.raises(ValueError, match="column 'raw' holds bytes"):
+        save_table(pd.DataFrame({"raw": [value]}), place)
+    assert [*tmp_path.iterdir()] == [place] and place.read_text() == "the old one"
+
+
+@pytest.mark.parametrize("kind", ["csv", "json", "parquet"])
+def test_a_table_that_cannot_be_written_leaves_the_old_file_and_no_other(tmp_path, kind):
+    place = tmp_path / f"t.{kind}"
+    place.write_text("the old one")
+    frame = pd.DataFrame({"m": pd.Series(["ok", "half \ud800"], dtype=object)})
+    with pytest.raises(ValueError, match="surrogates"):
+        save_table(frame, place)
+    assert [*tmp_path.iterdir()] == [place] and place.read_text() == "the old one"
+    with pytest.raises(ValueError, match="a folder"):
+        save_table(frame, (tmp_path / f"x.{kind}").mkdir() or tmp_path / f"x.{kind}")
 
 
 # what was saved
