@@ -1342,13 +1342,14 @@ def _check_scene(result: StoryResult, scene: int) -> SceneResult:
     _check_number("scene", scene, 1, len(result.scenes))
     return result.scenes[scene - 1]
 
-# %% ../nbs/03_pipeline.ipynb #f9ee9086
+# %% ../nbs/03_pipeline.ipynb #7c3105a2
 def _settings_after(old: dict[str, Any], new: dict[str, Any], again: set[int]) -> dict[str, Any]:
     """The first run's settings, choices that still hold, and for each scene made again: how."""
     counts, how = old.get("reruns", {}), old.get("rerun_settings", {})
     before = {"rescores_before": len(old.get("rescores", []))}
-    return old | {
-        "choices": [choice for choice in old.get("choices", []) if choice["scene"] not in again],
+    decided = {"choices": [], **{name: old[name] for name in ("choices", "vetoes") if name in old}}
+    held = {name: [d for d in found if d["scene"] not in again] for name, found in decided.items()}
+    return old | held | {
         "reruns": counts | {str(n): counts.get(str(n), 0) + 1 for n in sorted(again)},
         "rerun_settings": how | {str(n): new | before for n in sorted(again)},
     }

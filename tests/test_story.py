@@ -749,6 +749,14 @@ async def test_a_rerun_keeps_the_first_settings_and_says_how_the_scene_was_made_
     assert again.settings["rerun_settings"]["2"]["rescores_before"] == 1
 
 
+async def test_a_veto_does_not_pass_on_to_the_pictures_that_replace_the_vetoed(run):
+    before = await run(a_pipeline(), a_story(3))
+    vetoes = [{"scene": n, "variation": 1, "reason": "blurred"} for n in (1, 2)]
+    kept = before.model_copy(update={"settings": before.settings | {"vetoes": vetoes}})
+    assert (await a_pipeline().rerun(kept, 2)).settings["vetoes"] == vetoes[:1]
+    assert "vetoes" not in (await a_pipeline().rerun(before, 2)).settings
+
+
 async def test_what_is_made_again_from_a_stale_scene_is_stale(run):
     pipeline = a_pipeline()
     chosen = choose(await run(pipeline, a_story(3)), 1, 1, "better")
