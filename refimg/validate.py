@@ -488,7 +488,7 @@ def _check_images(tables: dict[str, pd.DataFrame], k: tuple | None, matched: boo
         raise ValueError(f"{said}; the same number is needed, unless matched=False")
     return [said]
 
-# %% ../nbs/04_validate.ipynb #f8c8192d
+# %% ../nbs/04_validate.ipynb #7dd9a9b9
 def _check_judges(tables: dict[str, pd.DataFrame]) -> None:
     """Nothing, or a ValueError where one metric is the score of several judges."""
     for column in sorted({c for t in tables.values() for c in t if c.startswith("scorer_")}):
@@ -504,8 +504,10 @@ def _other_make(metric: str, tables: dict[str, pd.DataFrame]) -> str:
         return ""
     places: dict[str, str] = {}
     for name, table in tables.items():
-        known = table.dropna(subset="overall_from") if "overall_from" in table else table[:0]
-        for row in known.sort_values(["story", "scene"]).to_dict("records"):
+        if "overall_from" not in table:
+            continue
+        known = table.dropna(subset="overall_from").sort_values(["story", "scene"])
+        for row in known.drop_duplicates("overall_from").to_dict("records"):
             place = f"({name}, {row['story']!r} scene {row['scene']}: {row['overall_from']})"
             places.setdefault(row["overall_from"], place)
     several = _listed(places.values()) if len(places) > 1 else ""
