@@ -540,6 +540,14 @@ def test_mixed_overalls_agree_with_nothing():
     assert agreement(MIXED).set_index("one").loc["overall", "same winner"].isna().all()
 
 
+def test_charts_of_a_mixed_overall():
+    told = read(forest_chart(compare(MIXED, B))).alts[0]
+    assert "overall: cannot tell, made of other weights or judges in (a, " in told
+    assert "overall" in read(curve_chart(best_of_k(MIXED))).alts[0]
+    cells = four_cells(MIXED, B.assign(max_enhancement_iterations=4), 2)
+    assert "overall, selection: –;" in read(cells_chart(cells)).alts[0]
+
+
 def test_unit_values_say_why_there_is_no_overall():
     with pytest.warns(UserWarning, match=re.escape(f"no overall: {WHY}")):
         found = unit_values(MIXED)

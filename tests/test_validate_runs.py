@@ -171,7 +171,7 @@ async def test_one_title_for_several_stories(tmp_path):
         told(), told(), told("oil"), told(scenes=2))]
     assert len(unit_values([ink, again])) == 1
     for other in (oil, longer):
-        with pytest.raises(ValueError, match=r"several stories of one name.*: demo; allowed: title"):
+        with pytest.raises(ValueError, match=r"stories of one name.*: demo; allowed: title"):
             unit_values([ink, other])
 
 
