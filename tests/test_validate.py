@@ -484,3 +484,121 @@ def test_the_critic_and_the_images():
 def test_unit_values_of_a_chain_are_means_over_scenes():
     table = arm([[[1, 3], [5, 2]], [[4, 4.5], [0, 1]]], chain="previous")
     assert unit_values(table)["overall"].tolist() == [4.0, 2.75]
+
+
+# one measure a metric
+
+
+def weighed(table, made: str = "1 pickscore", where=slice(None)):
+    """The table, its overall made of that where `where` says."""
+    made_of = pd.Series("0.5 pickscore + 0.5 seen", table.index)
+    made_of[where] = made
+    return table.assign(overall_from=made_of)
+
+
+SOME = A["story"] == "s3"
+MIXED = weighed(A, "1 pickscore", SOME)
+WHY = ("made of other weights or judges in (runs, 's0' scene 1: 0.5 pickscore + 0.5 seen), "
+       "(runs, 's3' scene 1: 1 pickscore)")
+
+
+@pytest.mark.parametrize("k", [None, 2])
+def test_overalls_made_in_two_ways_are_not_compared(k):
+    found, plain = compare(weighed(A), weighed(B, "1 seen"), k=k), compare(A, B, k=k)
+    d = found["overall"]
+    assert (d.verdict, d.difference, d.mean_a, d.p_holm) == ("cannot tell", None, None, None)
+    assert d.reason == ("made of other weights or judges in (a, 's0' scene 1: 1 pickscore), "
+                        "(b, 's0' scene 1: 1 seen)")
+    assert found["seen"].low == plain["seen"].low and found["seen"].hacking is None
+    assert compare(weighed(A), weighed(B), k=k) == plain
+    assert compare(weighed(A), B, k=k) == compare(A, B.assign(overall_from=None), k=k) == plain
+
+
+def test_overalls_made_in_two_ways_in_one_arm_of_two():
+    assert compare(MIXED, MIXED.assign(generation_id="b"))["overall"].reason.startswith("made of")
+    cells = four_cells(MIXED, B.assign(max_enhancement_iterations=4), 2).set_index("metric")
+    assert cells.loc["overall", "mean"].isna().all() and cells.loc["seen", "mean"].notna().all()
+    assert cells.loc["overall", "reason"].str.startswith("made of other weights").all()
+    assert aa_check(MIXED)["overall"].low is None and aa_check(MIXED)["seen"].low is not None
+
+
+@pytest.mark.parametrize(("function", "key", "number"), [
+    (best_of_k, "metric", "mean"), (agreement, "one", "correlation"),
+    (lambda t: verifier_error(t, "seen"), "verifier", "mean"),
+    (lambda t: critic_agreement(t.assign(critic_score=t["seen"].groupby(t["story"]).transform(
+        "mean"))), "metric", "correlation"),
+])  # fmt: skip
+def test_one_arm_gives_no_number_for_a_mixed_overall(function, key, number):
+    found, plain = (function(t).set_index(key) for t in (MIXED, A))
+    assert found.loc[["overall"], number].isna().all()
+    assert set(found.loc[["overall"], "reason"]) == {WHY}
+    others = found.index != "overall"
+    pd.testing.assert_frame_equal(found[others], plain[others])
+
+
+def test_mixed_overalls_agree_with_nothing():
+    assert agreement(MIXED).set_index("one").loc["overall", "same winner"].isna().all()
+
+
+def test_charts_of_a_mixed_overall():
+    told = read(forest_chart(compare(MIXED, B))).alts[0]
+    assert "overall: cannot tell, made of other weights or judges in (a, " in told
+    assert "overall" in read(curve_chart(best_of_k(MIXED))).alts[0]
+    cells = four_cells(MIXED, B.assign(max_enhancement_iterations=4), 2)
+    assert "overall, selection: –;" in read(cells_chart(cells)).alts[0]
+
+
+def test_unit_values_say_why_there_is_no_overall():
+    with pytest.warns(UserWarning, match=re.escape(f"no overall: {WHY}")):
+        found = unit_values(MIXED)
+    assert found["overall"].isna().all()
+    pd.testing.assert_frame_equal(found[["seen"]], unit_values(A)[["seen"]])
+
+
+@pytest.mark.parametrize("function", [
+    unit_values, best_of_k, agreement, critic_agreement, aa_check,
+    lambda t: verifier_error(t, "seen"), lambda t: compare(t, t), lambda t: four_cells(t, t),
+])  # fmt: skip
+def test_two_checkpoints_under_one_name(function):
+    other = A["scorer_pickscore"].mask(SOME, "pick @ 2 · map")
+    with pytest.raises(ValueError, match="judged differently: scorer_pickscore is pick @ 1 · map"):
+        function(A.assign(scorer_pickscore=other))
+
+
+def test_a_person_chose_some_scenes():
+    people = B.assign(selected_by=B["selected_by"].mask(SOME, "a person"))
+    found, plain = compare(A, people), compare(A, B)
+    assert found.differences == plain.differences
+    assert set(found.notes) - set(plain.notes) == {"1 scene was chosen by a person"}
+    assert "2 scenes were chosen by a person" in compare(people, people).notes
+    assert compare(A, people, k=2) == compare(A, B, k=2)
+    bare = [t.drop(columns=["seen", "raw_seen"]) for t in (A, people)]
+    assert any(note.startswith("no metric was held out") for note in compare(*bare).notes)
+    every = [t.assign(selected_by="a person") for t in (A, B)]
+    assert not any(d.selects for d in compare(*every).differences)
+
+
+def test_one_name_for_two_stories():
+    long = random_arm(5, scenes=2)
+    with pytest.raises(ValueError, match=r"several stories of one name.*s0.*titles of their own"):
+        unit_values(pd.concat([random_arm(1), long]))
+    assert len(unit_values(pd.concat([random_arm(2, scenes=2), long]))) == 12
+    told = random_arm(1).assign(story_id="ink"), random_arm(2).assign(story_id="oil")
+    refused("b has several stories of one name", A, pd.concat(told))
+    assert compare(*told).units == 12
+    lost = long[(long["story"] != "s1") | (long["scene"] == 1)]
+    both = pd.concat([random_arm(2, scenes=2), lost]).assign(story_id="one")
+    assert len(unit_values(both)) == 12
+
+
+@pytest.mark.parametrize(("plain", "sharp", "fits"), [
+    ("0", "4", True), (0, "4", True), (None, None, True), (np.nan, 4, True), (None, 0, False),
+    ("4", "4", False), ("0", "0", False),
+])  # fmt: skip
+def test_rounds_may_be_text(plain, sharp, fits):
+    a, b = (t.assign(max_enhancement_iterations=n) for t, n in ((A, plain), (B, sharp)))
+    if fits:
+        assert len(four_cells(a, b, 2))
+    else:
+        with pytest.raises(ValueError, match="allowed: 0 in original"):
+            four_cells(a, b, 2)

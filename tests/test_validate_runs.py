@@ -18,6 +18,7 @@ from refimg.validate import (
     aa_check,
     compare,
     critic_agreement,
+    four_cells,
     load_runs,
     runs_table,
     score_csv,
@@ -112,6 +113,66 @@ async def test_who_chose_is_known_after_another_judge(tmp_path):
                           weights={"pickscore": 1, "clip_score": 0}, reselect=False)
     assert again_result is not light
     assert set(runs_table(light)["selected_by"]) == {"pickscore, clip_score"}
+
+
+async def test_a_scene_made_after_another_judge_was_chosen_by_its_own(tmp_path):
+    result = await rescore(await made(tmp_path, scorers=[RED]), [RED, DARK],
+                           {"pickscore": 0, "clip_score": 1})
+    p = Pipeline(director(), critic(90), FakeImages(), scorers=[RED], num_variations=2,
+                 chain="none")
+    again = await p.rerun(result, 2)
+    how = again.settings["rerun_settings"]
+    how = how | {"2": how["2"] | {"rescores_before": 1}}
+    again = again.model_copy(update={"settings": again.settings | {"rerun_settings": how}})
+    columns = ["overall_of", "overall_from", "selected_by"]
+    table = runs_table(again).groupby("scene")[columns].first()
+    assert table.to_numpy().tolist() == [
+        ["clip_score", "1 clip_score", "clip_score"], ["pickscore", "1 pickscore", "pickscore"],
+        ["clip_score", "1 clip_score", "clip_score"]]
+    last = runs_table(await rescore(again, [DARK]))
+    assert set(last["selected_by"]) == set(last["overall_of"]) == {"clip_score"}
+
+
+async def test_what_the_overall_was_really_made_of(tmp_path):
+    judges = {"scorers": [RED, DARK, FakeScorer("vqa_score", value=lambda image, text: RawScore(
+        None, "out") if text == "view 2" else 9.0)]}
+    result = await made(tmp_path, **judges, weights={
+        "pickscore": 3, "clip_score": 1, "vqa_score": 2})
+    whole, without = ("0.1667 clip_score + 0.5 pickscore + 0.3333 vqa_score",
+                      "0.25 clip_score + 0.75 pickscore")
+    table = runs_table(result)
+    assert table.groupby("scene")["overall_from"].first().tolist() == [whole, without, whole]
+    assert set(table["overall_of"]) == {"pickscore, clip_score, vqa_score"}
+    unscored = runs_table(await made(tmp_path, "bare", scorers=[NOBODY]))
+    assert unscored["overall_from"].isna().all() and unscored["overall"].isna().all()
+
+
+async def test_the_same_pictures_do_not_differ(tmp_path):
+    runs = [await made(tmp_path, f"r{n}", title=f"s{n}", scorers=[RED, DARK],
+                       shades=[20 * n, 90, 7 * n, 40, 5, 60]) for n in range(6)]
+    light = [await rescore(run, weights={"pickscore": 1, "clip_score": 9}, reselect=False)
+             for run in runs]
+    fewer = [await rescore(run, [RED], reselect=False) for run in runs]
+    for other in (light, fewer, [*fewer[:1], *runs[1:]]):
+        found = compare(runs, other)
+        assert found["overall"].verdict == "cannot tell" and found["overall"].difference is None
+        assert found["overall"].reason.startswith("made of other weights or judges in")
+        assert found["pickscore"].reason == "every pair is a tie"
+
+
+async def test_one_title_for_several_stories(tmp_path):
+    def told(style="ink", scenes=1):
+        return Story(title="demo", scenes=[Scene(prompt=f"view {n}") for n in range(scenes)],
+                     consistency_markers={"style": style})
+
+    p = Pipeline(director(), critic(90), FakeImages(), scorers=[RED], num_variations=2,
+                 chain="none", max_enhancement_iterations=0)
+    ink, again, oil, longer = [await p.run(story, output_dir=tmp_path) for story in (
+        told(), told(), told("oil"), told(scenes=2))]
+    assert len(unit_values([ink, again])) == 1
+    for other in (oil, longer):
+        with pytest.raises(ValueError, match=r"stories of one name.*: demo; allowed: title"):
+            unit_values([ink, other])
 
 
 async def test_a_person_is_no_verifier(tmp_path):
@@ -235,6 +296,26 @@ async def test_images_from_elsewhere_become_an_arm(tmp_path):
         unit_values(table, "prompt")
 
 
+async def test_a_file_may_stand_in_two_scenes(tmp_path):
+    table = await score_csv(listed(tmp_path, image="11.png"), tmp_path, scorers=[RED])
+    assert table["path"].nunique() == 3 and len(unit_values(table)) == 1
+
+
+async def test_numbers_of_a_csv_are_numbers(tmp_path):
+    csv, arms = listed(tmp_path), {}
+    known = pd.read_csv(csv).assign(chain="none", quality_threshold="12.5")
+    for rounds in (0, 4, ""):
+        known.assign(max_enhancement_iterations=rounds).to_csv(csv, index=False)
+        arms[rounds] = await score_csv(csv, tmp_path, scorers=[RED, DARK])
+    assert set(arms[0]["max_enhancement_iterations"]) == {0}
+    assert set(arms[0]["quality_threshold"]) == {12.5}
+    assert set(arms[0]["overall_from"]) == {"0.3333 clip_score + 0.6667 pickscore"}
+    for original, enhanced in ((0, 4), (0, ""), ("", 4), ("", "")):
+        assert (four_cells(arms[original], arms[enhanced], k=2)["units"] == 2).all()
+    with pytest.raises(ValueError, match="is 4 in original and 0 in enhanced; allowed: 0"):
+        four_cells(arms[4], arms[0], k=2)
+
+
 async def test_a_csv_and_a_run_compare(tmp_path):
     result = await made(tmp_path, scenes=2, title="s")
     listed(tmp_path)
@@ -260,6 +341,10 @@ async def test_a_csv_and_a_run_compare(tmp_path):
     ({"scene": "two"}, "row 3: scene is 'two'"),
     ({"scene": "1.5"}, "row 3: scene is '1.5'"),
     ({"text": "another"}, "several texts for one scene: ('s', 2)"),
+    ({"image": "22.png"}, "row 4: image '22.png' is a variation of this scene already"),
+    ({"image": "../in/22.png"}, "row 4: image '22.png' is a variation of this scene already"),
+    ({"num_variations": "many"}, "row 3: num_variations is 'many'; allowed: a number from 0"),
+    ({"max_enhancement_iterations": "-1"}, "row 3: max_enhancement_iterations is '-1'; allowed"),
 ])  # fmt: skip
 async def test_a_bad_row_is_named_before_anything_is_scored(tmp_path, changes, words):
     (tmp_path / "in").mkdir()
