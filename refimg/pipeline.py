@@ -1151,7 +1151,7 @@ def _story_result(run: _Run) -> StoryResult:
         story=run.story,
     )
 
-# %% ../nbs/03_pipeline.ipynb #3eedda72
+# %% ../nbs/03_pipeline.ipynb #b461952c
 async def _run_scenes(run: _Run, check: Callable | None) -> StoryResult:
     """The result of the run; however it ends, what was drawn is on disk."""
     listener, patience = asyncio.create_task(run.reporter.deliver()), GRACE
@@ -1164,8 +1164,11 @@ async def _run_scenes(run: _Run, check: Callable | None) -> StoryResult:
         raise
     finally:
         writing = asyncio.gather(*(_save_rest(run, draft) for draft in run.drafts))
-        await asyncio.wait({writing}, timeout=max(0.1, run.deadline - run.clock()))
-        await run.reporter.drain(listener, patience)
+        try:
+            await asyncio.wait({writing}, timeout=max(0.1, run.deadline - run.clock()))
+            await run.reporter.drain(listener, patience)
+        finally:
+            listener.cancel()
 
 # %% ../nbs/03_pipeline.ipynb #c360a71a
 def _settled(story: Story) -> Story:

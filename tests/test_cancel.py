@@ -18,6 +18,7 @@ from typing import ClassVar
 import pytest
 from PIL import Image
 
+from refimg import pipeline as pipeline_module
 from refimg.enhance import Reply
 from refimg.generate import GeneratedImage
 from refimg.pipeline import GenerationCancelled, Pipeline, Scene, Story
@@ -801,3 +802,31 @@ def test_the_stop_contract(tmp_path, kernel, cell):
         again = kernel.execute(cell + "\nassert len(result.references) == 1")
         assert again["status"] == "ok", again
     assert min(best) <= STOP_SECONDS * MARGIN, best
+
+
+async def test_a_run_that_is_cancelled_in_its_last_moment_leaves_no_task(tmp_path, monkeypatch):
+    made, ending = asyncio.Event(), asyncio.Event()
+    whole, rest = pipeline_module._story_result, pipeline_module._save_rest
+
+    def made_whole(run):
+        made.set()
+        return whole(run)
+
+    async def slowly(run, draft):
+        if made.is_set():
+            ending.set()
+            await asyncio.sleep(0.1)
+        await rest(run, draft)
+
+    monkeypatch.setattr(pipeline_module, "_story_result", made_whole)
+    monkeypatch.setattr(pipeline_module, "_save_rest", slowly)
+    p = Pipeline(director=FakeChat(), critic=FakeChat(), image_model=FakeImages(),
+                 scorers=[FakeScorer()], num_variations=1, max_enhancement_iterations=0)
+    story = Story(scenes=[Scene(prompt="a keeper")])
+    task = asyncio.create_task(p.run(story, output_dir=tmp_path / "images"))
+    await ending.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await asyncio.sleep(0.3)
+    assert asyncio.all_tasks() == {asyncio.current_task()}
