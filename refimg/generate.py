@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from PIL import Image
 from pydantic import BaseModel
 
+from .engine.protocols import GeneratedImage, ImageModel, ImageRequest
 from refimg.storage.files import (
     check_stem,
     clean_text,
@@ -32,46 +33,14 @@ from refimg.storage.files import (
 )
 
 # %% auto #0
-__all__ = ['ImageRequest', 'GeneratedImage', 'ImageModel', 'ImageGenerationResult', 'Arrived', 'receive', 'Drawn', 'decode',
-           'draw', 'keep', 'variation_seed', 'check_model', 'check_references', 'GenerationFailed', 'generate_images']
+__all__ = ['ImageGenerationResult', 'Arrived', 'receive', 'Drawn', 'decode', 'draw', 'keep', 'variation_seed', 'check_model',
+           'check_references', 'GenerationFailed', 'generate_images', 'GeneratedImage', 'ImageModel', 'ImageRequest']
+
+# %% ../nbs/01_generate.ipynb #ab1bbc55
+_all_ = ["GeneratedImage", "ImageModel", "ImageRequest"]
 
 # %% ../nbs/01_generate.ipynb #8d8a1e01
 _logger = logging.getLogger(__name__)
-
-# %% ../nbs/01_generate.ipynb #a9f9873c
-class ImageRequest(BaseModel, frozen=True):
-    """What one call asks an image model for."""
-
-    prompt: str  # what to draw, as it is sent
-    negative_prompt: str | None = None  # what should not be seen
-    seed: int | None = None  # None: none is sent
-    aspect_ratio: str = "16:9"  # width:height
-    references: tuple[Path, ...] = ()  # image files, at most the model's `max_references`
-    slot: str = ""  # which picture of a run this is: {stem}/v{variation}/a{attempt}
-
-# %% ../nbs/01_generate.ipynb #ac08ed01
-@dataclass(frozen=True)
-class GeneratedImage:
-    """What one call gave: undecoded bytes and the provider's own words about them."""
-
-    data: bytes  # as they came: PNG, JPEG or WebP
-    seed: int | None = None  # what the provider reports; None: it does not say
-    provider_id: str | None = None  # the provider's name for the call
-    cost: float | None = None  # USD; None: unknown
-
-# %% ../nbs/01_generate.ipynb #0e4746df
-class ImageModel(Protocol):
-    """What refimg needs of an image model; adapters and the sandbox's painter provide it."""
-
-    name: str  # provider and model, as it should stand in a record
-    max_references: int  # how many reference images a call may carry; 0: none
-    takes_seed: bool  # False: none is sent
-    takes_negative_prompt: bool  # False: none is sent
-    aspect_ratios: tuple[str, ...] | None  # those it has; None: any W:H
-
-    async def generate(self, request: ImageRequest) -> GeneratedImage:
-        """One picture; it raises when there is none."""
-        ...
 
 # %% ../nbs/01_generate.ipynb #6f816796
 class ImageGenerationResult(BaseModel, frozen=True, protected_namespaces=()):

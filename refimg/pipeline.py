@@ -31,7 +31,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, aclosing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ValidationError
@@ -62,16 +61,23 @@ from refimg.score import (
     ImageScores,
     RawScore,
     Scorer,
-    check_scorers,
+    check_weights,
     grade,
     group_overalls,
     rank_images_by_quality,
     raw_scores,
     score_images,
     scoring_thread,
-    shares,
+    normalized_weights,
 )
-from .storage.files import TraceTree, check_id, clean_text, read_image, write_trace
+from refimg.storage.files import (
+    TraceTree,
+    check_id,
+    clean_text,
+    read_image,
+    write_atomic,
+    write_trace,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -244,9 +250,7 @@ def _save_result(result: StoryResult, path: Path) -> None:
     folder = path.parent.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     relative = _map_paths(result, lambda p: Path(os.path.relpath(p, folder)))
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    part.write_text(relative.model_dump_json(indent=1), "utf-8")
-    os.replace(part, path)
+    write_atomic(path, relative.model_dump_json(indent=1).encode())
 
 # %% ../nbs/03_pipeline.ipynb #496b546c
 class StoryResult(BaseModel, frozen=True):
@@ -407,7 +411,7 @@ def _check_judges(scorers: Any, weights: dict[str, float] | None) -> None:
         raise ValueError(f"scorers is {scorers!r}; allowed: a list of scorers")
     for scorer in scorers:
         _check_texts_of("scorers", scorer, "name", "model", "calibration")
-    check_scorers(scorers, weights)
+    check_weights([scorer.name for scorer in scorers], weights)
     if taken := {scorer.name for scorer in scorers} & set(_COLUMNS):
         raise ValueError(f"scorers: {taken} are columns of the result; allowed: any other name")
 
@@ -1565,9 +1569,10 @@ def choose(
 # %% ../nbs/03_pipeline.ipynb #3d80edf4
 def _weighed_again(group: list[ImageScores], weights: dict[str, float]) -> list[ImageScores]:
     """The records of one group with the overall that follows from other weights."""
-    judges = [SimpleNamespace(name=name) for name in group[0].models]
-    check_scorers(judges, weights)
-    overalls = group_overalls([scores.metrics for scores in group], shares(judges, weights))
+    names = list(group[0].models)
+    check_weights(names, weights)
+    parts = normalized_weights(names, weights)
+    overalls = group_overalls([scores.metrics for scores in group], parts)
     notes = [{k: v for k, v in scores.notes.items() if k != "overall"} for scores in group]
     return [
         scores.model_copy(update={
