@@ -164,10 +164,32 @@ async def test_an_old_result_is_decided_scored_and_drawn_again(tmp_path):
 # the journal of a run that was broken off
 
 
+TALE = Story(
+    title="Three places",
+    consistency_markers={"style": "watercolor", "mood": "calm"},
+    brand="a paper mill",
+    scenes=[
+        Scene(prompt='a lighthouse, with "OPEN" on its door'),
+        Scene(prompt="a harbour at dusk", continuity_note="the same coast",
+              consistency_guideline="one light, from the left"),
+        Scene(prompt="a forest, 3 deer", transition_note="the path leads inland"),
+    ],
+)
+PLACES = ("lighthouse", "harbour", "forest")
+
+
 def write(messages, schema, number):
-    """A director whose answer depends on the scene alone."""
+    """A director whose answer follows from what it is asked."""
     asked = " ".join(m.content for m in messages)
-    return f"a wide view, scene {next(n for n in '123' if f'scene {n}' in asked)}, at dawn"
+    place = next(name for name in PLACES if name in asked)
+    return f"a wide view of a {place} at dawn, version {len(asked)}"
+
+
+def criticise(messages, schema, number):
+    """A critic who needs a repair turn for the harbour."""
+    asked = " ".join(m.content for m in messages)
+    bad = "harbour" in asked and not any(m.role == "assistant" for m in messages)
+    return critique(70, completeness="many") if bad else critique(70)
 
 
 def draw(request, number):
@@ -202,20 +224,19 @@ def moved(folder: Path, output: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("with_images", [True, False])
 async def test_a_broken_run_of_0_1_pays_only_for_what_is_missing(tmp_path, with_images):
     output = (tmp_path / "images").resolve()
-    assert len(moved(tmp_path / "journal", output)) == 10
+    assert len(moved(tmp_path / "journal", output)) == 21
     if with_images:
         shutil.copytree(OLD / "journal" / "images", output)
-    chats = FakeChat(write, name="fake-director"), FakeChat([critique(70)], name="fake-critic")
-    images = FakeImages(draw, name="fake-images")
-    p = Pipeline(*chats, images, [FakeScorer()], num_variations=2, max_enhancement_iterations=1,
+    chats = FakeChat(write, name="fake-director"), FakeChat(criticise, name="fake-critic")
+    images = FakeImages(draw, name="fake-images", takes_negative_prompt=True)
+    p = Pipeline(*chats, images, [FakeScorer()], num_variations=2, max_enhancement_iterations=2,
                  seed=7, chain="previous", journal=Journal(tmp_path / "journal"))
-    story = Story(scenes=[Scene(prompt=f"scene {n}") for n in (1, 2, 3)])
-    result = await p.run(story, generation_id="broken", output_dir=output)
+    result = await p.run(TALE, generation_id="broken", output_dir=output)
     assert [len(chat.calls) for chat in chats] == [0, 0]
     paid = [f"broken_scene_{slot}/a1" for slot in ("02/v2", "03/v1", "03/v2")]
     assert sorted(r.slot for r in images.requests) == paid
     names = [f"broken_scene_0{n}_v{k}.png" for n in (1, 2, 3) for k in (1, 2)]
     assert sorted(path.name for path in output.iterdir()) == names
-    await p.run(story, generation_id="broken", output_dir=output)
-    assert len(images.requests) == 3 and [len(chat.calls) for chat in chats] == [0, 0]
     assert [s.reference.name for s in result.scenes] == names[1::2]
+    await p.run(TALE, generation_id="broken", output_dir=output)
+    assert len(images.requests) == 3 and [len(chat.calls) for chat in chats] == [0, 0]

@@ -78,10 +78,32 @@ async def reruns() -> None:
         path.unlink()
 
 
+TALE = Story(
+    title="Three places",
+    consistency_markers={"style": "watercolor", "mood": "calm"},
+    brand="a paper mill",
+    scenes=[
+        Scene(prompt='a lighthouse, with "OPEN" on its door'),
+        Scene(prompt="a harbour at dusk", continuity_note="the same coast",
+              consistency_guideline="one light, from the left"),
+        Scene(prompt="a forest, 3 deer", transition_note="the path leads inland"),
+    ],
+)
+PLACES = ("lighthouse", "harbour", "forest")
+
+
 def write(messages, schema, number):
-    """A director whose answer depends on the scene alone."""
+    """A director whose answer follows from what it is asked."""
     asked = " ".join(m.content for m in messages)
-    return f"a wide view, scene {next(n for n in '123' if f'scene {n}' in asked)}, at dawn"
+    place = next(name for name in PLACES if name in asked)
+    return f"a wide view of a {place} at dawn, version {len(asked)}"
+
+
+def criticise(messages, schema, number):
+    """A critic who needs a repair turn for the harbour."""
+    asked = " ".join(m.content for m in messages)
+    bad = "harbour" in asked and not any(m.role == "assistant" for m in messages)
+    return critique(70, completeness="many") if bad else critique(70)
 
 
 class Stuck(FakeImages):
@@ -104,17 +126,16 @@ async def journal() -> None:
     folder = HERE / "journal"
     book = Journal(folder / "journal")
     p = Pipeline(
-        FakeChat(write, name="fake-director"), FakeChat([critique(70)], name="fake-critic"),
-        Stuck(draw, name="fake-images"), [FakeScorer()], num_variations=2,
-        max_enhancement_iterations=1, seed=7, chain="previous", journal=book, keep_traces=False)
-    story = Story(scenes=[Scene(prompt=f"scene {n}") for n in (1, 2, 3)])
+        FakeChat(write, name="fake-director"), FakeChat(criticise, name="fake-critic"),
+        Stuck(draw, name="fake-images", takes_negative_prompt=True), [FakeScorer()],
+        num_variations=2, max_enhancement_iterations=2, seed=7, chain="previous", journal=book)
 
     def done() -> bool:
         rows = book.database.run("SELECT count(*) FROM calls WHERE done IS NOT NULL")
-        return rows[0][0] == 9
+        return rows[0][0] == 20
 
     with suppress(GenerationCancelled):
-        await p.run(story, generation_id="broken", output_dir=OUTPUT, cancellation_check=done)
+        await p.run(TALE, generation_id="broken", output_dir=OUTPUT, cancellation_check=done)
         sys.exit("the run was not broken off")
     with sqlite3.connect(folder / "journal" / "journal.db") as database:
         database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -124,6 +145,6 @@ async def journal() -> None:
 
 
 if __name__ == "__main__":
-    for make in (plain, choices, reruns, journal):
+    for make in [globals()[name] for name in sys.argv[1:]] or (plain, choices, reruns, journal):
         shutil.rmtree(HERE / make.__name__, ignore_errors=True)
         asyncio.run(make())
