@@ -22,10 +22,10 @@ from refimg.pipeline import (
     SceneResult,
     Story,
     StoryResult,
-    _dependents,
-    _settled,
     choose,
 )
+from .engine.decisions import _dependents
+from .engine.story import _settled
 from .score import ImageScores
 from .storage.files import check_id
 from refimg.view import (

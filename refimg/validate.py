@@ -28,7 +28,7 @@ from refimg.score import (
     Scorer,
     rank_images_by_quality,
     score_images,
-    shares,
+    normalized_weights,
 )
 from .view import Html, _chart, _root, _table as _html_table, element
 
@@ -71,7 +71,7 @@ def _story_id(result: StoryResult) -> str:
 # %% ../nbs/04_validate.ipynb #842a4387
 def _parts(names: Iterable[str], weights: dict[str, float] | None) -> dict[str, float]:
     """The metrics that have a part in the overall, and their shares."""
-    parts = shares([SimpleNamespace(name=name) for name in names], weights)
+    parts = normalized_weights(names, weights)
     return {name: share for name, share in parts.items() if share > 0}
 
 

@@ -18,7 +18,7 @@ from typing import ClassVar
 import pytest
 from PIL import Image
 
-from refimg import pipeline as pipeline_module
+from refimg.engine import run as pipeline_module
 from refimg.enhance import Reply
 from refimg.generate import GeneratedImage
 from refimg.pipeline import GenerationCancelled, Pipeline, Scene, Story
@@ -208,7 +208,8 @@ PLACES = ("director", "critic", "generate", "some drawn", "between scenes", "sco
 @pytest.fixture(autouse=True)
 def short_grace(monkeypatch):
     """Five seconds for a clean-up are too long for a test; what needs longer says so."""
-    monkeypatch.setattr("refimg.pipeline.GRACE", 1.0)
+    for room in ("tasks", "run", "many"):
+        monkeypatch.setattr(f"refimg.engine.{room}.GRACE", 1.0)
     yield
     BlockingScorer.release_all()
 
@@ -511,7 +512,8 @@ async def test_a_model_is_given_time_to_clean_up(tmp_path):
 @pytest.mark.parametrize("way", [by_check, by_cancelling_the_task, by_a_timeout],
                          ids=lambda w: w.__name__[3:])
 async def test_a_model_that_never_ends_is_given_up(tmp_path, monkeypatch, way):
-    monkeypatch.setattr("refimg.pipeline.GRACE", 0.2)
+    for room in ("tasks", "run", "many"):
+        monkeypatch.setattr(f"refimg.engine.{room}.GRACE", 0.2)
     end = asyncio.Event()
 
     async def stay(model):
@@ -533,7 +535,8 @@ async def test_a_model_that_never_ends_is_given_up(tmp_path, monkeypatch, way):
 
 
 async def test_a_deaf_model_and_a_deaf_listener_share_one_grace(tmp_path, monkeypatch):
-    monkeypatch.setattr("refimg.pipeline.GRACE", 1.0)
+    for room in ("tasks", "run", "many"):
+        monkeypatch.setattr(f"refimg.engine.{room}.GRACE", 1.0)
     end = asyncio.Event()
 
     async def stay(_):
@@ -573,7 +576,8 @@ async def test_a_callback_that_hangs_does_not_hold_up_the_stop(tmp_path):
 
 
 async def test_a_callback_that_hangs_is_given_up_at_the_end_of_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("refimg.pipeline.GRACE", 0.2)
+    for room in ("tasks", "run", "many"):
+        monkeypatch.setattr(f"refimg.engine.{room}.GRACE", 0.2)
 
     async def report(progress) -> None:
         await asyncio.sleep(60)

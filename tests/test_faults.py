@@ -443,7 +443,7 @@ def break_disk(monkeypatch, broken: Callable[[int], bool]) -> None:
             raise OSError(28, "No space left on device")
         return await generate.keep(drawn, **where)
 
-    monkeypatch.setattr("refimg.pipeline.keep", keep)
+    monkeypatch.setattr("refimg.engine.run.keep", keep)
 
 
 def test_the_next_best_is_taken_where_the_best_cannot_be_written(tmp_path, monkeypatch):

@@ -32,7 +32,8 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def short_grace(monkeypatch):
-    monkeypatch.setattr("refimg.pipeline.GRACE", 1.0)
+    for room in ("tasks", "run", "many"):
+        monkeypatch.setattr(f"refimg.engine.{room}.GRACE", 1.0)
 
 
 def make_story(text: str = "a keeper", scenes: int = 1, **fields) -> Story:

@@ -229,7 +229,7 @@ async def test_the_text_is_embedded_while_images_are_drawn(run, breaks):
 
 
 async def test_only_the_winners_file_holds_up_the_next_scene(run, monkeypatch):
-    from refimg import pipeline as module
+    from refimg.engine import run as module
 
     second, keep = asyncio.Event(), module.keep
 
@@ -855,7 +855,7 @@ async def test_bytes_that_are_no_image_are_a_failed_variation(run, data):
 @pytest.fixture
 def full_disk(monkeypatch):
     """Makes `keep` fail for images of these shades; the list grows with each try."""
-    from refimg import pipeline as module
+    from refimg.engine import run as module
 
     def fail_for(shades, error=None):
         tried, keep = [], module.keep
@@ -1051,7 +1051,8 @@ async def test_a_listener_that_is_cancelled_once_goes_on_hearing(run):
 
 @pytest.mark.parametrize("stubborn", [False, True])
 async def test_a_listener_that_hangs_does_not_keep_the_run_from_ending(run, monkeypatch, stubborn):
-    monkeypatch.setattr("refimg.pipeline.GRACE", 0.05)
+    for room in ("tasks", "run", "many"):
+        monkeypatch.setattr(f"refimg.engine.{room}.GRACE", 0.05)
     let_go, steps = asyncio.Event(), []
 
     async def hang(step):
@@ -1096,7 +1097,8 @@ async def test_the_log_names_scene_step_and_cause_of_each_fallback(run, caplog):
 
 
 async def test_a_slow_listener_hears_every_report(run, monkeypatch):
-    monkeypatch.setattr("refimg.pipeline.GRACE", 0.2)
+    for room in ("tasks", "run", "many"):
+        monkeypatch.setattr(f"refimg.engine.{room}.GRACE", 0.2)
     heard = []
 
     async def slow(step):

@@ -426,7 +426,7 @@ async def test_without_agents_only_images_cost(run):
 
 
 async def test_an_image_that_was_paid_for_and_not_written_is_not_free(run, monkeypatch):
-    from refimg import pipeline as module
+    from refimg.engine import run as module
 
     keep = module.keep
 

@@ -65,14 +65,14 @@ async def test_a_carried_scene_has_the_time_of_all_that_was_tried(tmp_path):
 
 async def test_a_scene_that_broke_off_has_the_time_until_then(tmp_path, monkeypatch):
     """A stage that it never came to took no time."""
-    from refimg.pipeline import _draw
+    from refimg.engine.run import _draw
 
     async def broken(run, draft, judge):
         if draft.number == 2:
             raise ZeroDivisionError("not meant to happen")
         await _draw(run, draft, judge)
 
-    monkeypatch.setattr("refimg.pipeline._draw", broken)
+    monkeypatch.setattr("refimg.engine.run._draw", broken)
     carried = check(await make_pipeline().run(make_story(), output_dir=tmp_path / "i"))[1]
     assert carried.reference_from == "carried"
     assert carried.timings["score"] == 0 and "score_start" not in carried.timings
