@@ -7,14 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 # %% auto #0
-__all__ = ['PIGMENTS', 'Light', 'mix', 'Layer', 'Figure', 'figure_colours']
+__all__ = ['Colour', 'PIGMENTS', 'Light', 'mix', 'Layer', 'Figure', 'figure_colours']
 
 # %% ../../nbs/sandbox/drawing.ipynb #b361d048
+Colour = Sequence[float] | np.ndarray  # red, green and blue, 0..1
+
+
 @dataclass(frozen=True)
 class Light:
     """The light of a scene: where it comes from, and what it does to a colour."""
@@ -30,8 +34,8 @@ class Light:
 
 
 def mix(
-    one: Sequence[float],  # a colour
-    two: Sequence[float],  # another
+    one: Colour,  # a colour
+    two: Colour,  # another
     share: float,  # of the second, 0..1
 ) -> np.ndarray:
     """Return the colour between two."""
@@ -62,7 +66,7 @@ class Layer:
         cls,
         width: int,  # pixels
         height: int,  # pixels
-        **fields,  # the other fields of the layer
+        **fields: Any,  # the other fields of the layer
     ) -> Layer:
         """Make a layer with nothing on it."""
         return cls(np.zeros((height, width, 5), np.float32), **fields)
@@ -79,7 +83,7 @@ class Layer:
     def fill(
         self,
         shapes: Sequence[Sequence[Sequence[float]]],  # polygons in the layer's unit
-        colour: Sequence[float],  # of all of them
+        colour: Colour,  # of all of them
         alpha: float = 1.0,  # coverage, 0..1
         soft: float = 0.0,  # blur of the edge, in units
         depth: float = 0.8,  # of light and shade, 0 is flat
@@ -192,7 +196,7 @@ def _smooth_line(points: Sequence[Sequence[float]], closed: bool, steps: int = 6
 
 
 def _stroke(points: Sequence[Sequence[float]], widths: Sequence[float]) -> np.ndarray:
-    """Return the outline of a tapered stroke along a smooth line, with round ends."""
+    """Return the outline of a tapered stroke along a smooth line, with rounded ends."""
     widths = np.interp(np.linspace(0, 1, len(points)), np.linspace(0, 1, len(widths)), widths)
     line = _smooth_line(np.column_stack([points, widths]), False)
     xy, half = line[:, :2], line[:, 2:] / 2
@@ -225,7 +229,7 @@ class Figure:
     def shape(
         self,
         points: Sequence[Sequence[float]],  # of the outline, in the layer's unit
-        colour: str | Sequence[float],  # a colour's name, or red, green and blue
+        colour: str | Colour,  # a colour's name, or red, green and blue
         smooth: bool = True,  # False: straight lines and corners
         **how: float,  # shade, a factor on the colour; the rest as in `Layer.fill`
     ) -> None:
@@ -236,7 +240,7 @@ class Figure:
         self,
         points: Sequence[Sequence[float]],  # of the middle line
         widths: Sequence[float],  # along it, two or more
-        colour: str | Sequence[float],  # as in `shape`
+        colour: str | Colour,  # as in `shape`
         **how: float,  # as in `shape`
     ) -> None:
         """Fill a tapered stroke along the points."""
@@ -248,7 +252,7 @@ class Figure:
         y: float,  # of the centre
         rx: float,  # half the width
         ry: float,  # half the height
-        colour: str | Sequence[float],  # as in `shape`
+        colour: str | Colour,  # as in `shape`
         **how: float,  # as in `shape`
     ) -> None:
         """Fill an ellipse."""

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..generate import GeneratedImage, ImageRequest
+from ..engine.protocols import GeneratedImage, ImageRequest
 from .compositing import Cutout, arrange, focus_behind
 from .scenery import PLACES
 from .skies import stream
