@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from .clip import _transformers
+from .towers import _transformers
 from ..score import Batch, RawScore
 
 if TYPE_CHECKING:

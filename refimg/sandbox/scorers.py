@@ -12,7 +12,7 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
-from ..adapters.clip import Embedder, Towers, load_open_clip, load_transformers
+from ..adapters.towers import Embedder, Towers, load_open_clip, load_transformers
 from .painter import PAINTER_VERSION, truth
 from .world import read_prompt
 from ..score import Batch, RawScore
