@@ -220,7 +220,7 @@ def test_a_head_for_other_vectors_gives_no_scores(head, tmp_path):
     model = import_open_clip().CLIP(**config["model_cfg"])
     save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
     row = raw_scores(batch(), [Aesthetic(folder=tmp_path, device="cpu")])[0]["aesthetic"]
-    assert row.value is None and "must give 768 numbers" in row.note and "got 64" in row.note
+    assert row.value is None and "must be of 768 numbers" in row.note and "got 64" in row.note
 
 
 # texts and frames

@@ -276,7 +276,7 @@ def test_weights_that_lack_are_not_made_up(checkpoints, tmp_path):
     scorer = VqaScore(folder)
     assert scorer.missing() is None
     raw = scorer.score(Batch(PICTURES[:1], TEXT))[0]
-    assert raw.value is None and "the files lack 1 weights" in raw.note
+    assert raw.value is None and "1 weights are missing" in raw.note
 
 
 def test_a_whole_checkpoint_lacks_nothing(checkpoints):

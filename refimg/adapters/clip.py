@@ -281,6 +281,6 @@ class Aesthetic(_ClipScorer):
     def _score_with(self, embedder: Embedder, batch: Batch) -> list[RawScore]:
         vectors, (weight, bias) = embedder.images(batch, self.view), _head(self.head)
         if vectors.shape[1] != len(weight):
-            raise ValueError(f"{self.source.name} must give {len(weight)} numbers an image, as "
-                             f"the head reads them, got {vectors.shape[1]}")
+            raise ValueError(f"the model's vectors must be of {len(weight)} numbers, as the head "
+                             f"reads them, got {vectors.shape[1]} from {self.source.name}")
         return [RawScore(value) for value in (vectors @ weight + bias).tolist()]

@@ -188,7 +188,8 @@ def _unit(features: object) -> torch.Tensor:
 def _file(folder: Path, name: str) -> Path:
     """Return the path of a file of a model, or raise a ValueError that names it."""
     if not (folder / name).is_file():
-        raise ValueError(f"no weights in {folder}: {name} is missing")
+        lack = f"{name} is missing"
+        raise ValueError(f"the model in {folder} could not be loaded: {lack}")
     return folder / name
 
 # %% ../../nbs/adapters/towers.ipynb #bd58170f
@@ -209,7 +210,8 @@ def _clip_parts(folder: Path) -> tuple[torch.nn.Module, Callable, Callable]:
         if shown:
             log.enable_progress_bar()
     if lacking := [*found["missing_keys"], *found["mismatched_keys"]]:
-        raise ValueError(f"{weights} lacks {len(lacking)} weights, the first is {lacking[0]}")
+        lack = f"{len(lacking)} weights are missing, the first is {lacking[0]}"
+        raise ValueError(f"{weights} could not be loaded: {lack}")
     kind = getattr(library, "CLIPImageProcessorPil", None) or library.CLIPImageProcessor
     has_own = (folder / "preprocessor_config.json").is_file()
     process = kind.from_pretrained(folder, local_files_only=True) if has_own else kind()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 # %% auto #0
-__all__ = ['QUESTION', 'answer_tokens', 'ModelFiles', 'Reader', 'VqaScore']
+__all__ = ['QUESTION', 'answer_tokens', 'Reader', 'VqaScore']
 
 # %% ../../nbs/adapters/vqa.ipynb #6c818dee
 QUESTION = 'Does this figure show "{text}"? Please answer yes or no.'
@@ -68,7 +68,7 @@ def _damaged(folder: Path) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class ModelFiles:
+class _ModelFiles:
     """The files of a vision-language model, on the hub or in a folder."""
 
     model: str  # "org/name", "org/name@revision" or a local folder
@@ -151,7 +151,7 @@ class Reader:
     ) -> Reader:
         """Load the model; raise a ValueError where its files are missing or do not fit."""
         require_extra("score")
-        files, library = ModelFiles(model), import_transformers()
+        files, library = _ModelFiles(model), import_transformers()
         if reason := files.missing():
             raise ValueError(reason)
         import torch
@@ -162,11 +162,12 @@ class Reader:
             processor = library.AutoProcessor.from_pretrained(folder, local_files_only=True)
             loaded, found = library.AutoModelForImageTextToText.from_pretrained(
                 folder, dtype=getattr(torch, kind), local_files_only=True, **options)
-            if lacking := sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]])):
-                raise ValueError(f"the files lack {len(lacking)} weights, first {lacking[0]}")
             loaded = loaded.eval().to(place)
         except Exception as error:
             raise ValueError(f"{model} could not be loaded: {error}") from error
+        if lacking := sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]])):
+            lack = f"{len(lacking)} weights are missing, the first is {lacking[0]}"
+            raise ValueError(f"{model} could not be loaded: {lack}")
         tokenizer = processor.tokenizer
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
@@ -247,7 +248,7 @@ class VqaScore:
         dtype: str = "auto",  # "auto", "float32", "bfloat16" or "float16"
     ):
         check_placement(device, dtype)
-        self.files, self._options = ModelFiles(str(model)), (device, dtype)
+        self.files, self._options = _ModelFiles(str(model)), (device, dtype)
         self._lock, self._reader = threading.RLock(), None
 
     @property
