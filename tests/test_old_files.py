@@ -12,8 +12,17 @@ from typing import Any
 
 import pytest
 
-from refimg.gallery import human_agreement, preferences
-from refimg.pipeline import Pipeline, Scene, Story, StoryResult, choose, rescore
+from refimg.engine.decisions import vetoes as held_vetoes
+from refimg.pipeline import (
+    Pipeline,
+    Scene,
+    Story,
+    StoryResult,
+    choose,
+    human_agreement,
+    preferences,
+    rescore,
+)
 from refimg.storage.files import read_image
 from refimg.storage.journal import Journal
 
@@ -32,24 +41,26 @@ def load(name: str) -> StoryResult:
 
 def choices(result: StoryResult) -> list[tuple[int, int, str]]:
     """Scene, variation and reason of each choice that holds, in order."""
-    found = result.settings.get("choices", [])
-    return [(c["scene"], c["variation"], c["reason"]) for c in found]
+    held = [e for s in result.scenes for e in result.events_since_drawn(s.scene)
+            if e.kind == "choose"]
+    return [(event.scene, event.variation, event.reason) for event in held]
 
 
 def vetoes(result: StoryResult) -> list[tuple[int, int, str]]:
     """Scene, variation and reason of each veto that holds, in order."""
-    found = result.settings.get("vetoes", [])
-    return [(v["scene"], v["variation"], v["reason"]) for v in found]
+    held = [e for s in result.scenes for e in held_vetoes(result, s.scene).values()]
+    return [(event.scene, event.variation, event.reason) for event in held]
 
 
 def reruns(result: StoryResult) -> dict[int, int]:
     """How often each scene was drawn again."""
-    return {int(n): times for n, times in result.settings.get("reruns", {}).items()}
+    counts = {s.scene: result.times_rerun(s.scene) for s in result.scenes}
+    return {scene: times for scene, times in counts.items() if times}
 
 
 def rescores(result: StoryResult) -> list[tuple[list[str] | None, dict | None, list[int]]]:
     """Scorers, weights and the scenes whose reference changed, of each rescoring in order."""
-    found = result.settings.get("rescores", [])
+    found = [event.after for event in result.history if event.kind == "rescore"]
     names = [r["scorers"] and [s["name"] for s in r["scorers"]] for r in found]
     return [(n, r["weights"], r["changed"]) for n, r in zip(names, found, strict=True)]
 
@@ -115,13 +126,15 @@ def test_a_plain_result_has_no_history():
 def test_what_was_decided_is_kept():
     result = load("choices")
     assert choices(result) == [
-        (1, 2, "the coat is redder"), (2, 1, "v2 was vetoed: too dark"),
-        (2, 2, "after all, it is the best"),
+        (1, 2, "the coat is redder"), (2, 2, "after all, it is the best"),
     ]
     assert vetoes(result) == [(1, 1, "no sea"), (2, 3, "blurred")]
     assert [s.reference_from for s in result.scenes] == ["human", "human"]
-    first, second = (any("stale" in w for w in s.warnings) for s in result.scenes)
-    assert second and not first
+    assert result.scenes[1].stale and not result.scenes[0].stale
+    assert not any("stale" in warning for s in result.scenes for warning in s.warnings)
+    lifted = result.history[1]
+    assert (lifted.kind, lifted.scene, lifted.variation) == ("veto", 2, 2)
+    assert lifted.after["variation"] == 1 and lifted.at is None
 
 
 def test_who_preferred_what_is_kept():
