@@ -13,9 +13,10 @@ from importlib.resources import files
 from pathlib import Path
 
 from ..adapters.towers import Embedder, Towers, load_open_clip, load_transformers
+from ..engine.protocols import Batch, RawScore
 from .painter import PAINTER_VERSION, truth
 from .world import read_prompt
-from ..score import Batch, RawScore
+from ..storage.extras import missing_extra
 
 # %% auto #0
 __all__ = ['agreement', 'TruthScorer', 'read_card', 'band', 'logistic', 'text_scores', 'SandboxClipScore', 'SandboxPickScore',
@@ -131,9 +132,22 @@ class _Trained:
         self.calibration = self._card["calibration"]
         self.embedder = _embedder(folder, self._load)
 
+    def missing(self) -> str | None:
+        """Return None if the scorer can work; else what to install."""
+        return missing_extra("score")
+
     def load(self) -> None:
-        """Nothing; the weights are in memory."""
+        """Bring the weights into memory."""
         self.embedder.towers()
+
+    def score(
+        self,
+        batch: Batch,  # pictures of the sandbox's painter and their text
+    ) -> list[RawScore]:
+        """Return the raw score of each picture; None with the reason where packages are missing."""
+        if reason := self.missing():
+            return [RawScore(None, reason)] * len(batch.images)
+        return self._score(batch)
 
 
 class _TextScorer(_Trained):
@@ -159,11 +173,7 @@ class SandboxClipScore(_TextScorer):
         """The place in the band of held-out right and wrong pictures."""
         return band(raw, self._card)
 
-    def score(
-        self,
-        batch: Batch,  # pictures of the sandbox's painter and their text
-    ) -> list[RawScore]:
-        """The cosine of each picture with the text."""
+    def _score(self, batch: Batch) -> list[RawScore]:
         return text_scores(self.embedder, batch)
 
 # %% ../../nbs/sandbox/scorers.ipynb #fbc5d761
@@ -179,11 +189,7 @@ class SandboxPickScore(_TextScorer):
         """100 times the chance to be a picture of this text, not one of something else."""
         return logistic(raw, self._card)
 
-    def score(
-        self,
-        batch: Batch,  # pictures of the sandbox's painter and their text
-    ) -> list[RawScore]:
-        """exp(logit_scale) · cosine of each picture with the text; differences are log-odds."""
+    def _score(self, batch: Batch) -> list[RawScore]:
         return text_scores(self.embedder, batch, self.embedder.towers().scale)
 
 # %% ../../nbs/sandbox/scorers.ipynb #40ac1a80
@@ -202,11 +208,7 @@ class SandboxAesthetic(_Trained):
         """The place in the band of held-out clean and spoilt pictures."""
         return band(raw, self._card)
 
-    def score(
-        self,
-        batch: Batch,  # any pictures; their text plays no part
-    ) -> list[RawScore]:
-        """The soundness of each picture, noting that it is no taste."""
+    def _score(self, batch: Batch) -> list[RawScore]:
         import torch
 
         note = "technical defects only (blur, noise, exposure, contrast, banding), not taste"
