@@ -12,10 +12,11 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
-from ..adapters.clip import Embedder, Towers, load_open_clip, load_transformers
+from ..adapters.towers import Embedder, Towers, load_open_clip, load_transformers
 from ..engine.protocols import Batch, RawScore
 from .painter import PAINTER_VERSION, truth
 from .world import read_prompt
+from ..storage.extras import missing_extra
 
 # %% auto #0
 __all__ = ['agreement', 'TruthScorer', 'band', 'logistic', 'SandboxClipScore', 'SandboxPickScore', 'SandboxAesthetic']
@@ -115,9 +116,22 @@ class _Trained:
         self.calibration = self._card["calibration"]
         self.embedder = _embedder(folder, self._load)
 
+    def missing(self) -> str | None:
+        """Return None if the scorer can work; else what to install."""
+        return missing_extra("score")
+
     def load(self) -> None:
         """Read the weights into memory, if no scorer of the process has done so."""
         self.embedder.towers()
+
+    def score(
+        self,
+        batch: Batch,  # images of the sandbox's painter and their text
+    ) -> list[RawScore]:
+        """Return the raw score of each image; None with the reason where packages are missing."""
+        if reason := self.missing():
+            return [RawScore(None, reason)] * len(batch.images)
+        return self._score(batch)
 
 
 class _TextScorer(_Trained):
@@ -130,11 +144,7 @@ class _TextScorer(_Trained):
         """Embed the text before the images are there."""
         self.embedder.text(prompt)
 
-    def cosines(
-        self,
-        batch: Batch,  # images and the text they are scored on
-        factor: float = 1.0,
-    ) -> list[RawScore]:
+    def _cosines(self, batch: Batch, factor: float = 1.0) -> list[RawScore]:
         """Return the cosine of each image with the text, times the factor; note windows."""
         vector, count = self.embedder.text(batch.prompt)
         note = f"text scored in {count} windows" if count > 1 else ""
@@ -154,12 +164,8 @@ class SandboxClipScore(_TextScorer):
         """Return the place in the band of held-out right and wrong images."""
         return band(raw, self._card)
 
-    def score(
-        self,
-        batch: Batch,  # images of the sandbox's painter and their text
-    ) -> list[RawScore]:
-        """Return the cosine of each image with the text."""
-        return self.cosines(batch)
+    def _score(self, batch: Batch) -> list[RawScore]:
+        return self._cosines(batch)
 
 # %% ../../nbs/sandbox/scorers.ipynb #fbc5d761
 class SandboxPickScore(_TextScorer):
@@ -174,12 +180,8 @@ class SandboxPickScore(_TextScorer):
         """Return 100 times the chance to be an image of this text, not one of something else."""
         return logistic(raw, self._card)
 
-    def score(
-        self,
-        batch: Batch,  # images of the sandbox's painter and their text
-    ) -> list[RawScore]:
-        """Return exp(logit_scale) · cosine of each image; differences are log-odds."""
-        return self.cosines(batch, self.embedder.towers().scale)
+    def _score(self, batch: Batch) -> list[RawScore]:
+        return self._cosines(batch, self.embedder.towers().scale)
 
 # %% ../../nbs/sandbox/scorers.ipynb #40ac1a80
 class SandboxAesthetic(_Trained):
@@ -197,11 +199,7 @@ class SandboxAesthetic(_Trained):
         """Return the place in the band of held-out clean and spoilt images."""
         return band(raw, self._card)
 
-    def score(
-        self,
-        batch: Batch,  # any images; their text plays no part
-    ) -> list[RawScore]:
-        """Return the soundness of each image, with a note that it is no taste."""
+    def _score(self, batch: Batch) -> list[RawScore]:
         import torch
 
         note = "technical defects only (blur, noise, exposure, contrast, banding), not taste"
