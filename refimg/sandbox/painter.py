@@ -28,7 +28,7 @@ __all__ = ['PAINTER_VERSION', 'RATIOS', 'paint_picture', 'truth', 'choose_attrib
            'answer', 'Painter']
 
 # %% ../../nbs/sandbox/painter.ipynb #5604dee3
-PAINTER_VERSION = 1
+PAINTER_VERSION = 1  # rises whenever the same attributes and seed give another image
 
 
 def paint_picture(
