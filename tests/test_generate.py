@@ -352,7 +352,8 @@ async def test_a_negative_prompt_reaches_a_model_that_takes_one(tmp_path, caplog
         ({"references": ["/nowhere.png"]}, "nowhere.png"),
         ({"references": "/nowhere.png"}, "nowhere.png"),
         ({"references": [Path(__file__)]}, "test_generate.py"),
-        ({"references": ["a.png", "b.png"]}, "references must be at most 1 images for fake-images, got 2"),
+        ({"references": ["a.png", "b.png"]},
+         "references must be at most 1 images for fake-images, got 2"),
     ],
     ids=str,
 )
