@@ -91,7 +91,7 @@ def test_the_folder_lies_beside_the_resolved_output(tmp_path):
 
 @pytest.mark.parametrize("name", ["..", "a/b", "", ".hidden", "a\n", "a" * 65])
 def test_hostile_ids_touch_nothing(output, name):
-    with pytest.raises(ValueError, match="generation_id="):
+    with pytest.raises(ValueError, match="generation_id must match"):
         TraceTree.open(output, name)
     assert not output.parent.exists()
 
