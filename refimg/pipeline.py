@@ -22,7 +22,7 @@ from refimg.engine.decisions import (
 )
 from .engine.many import ManyProgress, ManyRuns, StoryFailure, check_many
 from .engine.prompts import compose_prompt, scene_context
-from .engine.protocols import Call, ChatModel, ImageModel, Scorer, Usage
+from .engine.protocols import Call, ChatModel, ImageModel, Scorer
 from .engine.results import Event, SceneResult, StoryResult, Variation
 from refimg.engine.run import (
     RunAgent,
@@ -102,17 +102,13 @@ class Pipeline:
         from refimg.adapters.prices import enhancement_usage
 
         settings = self._checked(story)
-        negative = self.image_model.takes_negative_prompt
-        scenes = [(s.prompt, scene_context(story, n)) for n, s in enumerate(story.scenes, start=1)]
-
-        def used(iterations: int) -> list[tuple[Usage, Usage]]:
-            return [enhancement_usage(*scene, iterations, negative=negative) for scene in scenes]
-
-        most = settings.max_enhancement_iterations
+        negative, most = self.image_model.takes_negative_prompt, settings.max_enhancement_iterations
+        low, high = ([enhancement_usage(s.prompt, scene_context(story, n), k, negative=negative)
+                      for n, s in enumerate(story.scenes, start=1)] for k in (min(1, most), most))
         return defaults.estimate(
-            used(min(1, most)), used(most), images=len(scenes) * settings.num_variations,
-            chat_calls=len(scenes) * (2 * most + (negative and most > 0)),
-            director=settings.director, critic=settings.critic, image_model=settings.image_model)
+            low, high, chat_calls=len(low) * (2 * most + (negative and most > 0)),
+            images=len(low) * settings.num_variations, director=settings.director,
+            critic=settings.critic, image_model=settings.image_model)
 
     async def enhance(
         self,
