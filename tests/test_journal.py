@@ -194,7 +194,7 @@ async def test_other_words_or_another_schema_are_another_call(tmp_path):
 
 async def test_no_slot_no_call(tmp_path):
     model = Paid()
-    with pytest.raises(ValueError, match="slot must say which image"):
+    with pytest.raises(ValueError, match="slot must be the place"):
         await images(tmp_path, model).generate(request(""))
     assert model.calls == 0
 

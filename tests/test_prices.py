@@ -395,5 +395,5 @@ def test_the_reservation_is_an_upper_bound_of_what_is_read():
 
 
 def test_an_unpriced_row_cannot_be_made():
-    with pytest.raises(ValueError, match="a price is input and output, or image, or second"):
+    with pytest.raises(ValueError, match="a price must be input and output, image or second"):
         Price(date="2026-11-23")

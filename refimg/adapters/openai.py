@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from openai.types.chat import ChatCompletion as Completion
 
 # %% auto #0
-__all__ = ['DEFAULT_MODELS', 'read_completion', 'failure', 'response_format', 'OpenAIChat']
+__all__ = ['DEFAULT_MODELS', 'failure', 'response_format', 'OpenAIChat']
 
 # %% ../../nbs/adapters/openai.ipynb #69498754
 _logger = logging.getLogger(__name__)
@@ -46,7 +46,8 @@ def _origin(url: str) -> str:
     """Return scheme, host and port of an address; a ValueError says what is wrong with it."""
     parts = urlsplit(url)
     if parts.username is not None or parts.password is not None:
-        raise ValueError("base_url must hold no user and no password: pass the key as api_key")
+        raise ValueError("base_url must be an address without a user and a password, got one with "
+                         "them: pass the key as api_key")
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"base_url must be http://host/path or https://host/path, got {url!r}")
     return f"{parts.scheme}://{parts.hostname}:{parts.port or (443, 80)[parts.scheme == 'http']}"
@@ -61,18 +62,8 @@ def _foreign(url: str) -> bool:
     """Return whether the address is another than that of the environment."""
     return _origin(url) != _origin(_environment_url())
 
-
-def _key(url: str, given: str | None) -> str:
-    """Return the key for an address; "none" for a server that may not need one."""
-    known = None if _foreign(url) else os.environ.get("OPENAI_API_KEY")
-    key = (given or known or "").strip()
-    if not key and _origin(url) == _origin(_OPENAI):
-        raise ValueError("no key for api.openai.com: set OPENAI_API_KEY, or pass api_key; "
-                         "a server of your own, in OPENAI_BASE_URL or base_url, needs none")
-    return key or "none"
-
 # %% ../../nbs/adapters/openai.ipynb #3c9f7fa5
-def read_completion(
+def _read_completion(
     completion: Completion,  # what the SDK made of the server's answer
 ) -> Reply:
     """Return text and tokens; an error where there is no answer in it."""
@@ -225,16 +216,20 @@ class OpenAIChat:
         if not 0 < timeout < math.inf:
             raise ValueError(f"timeout must be a number of seconds above 0, got {timeout!r}")
         if client and (base_url or api_key):
-            raise ValueError("client has an address and a key: pass no base_url and no api_key")
+            raise ValueError("client must be the only address and key, got base_url or api_key too")
         url = str(client.base_url) if client else base_url or _environment_url()
-        key = client.api_key if client else _key(url, api_key)
+        known = None if _foreign(url) else os.environ.get("OPENAI_API_KEY")
+        key = client.api_key if client else (api_key or known or "").strip()
+        if not key and _origin(url) == _origin(_OPENAI):
+            raise ValueError("OPENAI_API_KEY is not set, and api.openai.com needs a key: set it, "
+                             "or pass api_key; a server of your own needs none")
         remember(key)
         self.model, self.base_url = model or DEFAULT_MODELS["director"], url.rstrip("/")
         self.timeout, self.host = timeout, urlsplit(url).netloc
         at = "" if _origin(url) == _origin(_OPENAI) else f" @ {self.host}"
         self.provider, self.name = f"openai{at}", f"openai:{self.model}{at}"
         self._own = client and client.with_options(max_retries=0, timeout=timeout)
-        self._clients, self._prices = _Clients(self.base_url, key, timeout), PriceTable()
+        self._clients, self._prices = _Clients(self.base_url, key or "none", timeout), PriceTable()
 
     def __repr__(self) -> str:
         return f"OpenAIChat({self.name!r})"
@@ -264,7 +259,7 @@ class OpenAIChat:
             step = _steps.get(server, 0)
             form = response_format(schema, _FORMS[step]) if schema else {}
             try:
-                reply = read_completion(await client.chat.completions.create(**said, **form))
+                reply = _read_completion(await client.chat.completions.create(**said, **form))
                 cost = self._prices.chat_cost(self.name, reply.usage)
                 return reply.model_copy(update={"cost": cost})
             except APIStatusError as error:

@@ -38,7 +38,8 @@ class Price(BaseModel, frozen=True, extra="forbid"):
         by = [(self.input, self.output), (self.image,), (self.second,)]
         given = [prices for prices in by if prices != (None,) * len(prices)]
         if len(given) != 1 or None in given[0]:
-            raise ValueError("a price is input and output, or image, or second")
+            named = sorted(self.model_fields_set - {"date", "source"})
+            raise ValueError(f"a price must be input and output, image or second, got {named}")
         return self
 
 # %% ../../nbs/adapters/prices.ipynb #cb617d6c
@@ -173,12 +174,12 @@ _CRITIQUE = Critique(**_SCORES, critique="a lens " * 25, improvements=["a lens "
 
 
 def _tokens(text: str) -> int:
-    """About how many tokens a text has."""
+    """Return about how many tokens a text has."""
     return math.ceil(len(text.encode("utf-8", "replace")) / 4)
 
 
 def _sum(asked: list[list[Message]], answer: str) -> Usage:
-    """The usage of calls that all get an answer of that length."""
+    """Add up the usage of calls that all get an answer of that length."""
     read = sum(_tokens(message.content) + 4 for messages in asked for message in messages)
     return Usage(input_tokens=read, output_tokens=len(asked) * _tokens(answer))
 
@@ -190,7 +191,7 @@ def enhancement_usage(
     *,
     negative: bool = False,  # True: the director also writes a negative prompt
 ) -> tuple[Usage, Usage]:
-    """About what the director and the critic read and write for one scene."""
+    """Return about what the director and the critic read and write for one scene."""
     last = Iteration(number=1, enhanced_prompt=_VERSION, critique=_CRITIQUE, seconds=0)
     asked = [director_messages(prompt, last if k else None, context) for k in range(rounds)]
     if negative and rounds:

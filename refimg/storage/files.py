@@ -40,7 +40,7 @@ def _check_name(field: str, value: str, longest: int) -> str:
     allowed = rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{longest - 1}}}"
     if isinstance(value, str) and re.fullmatch(allowed, value):
         return value
-    raise ValueError(f"{field} must match {allowed} in full, got {value!r:.120}")
+    raise ValueError(f"{field} must be a text that matches {allowed} in full, got {value!r:.120}")
 
 
 def check_id(
@@ -108,7 +108,7 @@ def decode_image(
         width, height = image.size
         if width * height > max_pixels or max(width, height) > _MAX_SIDE:
             limits = f"at most {max_pixels} pixels, {_MAX_SIDE} a side"
-            raise ValueError(f"{width}x{height} pixels are too many ({limits})")
+            raise ValueError(f"an image must be {limits}, got {width}x{height}")
         image.load()
         turn = None
         with suppress(Exception):
@@ -124,15 +124,18 @@ def read_image(
     path: Path,  # a PNG, JPEG or WebP file of at most 100 MB
 ) -> Image.Image:
     """Return the file's image as `decode_image` gives it."""
-    path = Path(path)
+    path, cause = Path(path), None
     try:
         if not path.is_file():
-            raise ValueError("is not a file" if path.exists() else "does not exist")
-        if path.stat().st_size > _MAX_BYTES:
-            raise ValueError(f"has {path.stat().st_size} bytes, at most {_MAX_BYTES} are read")
-        return decode_image(path.read_bytes())
+            problem = "it is not a file" if path.exists() else "it does not exist"
+        elif (size := path.stat().st_size) > _MAX_BYTES:
+            problem = f"it has {size} bytes, at most {_MAX_BYTES} are read"
+        else:
+            return decode_image(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise ValueError(f"image {str(path)!r}: {error}") from error
+        problem = cause = error
+    text = f"an image must be a PNG, JPEG or WebP file, got {str(path)!r}: {problem}"
+    raise ValueError(text) from cause
 
 # %% ../../nbs/storage/files.ipynb #d05011f1
 def clean_text(
@@ -283,7 +286,7 @@ class TraceTree:
         tree = cls(root / check_id(generation_id))
         with suppress(FileNotFoundError):
             if not stat.S_ISDIR(root.lstat().st_mode):
-                raise ValueError(f"{root} is a link or a file: it must be a folder, or not exist")
+                raise ValueError(f"{root} must be a folder, or not exist, got a link or a file")
         tree._acquire()
         try:
             tree._take()
@@ -302,7 +305,7 @@ class TraceTree:
         with suppress(FileExistsError):
             folder.mkdir()
         if folder.is_symlink() or not folder.is_dir():
-            raise ValueError(f"{folder} is a link or a file")
+            raise ValueError(f"{folder} must be a folder, got a link or a file")
         return folder
 
     def close(
@@ -334,7 +337,8 @@ class TraceTree:
                 self._lock.acquire(blocking=False)
                 return
             time.sleep(0.005)
-        raise ValueError(f"generation_id={self.path.name!r} is in use by a live run: {self.path}")
+        raise ValueError("generation_id must be one that is not in use by a live run, "
+                         f"got {self.path.name!r}: {self.path}")
 
     def _release(self) -> None:
         with suppress(OSError):

@@ -271,7 +271,7 @@ class _RecordedImages(_Recorded):
     async def generate(self, request: ImageRequest, *, call: Call | None = None) -> GeneratedImage:
         """Return the model's image, of now or of an earlier run."""
         if not request.slot:
-            raise ValueError("slot must say which image of the run this is, got ''")
+            raise ValueError("slot must be the place of the image in its run, got ''")
         digest = await _thread(_image_request, request)
         ask = partial(self._model.generate, request)
         return await self._recorded(request.slot, digest, GeneratedImage, ask, call)
