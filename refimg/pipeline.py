@@ -34,6 +34,7 @@ from refimg.engine.run import (
 from .engine.settings import Settings, check_folder, check_story, settings_of
 from .engine.story import Scene, Story
 from .engine.tasks import GenerationCancelled, Progress, ProgressReporter, run_blocking
+from .engine.usage import story_usage
 from .enhance import ImagePromptEnhancementResult
 from .storage.files import TraceTree, check_id
 
@@ -99,16 +100,13 @@ class Pipeline:
         """Estimate the price of a run in USD: one iteration per scene, and all of them."""
         from refimg import defaults
 
-        from refimg.adapters.prices import enhancement_usage
-
-        settings = self._checked(story)
-        negative, most = self.image_model.takes_negative_prompt, settings.max_enhancement_iterations
-        low, high = ([enhancement_usage(s.prompt, scene_context(story, n), k, negative=negative)
-                      for n, s in enumerate(story.scenes, start=1)] for k in (min(1, most), most))
+        settings, negative = self._checked(story), self.image_model.takes_negative_prompt
+        scenes, most = len(story.scenes), settings.max_enhancement_iterations
+        used = (story_usage(story, n, negative=negative) for n in (min(1, most), most))
         return defaults.estimate(
-            low, high, chat_calls=len(low) * (2 * most + (negative and most > 0)),
-            images=len(low) * settings.num_variations, director=settings.director,
-            critic=settings.critic, image_model=settings.image_model)
+            *used, images=scenes * settings.num_variations,
+            chat_calls=scenes * (2 * most + (negative and most > 0)),
+            director=settings.director, critic=settings.critic, image_model=settings.image_model)
 
     async def enhance(
         self,
