@@ -19,10 +19,9 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     Field,
@@ -30,48 +29,15 @@ from pydantic import (
     computed_field,
 )
 
+from .engine.protocols import ChatModel, CleanText, Message, Reply, Usage
+
 # %% auto #0
-__all__ = ['StopReason', 'Message', 'Usage', 'Reply', 'ChatModel', 'Critique', 'Iteration', 'ImagePromptEnhancementResult',
-           'stop_reason', 'fence', 'read_fences', 'director_messages', 'critic_messages', 'plain_text',
-           'parse_critique', 'parse_prompt', 'ask', 'lost_intent', 'trace_enhancement', 'enhance_prompt_iterative']
+__all__ = ['StopReason', 'Critique', 'Iteration', 'ImagePromptEnhancementResult', 'stop_reason', 'fence', 'read_fences',
+           'director_messages', 'critic_messages', 'plain_text', 'parse_critique', 'parse_prompt', 'ask', 'lost_intent',
+           'trace_enhancement', 'enhance_prompt_iterative', 'ChatModel', 'Message', 'Reply', 'Usage']
 
-# %% ../nbs/00_enhance.ipynb #b5f5fb98
-class Message(BaseModel, frozen=True):
-    """One message of a conversation."""
-
-    role: Literal["system", "user", "assistant"]  # who speaks
-    content: str  # what is said
-
-# %% ../nbs/00_enhance.ipynb #87d90a2c
-class Usage(BaseModel, frozen=True):
-    """What a call consumed."""
-
-    input_tokens: int  # tokens read
-    output_tokens: int  # tokens written
-
-# %% ../nbs/00_enhance.ipynb #8edbe55f
-_Text = Annotated[str, AfterValidator(lambda text: text.encode("utf-8", "replace").decode())]
-
-# %% ../nbs/00_enhance.ipynb #fa23e706
-class Reply(BaseModel, frozen=True):
-    """What a model answered."""
-
-    text: _Text  # the answer as it came, thoughts and code fences included
-    usage: Usage | None = None  # None: the server did not say
-    cost: float | None = None  # USD; None: the price is not known
-
-# %% ../nbs/00_enhance.ipynb #3dbef751
-class ChatModel(Protocol):
-    """A model that can be talked to."""
-
-    name: str  # provider and model, as it should stand in a record
-
-    async def reply(
-        self,
-        messages: list[Message],  # the conversation so far, system message first
-        schema: type[BaseModel] | None = None,  # the shape of a JSON answer, as a hint
-    ) -> Reply:
-        """The model's next message."""
+# %% ../nbs/00_enhance.ipynb #3425f2b4
+_all_ = ["ChatModel", "Message", "Reply", "Usage"]
 
 # %% ../nbs/00_enhance.ipynb #9656c12b
 def _score(value: Any) -> float:
@@ -106,8 +72,8 @@ class Critique(BaseModel, frozen=True):
     professionalism: _Score  # one clear paragraph that an image model can follow
     cinematography: _Score  # framing, lens, light, composition, mood
     brand_alignment: _Score  # agreement with the context of the scene
-    critique: _Text  # a judgement in a sentence or two
-    improvements: list[_Text]  # what to add or change, one thing each
+    critique: CleanText  # a judgement in a sentence or two
+    improvements: list[CleanText]  # what to add or change, one thing each
 
     @computed_field
     @property

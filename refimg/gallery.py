@@ -22,10 +22,9 @@ from refimg.pipeline import (
     SceneResult,
     Story,
     StoryResult,
-    _dependents,
-    _settled,
     choose,
 )
+from .engine.decisions import dependents as _dependents
 from .score import ImageScores
 from .storage.files import check_id
 from refimg.view import (
@@ -468,7 +467,7 @@ def _opened(source: Story | StoryResult | str | Path, path: Path | None) -> tupl
         result = _with_kept(source, path)
         return result.story, result
     kept = StoryResult.load(path) if path and path.exists() else None
-    if kept and kept.story != _settled(source):
+    if kept and kept.story != source.normalized():
         raise ValueError(_OTHER.format(str(path)))
     return source, kept
 

@@ -13,15 +13,16 @@ import re
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 from pydantic import BaseModel
 
+from .engine.protocols import Call, GeneratedImage, ImageModel, ImageRequest, RawScore
 from refimg.storage.files import (
     check_stem,
     clean_text,
@@ -31,47 +32,19 @@ from refimg.storage.files import (
     save_numbered,
 )
 
+if TYPE_CHECKING:
+    from refimg.score import ImageScores
+
 # %% auto #0
-__all__ = ['ImageRequest', 'GeneratedImage', 'ImageModel', 'ImageGenerationResult', 'Arrived', 'receive', 'Drawn', 'decode',
-           'draw', 'keep', 'variation_seed', 'check_model', 'check_references', 'GenerationFailed', 'generate_images']
+__all__ = ['ImageGenerationResult', 'Arrived', 'receive', 'Drawn', 'decode', 'draw', 'keep', 'Candidate', 'request_image',
+           'variation_seed', 'check_model', 'check_references', 'GenerationFailed', 'generate_images', 'GeneratedImage',
+           'ImageModel', 'ImageRequest']
+
+# %% ../nbs/01_generate.ipynb #ab1bbc55
+_all_ = ["GeneratedImage", "ImageModel", "ImageRequest"]
 
 # %% ../nbs/01_generate.ipynb #8d8a1e01
 _logger = logging.getLogger(__name__)
-
-# %% ../nbs/01_generate.ipynb #a9f9873c
-class ImageRequest(BaseModel, frozen=True):
-    """What one call asks an image model for."""
-
-    prompt: str  # what to draw, as it is sent
-    negative_prompt: str | None = None  # what should not be seen
-    seed: int | None = None  # None: none is sent
-    aspect_ratio: str = "16:9"  # width:height
-    references: tuple[Path, ...] = ()  # image files, at most the model's `max_references`
-    slot: str = ""  # which picture of a run this is: {stem}/v{variation}/a{attempt}
-
-# %% ../nbs/01_generate.ipynb #ac08ed01
-@dataclass(frozen=True)
-class GeneratedImage:
-    """What one call gave: undecoded bytes and the provider's own words about them."""
-
-    data: bytes  # as they came: PNG, JPEG or WebP
-    seed: int | None = None  # what the provider reports; None: it does not say
-    provider_id: str | None = None  # the provider's name for the call
-    cost: float | None = None  # USD; None: unknown
-
-# %% ../nbs/01_generate.ipynb #0e4746df
-class ImageModel(Protocol):
-    """What refimg needs of an image model; adapters and the sandbox's painter provide it."""
-
-    name: str  # provider and model, as it should stand in a record
-    max_references: int  # how many reference images a call may carry; 0: none
-    takes_seed: bool  # False: none is sent
-    takes_negative_prompt: bool  # False: none is sent
-    aspect_ratios: tuple[str, ...] | None  # those it has; None: any W:H
-
-    async def generate(self, request: ImageRequest) -> GeneratedImage:
-        """One picture; it raises when there is none."""
-        ...
 
 # %% ../nbs/01_generate.ipynb #6f816796
 class ImageGenerationResult(BaseModel, frozen=True, protected_namespaces=()):
@@ -197,6 +170,92 @@ async def keep(
 ) -> ImageGenerationResult:
     """The record of the new file; encoding and writing happen in a thread."""
     return await _in_thread(_keep, drawn, Path(output_dir), stem, first, again)
+
+# %% ../nbs/01_generate.ipynb #c0a10001
+@dataclass(eq=False)
+class Candidate:
+    """One image on its way: from the answer of a model to a file and a rank."""
+
+    request: ImageRequest  # what was asked for
+    model_name: str  # who was asked
+    generated: GeneratedImage = field(repr=False)  # the answer, undecoded
+    seconds: float  # of the model's call
+    timestamp: str  # when the bytes arrived, ISO 8601 UTC
+    number: int = 1  # the variation, from 1
+    pixels: Image.Image | None = None  # RGB, upright; None: not decoded yet
+    raw: dict[str, RawScore] = field(default_factory=dict)  # by scorer
+    scores: ImageScores | None = None  # None: not graded yet
+    rank: int | None = None  # in its group, from 1
+    image: ImageGenerationResult | None = None  # None: not on disk (yet)
+    _decoding: asyncio.Task | None = field(default=None, init=False, repr=False)
+    _saving: asyncio.Task | None = field(default=None, init=False, repr=False)
+
+    async def decode(self) -> Candidate:
+        """Decode the bytes, once; a ValueError says why they are no image."""
+        if self._decoding is None:
+            self._decoding = asyncio.ensure_future(self._decode())
+        await asyncio.shield(self._decoding)
+        return self
+
+    async def _decode(self) -> None:
+        if self.pixels is None:
+            self.pixels = await _in_thread(decode_image, self.generated.data)
+
+    async def save(
+        self,
+        *,
+        output_dir: str | Path,  # the folder, made if it is missing
+        stem: str,  # the file becomes `{stem}_v{k}.png`
+        first: int = 1,  # k is the smallest free number from here
+        again: bool = False,  # True: a file from there on with the same bytes is it
+    ) -> ImageGenerationResult:
+        """Write the image, once, also if the caller is cancelled meanwhile."""
+        if self._saving is None:
+            self._saving = asyncio.ensure_future(self._save(Path(output_dir), stem, first, again))
+        return await asyncio.shield(self._saving)
+
+    async def _save(self, *where: Any) -> ImageGenerationResult:
+        await self.decode()
+        self.image = await _in_thread(self._write, *where)
+        return self.image
+
+    def _write(self, folder: Path, stem: str, first: int, again: bool) -> ImageGenerationResult:
+        request, answer = self.request, self.generated
+        seed = request.seed if answer.seed is None else answer.seed
+        notes = {"prompt": request.prompt, "model": self.model_name}
+        png = encode_png(self.pixels, notes if seed is None else notes | {"seed": str(seed)})
+        path = save_numbered(png, folder.resolve(), stem, first, again)
+        return ImageGenerationResult(
+            image_path=path,
+            model_name=self.model_name,
+            prompt=request.prompt,
+            seed=seed,
+            aspect_ratio=request.aspect_ratio,
+            references=request.references,
+            width=self.pixels.width,
+            height=self.pixels.height,
+            sha256=hashlib.sha256(png).hexdigest(),
+            cost=answer.cost,
+            generation_time=self.seconds,
+            timestamp=self.timestamp,
+            provider_id=answer.provider_id,
+        )
+
+# %% ../nbs/01_generate.ipynb #c0a10002
+async def request_image(
+    model: ImageModel,  # the model to call, once
+    request: ImageRequest,  # what to ask it for
+    *,
+    number: int = 1,  # the variation, from 1
+    call: Call | None = None,  # handed on to a model that `takes_call`
+) -> Candidate:
+    """Call the model and return its answer undecoded: from here on it is paid for."""
+    more = {"call": call} if call is not None and getattr(model, "takes_call", False) else {}
+    started = time.perf_counter()
+    generated = await model.generate(request, **more)
+    seconds, now = time.perf_counter() - started, datetime.now(UTC)
+    arrived = now.isoformat(timespec="milliseconds")
+    return Candidate(request, model.name, generated, seconds, arrived, number)
 
 # %% ../nbs/01_generate.ipynb #f889da2e
 def variation_seed(

@@ -6,86 +6,33 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import math
 import os
 import threading
-from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from functools import cache
 from numbers import Real
 from pathlib import Path
-from typing import Any, Protocol
 
 from PIL import Image
-from pydantic import BaseModel, field_validator
+from pydantic import BaseModel
 
+from .engine.calibration import Calibration, calibrate, calibrated
+from .engine.protocols import Batch, RawScore, Scorer
 from .storage.files import clean_text, read_image
 
 # %% auto #0
-__all__ = ['WEIGHTS', 'Batch', 'RawScore', 'Scorer', 'raw_scores', 'ImageScores', 'check_scorers', 'shares', 'group_overalls',
-           'grade', 'rank_images_by_quality', 'scoring_thread', 'score_images', 'score_image', 'p_best', 'Calibration',
-           'calibrate', 'calibrated']
+__all__ = ['WEIGHTS', 'raw_scores', 'ImageScores', 'check_weights', 'normalized_weights', 'shares', 'group_overalls', 'grade',
+           'rank_images_by_quality', 'scoring_thread', 'score_images', 'score_image', 'p_best', 'Batch', 'Calibration',
+           'RawScore', 'Scorer', 'calibrate', 'calibrated']
+
+# %% ../nbs/02_score.ipynb #c46310ba
+_all_ = ["Batch", "Calibration", "RawScore", "Scorer", "calibrate", "calibrated"]
 
 # %% ../nbs/02_score.ipynb #8d8a1e01
 _logger = logging.getLogger(__name__)
-
-# %% ../nbs/02_score.ipynb #0e1fe43f
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """The pictures of one call and the text they are judged on, with a memo that lives as long."""
-
-    images: tuple[Image.Image, ...]  # decoded RGB pictures, in the order of the results
-    prompt: str  # the text they are scored against
-    _memo: dict = field(default_factory=dict, init=False, repr=False)
-
-    def once(
-        self,
-        key: Hashable,  # what is made, for example ("ViT-L-14", "image")
-        make: Callable[[], Any],  # called once a key, unless it raises; may call `once` itself
-    ) -> Any:
-        """What `make` returned the first time `key` was asked for; threads wait for each other."""
-        lock, made = self._memo.setdefault(key, (threading.RLock(), []))
-        with lock:
-            if not made:
-                made.append(make())
-            return made[0]
-
-# %% ../nbs/02_score.ipynb #1d537a48
-class RawScore(BaseModel, frozen=True):
-    """What one scorer found on one picture, in its own unit."""
-
-    value: float | None  # None where it could not be computed
-    note: str = ""  # why it is None, or what a reader of the value should know
-
-    def __init__(self, value: float | None, note: str = "") -> None:
-        """Both fields also by position: `RawScore(0.31)`, `RawScore(None, "no face found")`."""
-        super().__init__(value=value, note=note)
-
-# %% ../nbs/02_score.ipynb #ff704c9c
-class Scorer(Protocol):
-    """A verifier: judges pictures against a text, in its own unit, and maps that unit to 0..100."""
-
-    name: str  # the metric's key: "pickscore", "clip_score", "aesthetic", "vqa_score" or any other
-    model: str  # checkpoint @ revision; "sandbox-…" for the offline ones
-    calibration: str  # id of the map from the raw unit to 0..100
-
-    def to_100(
-        self,
-        raw: float,  # a finite value in the scorer's unit
-    ) -> float:
-        """The raw value on the common scale, 0 (bad) to 100 (good)."""
-        ...
-
-    def score(
-        self,
-        batch: Batch,  # one to some dozens of pictures and their text
-    ) -> list[RawScore]:
-        """One result a picture, in order; blocking, called in the scoring thread."""
-        ...
 
 # %% ../nbs/02_score.ipynb #c6f45e86
 def _reason(error: Exception) -> str:
@@ -188,13 +135,12 @@ def _check_weight(name: str, weight: float) -> None:
         raise ValueError(f"weights[{name!r}] is {weight!r}; a finite number >= 0 is needed")
 
 # %% ../nbs/02_score.ipynb #eddd1db9
-def check_scorers(
-    scorers: Sequence[Scorer],  # the configured ones; none at all is allowed
+def check_weights(
+    names: Sequence[str],  # of the configured scorers; none at all is allowed
     weights: dict[str, float] | None = None,  # by scorer name, any positive scale; None = by name
 ) -> None:
-    """Nothing, or a ValueError that says which name or weight is wrong and what is allowed."""
-    names = [scorer.name for scorer in scorers]
-    _check_names(names)
+    """Raise a ValueError that says which name or weight is wrong and what is allowed."""
+    _check_names(list(names))
     if weights is None:
         return
     if set(weights) != set(names):
@@ -205,16 +151,23 @@ def check_scorers(
         raise ValueError(f"weights {weights}: their sum must be above 0 and finite")
 
 # %% ../nbs/02_score.ipynb #64d6c56d
-def shares(
-    scorers: Sequence[Scorer],  # the configured ones
-    weights: dict[str, float] | None = None,  # as in `check_scorers`, and checked there
+def normalized_weights(
+    names: Sequence[str],  # of the configured scorers
+    weights: dict[str, float] | None = None,  # as in `check_weights`, and checked there
 ) -> dict[str, float]:
-    """What part of the overall each configured metric has, by name; the parts sum to 1."""
-    names = [scorer.name for scorer in scorers]
+    """Return the share of each configured metric in the overall, by name; the shares sum to 1."""
     if weights is None:
         weights = WEIGHTS if set(names) <= set(WEIGHTS) else dict.fromkeys(names, 1.0)
     total = math.fsum(weights[name] for name in names)
     return {name: float(weights[name] / total) for name in names}
+
+
+def shares(
+    scorers: Sequence[Scorer],  # the configured ones
+    weights: dict[str, float] | None = None,  # as in `check_weights`, and checked there
+) -> dict[str, float]:
+    """Return the share of each scorer in the overall, by name; the shares sum to 1."""
+    return normalized_weights([scorer.name for scorer in scorers], weights)
 
 # %% ../nbs/02_score.ipynb #8fe8a531
 def _overall(
@@ -230,7 +183,7 @@ def _overall(
 # %% ../nbs/02_score.ipynb #19228c87
 def group_overalls(
     metrics: Sequence[dict[str, float | None]],  # one dict a picture of one group, 0..100
-    shares: dict[str, float],  # from `shares`: by metric, they sum to 1
+    shares: dict[str, float],  # from `normalized_weights`: by metric, they sum to 1
 ) -> list[tuple[float | None, str]]:
     """The overall of each picture, 0..100, and "" or, where it is None, the reason."""
     if not shares:
@@ -281,7 +234,7 @@ def grade(
     weights: dict[str, float] | None = None,  # by scorer name; None = by name, see `WEIGHTS`
 ) -> list[ImageScores]:
     """One record a picture, in order, with the overall of the group rule."""
-    check_scorers(scorers, weights)
+    check_weights([scorer.name for scorer in scorers], weights)
     unasked = RawScore(None, "the scorer was not asked")
     full = [{s.name: row.get(s.name, unasked) for s in scorers} for row in raws]
     rated = [{s.name: _metric(s, row[s.name]) for s in scorers} for row in full]
@@ -341,7 +294,7 @@ def _score_files(
 ) -> list[ImageScores]:
     """One record a file, in order; blocking."""
     scorers = _default_scorers() if scorers is None else scorers
-    check_scorers(scorers, weights)
+    check_weights([scorer.name for scorer in scorers], weights)
     opened = [_open(path) for path in paths]
     pictures = tuple(item for item in opened if isinstance(item, Image.Image))
     found = iter(raw_scores(Batch(pictures, prompt), scorers))
@@ -387,101 +340,3 @@ def p_best(
     odds = [None if raw is None else math.exp(raw - top) for raw in raws]
     total = math.fsum(odd for odd in odds if odd is not None)
     return [None if odd is None else odd / total for odd in odds]
-
-# %% ../nbs/02_score.ipynb #449200f0
-def _place_among(quantiles: Sequence[float], raw: float) -> float:
-    """Where a value stands among sorted ones, from 0; in the middle of those that equal it."""
-    low, high = bisect_left(quantiles, raw), bisect_right(quantiles, raw)
-    if low < high:
-        return (low + high - 1) / 2
-    if low in (0, len(quantiles)):
-        return float(max(0, low - 1))
-    below, above = quantiles[low - 1 : low + 1]
-    return low - 1 + (raw - below) / (above - below)
-
-# %% ../nbs/02_score.ipynb #36ef132c
-class Calibration(BaseModel, frozen=True, allow_inf_nan=False):
-    """A scorer's map to 0..100: the per cent of one's own pictures that score lower."""
-
-    metric: str  # the scorer's name
-    model: str  # the scorer's checkpoint @ revision
-    images: int  # how many pictures it was made from
-    quantiles: tuple[float, ...]  # 101 raw values, of 0 %, 1 %, … 100 % of the pictures
-
-    @field_validator("quantiles")
-    @classmethod
-    def _sorted(cls, values: tuple[float, ...]) -> tuple[float, ...]:
-        if len(values) != 101 or list(values) != sorted(values):
-            raise ValueError("101 values from low to high are needed")
-        return values
-
-    @property
-    def id(self) -> str:
-        """What records call this map: "quantiles-" and 8 hex digits of its content."""
-        return f"quantiles-{hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:8]}"
-
-    def to_100(
-        self,
-        raw: float,  # in the scorer's unit
-    ) -> float:
-        """The per cent of the pictures that score lower, 0..100."""
-        return _place_among(self.quantiles, raw)
-
-    def save(
-        self,
-        path: str | Path,  # a JSON file, overwritten if it exists
-    ) -> None:
-        """Nothing; the map is on disk."""
-        Path(path).write_text(self.model_dump_json(indent=1), "utf-8")
-
-    @classmethod
-    def load(
-        cls,
-        path: str | Path,  # a file that `save` wrote
-    ) -> Calibration:
-        """The map in that file; a ValueError says what is wrong with it."""
-        try:
-            return cls.model_validate_json(Path(path).read_text("utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is no calibration: {error}") from error
-
-# %% ../nbs/02_score.ipynb #948a806a
-def calibrate(
-    raw_scores: Iterable[float | None],  # of one scorer, from one's own runs; 100 or more finite
-    scorer: Scorer,  # the one that gave them
-) -> Calibration:
-    """The map of that scorer to 0..100 by the rank among those values."""
-    import numpy as np
-
-    values = [float(raw) for raw in raw_scores if raw is not None and math.isfinite(raw)]
-    if len(values) < 100:
-        raise ValueError(f"{len(values)} finite raw scores; 100 or more are needed")
-    if min(values) == max(values):
-        raise ValueError(f"all {len(values)} raw scores are {values[0]}; a scale needs two values")
-    quantiles = np.quantile(values, np.linspace(0, 1, 101)).tolist()
-    return Calibration(
-        metric=scorer.name, model=scorer.model, images=len(values), quantiles=quantiles)
-
-# %% ../nbs/02_score.ipynb #c034b3e6
-class _Calibrated:
-    """A scorer with another map to 0..100; all else is asked of the scorer itself."""
-
-    def __init__(self, scorer: Scorer, calibration: Calibration):
-        self.calibration, self.to_100 = calibration.id, calibration.to_100
-        self._scorer = scorer
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "_scorer":  # asked for by `copy` before it is there
-            raise AttributeError(name)
-        return getattr(self._scorer, name)
-
-# %% ../nbs/02_score.ipynb #9129e835
-def calibrated(
-    scorer: Scorer,  # the one that the calibration was made for
-    calibration: Calibration,  # from `calibrate` or `Calibration.load`
-) -> Scorer:
-    """The scorer with that map in place of its own."""
-    made_for, given = (calibration.metric, calibration.model), (scorer.name, scorer.model)
-    if made_for != given:
-        raise ValueError(f"the calibration is for {made_for}, the scorer is {given}")
-    return _Calibrated(scorer, calibration)

@@ -18,7 +18,8 @@ from typing import ClassVar
 import pytest
 from PIL import Image
 
-from refimg import pipeline as pipeline_module
+from refimg.engine.candidates import CandidateGroup
+from refimg.engine.run import StoryRun
 from refimg.enhance import Reply
 from refimg.generate import GeneratedImage
 from refimg.pipeline import GenerationCancelled, Pipeline, Scene, Story
@@ -208,7 +209,7 @@ PLACES = ("director", "critic", "generate", "some drawn", "between scenes", "sco
 @pytest.fixture(autouse=True)
 def short_grace(monkeypatch):
     """Five seconds for a clean-up are too long for a test; what needs longer says so."""
-    monkeypatch.setattr("refimg.pipeline.GRACE", 1.0)
+    monkeypatch.setattr("refimg.engine.tasks.GRACE", 1.0)
     yield
     BlockingScorer.release_all()
 
@@ -511,7 +512,7 @@ async def test_a_model_is_given_time_to_clean_up(tmp_path):
 @pytest.mark.parametrize("way", [by_check, by_cancelling_the_task, by_a_timeout],
                          ids=lambda w: w.__name__[3:])
 async def test_a_model_that_never_ends_is_given_up(tmp_path, monkeypatch, way):
-    monkeypatch.setattr("refimg.pipeline.GRACE", 0.2)
+    monkeypatch.setattr("refimg.engine.tasks.GRACE", 0.2)
     end = asyncio.Event()
 
     async def stay(model):
@@ -533,7 +534,7 @@ async def test_a_model_that_never_ends_is_given_up(tmp_path, monkeypatch, way):
 
 
 async def test_a_deaf_model_and_a_deaf_listener_share_one_grace(tmp_path, monkeypatch):
-    monkeypatch.setattr("refimg.pipeline.GRACE", 1.0)
+    monkeypatch.setattr("refimg.engine.tasks.GRACE", 1.0)
     end = asyncio.Event()
 
     async def stay(_):
@@ -573,7 +574,7 @@ async def test_a_callback_that_hangs_does_not_hold_up_the_stop(tmp_path):
 
 
 async def test_a_callback_that_hangs_is_given_up_at_the_end_of_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("refimg.pipeline.GRACE", 0.2)
+    monkeypatch.setattr("refimg.engine.tasks.GRACE", 0.2)
 
     async def report(progress) -> None:
         await asyncio.sleep(60)
@@ -806,20 +807,20 @@ def test_the_stop_contract(tmp_path, kernel, cell):
 
 async def test_a_run_that_is_cancelled_in_its_last_moment_leaves_no_task(tmp_path, monkeypatch):
     made, ending = asyncio.Event(), asyncio.Event()
-    whole, rest = pipeline_module._story_result, pipeline_module._save_rest
+    whole, rest = StoryRun.result, CandidateGroup.save_rest
 
     def made_whole(run):
         made.set()
         return whole(run)
 
-    async def slowly(run, draft):
+    async def slowly(group):
         if made.is_set():
             ending.set()
             await asyncio.sleep(0.1)
-        await rest(run, draft)
+        await rest(group)
 
-    monkeypatch.setattr(pipeline_module, "_story_result", made_whole)
-    monkeypatch.setattr(pipeline_module, "_save_rest", slowly)
+    monkeypatch.setattr(StoryRun, "result", made_whole)
+    monkeypatch.setattr(CandidateGroup, "save_rest", slowly)
     p = Pipeline(director=FakeChat(), critic=FakeChat(), image_model=FakeImages(),
                  scorers=[FakeScorer()], num_variations=1, max_enhancement_iterations=0)
     story = Story(scenes=[Scene(prompt="a keeper")])

@@ -1,28 +1,36 @@
-"""The house rules for cells, held for every notebook in nbs/."""
+"""The rules for notebooks, held for every one in nbs/."""
 
 from __future__ import annotations
 
 import ast
+import base64
 import io
 import re
 import tokenize
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Iterator
 from pathlib import Path
 
-import nbformat
-import pytest
-from IPython.core.inputtransformer2 import TransformerManager
+from .house import (
+    DEFINITION,
+    FUNCTION,
+    IMPORT,
+    NBS,
+    PACKAGE,
+    ROOT,
+    WINGS,
+    Cell,
+    Found,
+    Notebook,
+    books,
+    rule,
+)
 
-ROOT = Path(__file__).resolve().parent.parent
-NBS = ROOT / "nbs"
-DOOR = "generate_enhanced_reference_images_with_sequential_references"
 HEAVY = {
-    "torch", "torchvision", "open_clip", "transformers", "openai", "replicate", "matplotlib",
-    "pandas", "scipy", "ipywidgets", "nbdev", "fastcore",
+    "torch", "torchvision", "open_clip", "transformers", "diffusers", "ray", "openai", "replicate",
+    "matplotlib", "pandas", "scipy", "ipywidgets", "nbdev", "fastcore",
 }  # fmt: skip
-DIRECTIVE = re.compile(r"^#\|\s*(\S+?):?(?:[ \t]+(.*))?$", re.MULTILINE)
-MAX_BYTES = 1_000_000
+MAX_BYTES, MAX_CELLS = 1_000_000, 110
+MAX_IMAGE, MAX_PNG = 250_000, 10_000  # bytes; line art of that size is smaller as PNG
 ABSOLUTE = re.compile(
     r"(?<![\w.:/])(?:/(?:home|root|Users|tmp|work|private|mnt)/|[A-Z]:\\{1,2}Users)"
 )
@@ -30,41 +38,8 @@ KEY = re.compile(
     r"(?<![A-Za-z0-9])(?:sk-[\w-]{16,}|r8_\w{16,}|hf_\w{20,}|gh[po]_\w{20,}|AKIA[0-9A-Z]{16})"
 )
 DATA_URI = re.compile(r"data:[\w/+.-]+;base64,[A-Za-z0-9+/=\s]+")
-IMPORT = (ast.Import, ast.ImportFrom)
 ASSIGN = (ast.Assign, ast.AnnAssign, ast.AugAssign)
-FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
-DEFINITION = (*FUNCTION, ast.ClassDef)
-
-
-def docstring_lines(node: ast.AST) -> int:
-    """The lines of a definition's docstring."""
-    first = node.body[0]
-    has = ast.get_docstring(node, clean=False) is not None
-    return first.end_lineno - first.lineno + 1 if has else 0
-
-
-def signature_lines(node: ast.AST) -> int:
-    """The lines from a definition's first decorator to its body."""
-    start = min([node.lineno, *(d.lineno for d in node.decorator_list)])
-    return max(0, node.body[0].lineno - start)
-
-
-def names_of(node: ast.stmt) -> list[str]:
-    """The names that a top-level statement binds; imports and loggers aside."""
-    if isinstance(node, DEFINITION):
-        return [node.name]
-    if isinstance(node, ast.Assign) and "getLogger" not in ast.unparse(node.value):
-        return [n.id for t in node.targets for n in ast.walk(t) if isinstance(n, ast.Name)]
-    if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-        return [node.target.id]
-    return []
-
-
-def is_import(node: ast.stmt) -> bool:
-    """True for an import, and for `if TYPE_CHECKING:` over imports."""
-    if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
-        return all(isinstance(n, IMPORT) for n in node.body)
-    return isinstance(node, IMPORT)
+FIRST_RUN = 12  # the cell of 03 by which a run is seen
 
 
 def roots(node: ast.AST) -> list[str]:
@@ -76,192 +51,86 @@ def roots(node: ast.AST) -> list[str]:
     return []
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One cell; `number` counts all cells of the notebook from 1."""
-
-    notebook: str
-    number: int
-    kind: str
-    source: str = field(repr=False)
-    outputs: tuple = field(repr=False)
-
-    @cached_property
-    def directives(self) -> dict[str, str]:
-        found = DIRECTIVE.findall(self.source) if self.kind == "code" else []
-        return {name: value.strip() for name, value in found}
-
-    @cached_property
-    def code(self) -> str:
-        return DIRECTIVE.sub("", self.source).strip("\n")
-
-    @cached_property
-    def tree(self) -> ast.Module:
-        return ast.parse(TransformerManager().transform_cell(self.code))
-
-    @property
-    def export(self) -> bool:
-        return bool({"export", "exporti", "exports"} & self.directives.keys())
-
-    @property
-    def hidden(self) -> bool:
-        return "hide" in self.directives
-
-    @property
-    def imports_only(self) -> bool:
-        return bool(self.tree.body) and all(is_import(n) for n in self.tree.body)
-
-    @property
-    def shown(self) -> bool:
-        """An example: code that is neither exported, hidden, imports nor a mere directive."""
-        other = self.export or self.hidden or self.imports_only
-        return self.kind == "code" and bool(self.code) and not other
-
-    @cached_property
-    def definitions(self) -> list[ast.stmt]:
-        return [n for n in self.tree.body if names_of(n)]
-
-    @cached_property
-    def public(self) -> list[str]:
-        names = [name for n in self.definitions for name in names_of(n)]
-        return [n for n in names if not n.startswith("_")] if self.export else []
-
-    def says(self, line: int, text: str) -> str:
-        shift = len(self.source) - len(self.source.lstrip("\n"))
-        first = shift + sum(1 for _ in DIRECTIVE.finditer(self.source))
-        return f"{self.notebook} cell {self.number} line {line + first}: {text}"
+def packages(node: ast.AST) -> set[str]:
+    return {name.partition(".")[0] for name in roots(node)}
 
 
-@dataclass(frozen=True)
-class Notebook:
-    """A notebook, read once."""
-
-    path: Path
-    nb: nbformat.NotebookNode = field(repr=False)
-
-    @property
-    def name(self) -> str:
-        return self.path.relative_to(NBS).as_posix()
-
-    @cached_property
-    def cells(self) -> list[Cell]:
-        made = (
-            Cell(self.name, i, c.cell_type, c.source, tuple(c.get("outputs", ())))
-            for i, c in enumerate(self.nb.cells, 1)
-        )
-        return list(made)
-
-    @cached_property
-    def code(self) -> list[Cell]:
-        return [c for c in self.cells if c.kind == "code" and c.source.strip()]
-
-    @property
-    def exports(self) -> list[Cell]:
-        return [c for c in self.code if c.export]
-
-    @property
-    def module(self) -> str | None:
-        stated = (c.directives.get("default_exp") for c in self.code)
-        return next(filter(None, stated), None)
+# 1: showing
 
 
-def paths() -> list[Path]:
-    """Every notebook below nbs/ that nbdev reads."""
-    found = NBS.rglob("*.ipynb")
-    return sorted(p for p in found if not any(x[0] in "._" for x in p.relative_to(NBS).parts))
+@rule
+def test_at_most_three_export_cells_in_a_row() -> Found:
+    """Only a live cell ends a row, and imports alone show nothing."""
+    for book in books():
+        row: list[Cell] = []
+        for c in [*book.code, None]:
+            if c is None or (c.live and not c.imports_only):
+                if len(row) > 3:
+                    yield row[0].says(f"{len(row)} export cells in a row, at most 3")
+                row = []
+            elif c.export:
+                row.append(c)
 
 
-@pytest.fixture(scope="module", params=paths(), ids=lambda p: p.relative_to(NBS).as_posix())
-def book(request) -> Notebook:
-    return Notebook(request.param, nbformat.read(request.param, as_version=4))
+@rule
+def test_there_are_enough_live_cells() -> Found:
+    """At least one for each export cell; six for ten in adapters, sandbox and storage."""
+    for book in (b for b in books() if b.module):
+        live, exports = sum(c.live for c in book.code), len(book.exports)
+        least = 0.6 if book.room.split("/")[0] in WINGS else 1
+        if live < least * exports:
+            yield book.name, f"{live} live cells for {exports} export cells, at least {least} each"
 
 
-def expect(problems: list[str]) -> None:
-    """Fails with every problem on a line of its own."""
-    if problems:
-        pytest.fail("\n".join(problems), pytrace=False)
+def shows_nothing(node: ast.stmt) -> bool:
+    """Tell whether a last line only lists fields or constants."""
+    text = ast.unparse(node)
+    names = re.fullmatch(r"\(?[A-Z][A-Z_]+(?:, [A-Z][A-Z_]+)+\)?", text)
+    fields = re.fullmatch(r"(?:list|sorted|tuple|set|len)\([\w.]+\.model_fields[\w.()]*\)", text)
+    return bool(names or fields or re.fullmatch(r"sum\([A-Z_]+\.values\(\)\)", text))
 
 
-# 1: export cells
+@rule
+def test_an_example_shows_more_than_fields_or_constants() -> Found:
+    for c in (c for book in books() for c in book.code if c.shown):
+        if shows_nothing(c.tree.body[-1]):
+            yield c.says(f"`{c.code.splitlines()[-1]}` shows nothing worth seeing")
 
 
-def one_liner(node: ast.stmt) -> bool:
-    if isinstance(node, DEFINITION):
-        body = node.body[1:] if docstring_lines(node) else node.body
-        return sum(n.end_lineno - n.lineno + 1 for n in body) <= 1
-    return node.lineno == node.end_lineno
+@rule
+def test_03_runs_in_its_first_dozen_cells() -> Found:
+    for book in (b for b in books() if b.room == "03_pipeline.ipynb"):
+        seen = [c for c in book.cells[:FIRST_RUN] if c.kind == "code" and c.live]
+        if not any(re.search(r"\.run(_sync)?\(", c.code) for c in seen):
+            yield book.name, f"no `.run(…)` in the first {FIRST_RUN} cells"
 
 
-def kind_of(node: ast.stmt) -> str:
-    if isinstance(node, FUNCTION):
-        return "function"
-    return "class" if isinstance(node, ast.ClassDef) else "constant"
+# 2: size
 
 
-def crowded(cell: Cell) -> bool:
-    """True where an export cell holds more than one thing to learn."""
-    public = [n for n in cell.definitions if not all(x.startswith("_") for x in names_of(n))]
-    if len(public) <= 1:
-        private = [n for n in cell.definitions if n not in public]
-        return bool(public) and any(isinstance(n, DEFINITION) for n in private)
-    alike = len({kind_of(n) for n in cell.definitions}) == 1
-    return not (len(cell.definitions) <= 3 and alike and all(map(one_liner, cell.definitions)))
+@rule
+def test_a_notebook_has_at_most_110_cells() -> Found:
+    for book in books():
+        if len(book.cells) > MAX_CELLS:
+            yield book.name, f"{len(book.cells)} cells"
 
 
-def length(cell: Cell) -> int:
-    """An export cell's lines less signatures and docstrings."""
-    nodes = [n for n in ast.walk(cell.tree) if isinstance(n, DEFINITION)]
-    lines = len(cell.code.splitlines())
-    return lines - sum(signature_lines(n) + docstring_lines(n) for n in nodes)
+@rule
+def test_a_notebook_has_at_most_a_megabyte() -> Found:
+    for book in books():
+        if (size := book.path.stat().st_size) > MAX_BYTES:
+            yield book.name, f"{size:,} bytes"
 
 
-def test_an_export_cell_holds_one_public_definition(book):
-    cells = [c for c in book.exports if crowded(c)]
-    held = [", ".join(n for d in c.definitions for n in names_of(d)) for c in cells]
-    pairs = zip(cells, held, strict=True)
-    expect([c.says(1, f"one public definition a cell, not {h}") for c, h in pairs])
+@rule
+def test_lines_fit_in_100_columns() -> Found:
+    for c in (c for book in books() for c in book.code):
+        for i, line in enumerate(c.code.splitlines(), 1):
+            if len(line) > 100:
+                yield c.says(f"{len(line)} columns", i)
 
 
-def test_export_cells_are_short(book):
-    problems = []
-    for c in book.exports:
-        limit = 45 if any(isinstance(n, ast.ClassDef) for n in c.tree.body) else 30
-        if length(c) > limit and DOOR not in c.public and not c.imports_only:
-            problems.append(c.says(1, f"{length(c)} lines, at most {limit}"))
-    expect(problems)
-
-
-def test_lines_fit_in_100_columns(book):
-    expect([
-        c.says(i, f"{len(line)} columns, at most 100")
-        for c in book.code
-        for i, line in enumerate(c.code.splitlines(), 1) if len(line) > 100
-    ])
-
-
-# 2: shown before the next
-
-
-def used(cell: Cell) -> set[str]:
-    """The names that a cell's code reads or calls."""
-    found = {n.id for n in ast.walk(cell.tree) if isinstance(n, ast.Name)}
-    return found | {n.attr for n in ast.walk(cell.tree) if isinstance(n, ast.Attribute)}
-
-
-def test_each_public_definition_is_used_before_the_next(book):
-    problems, waiting = [], None
-    for c in [*book.code, None]:
-        if c is None or c.public:
-            if waiting:
-                names = ", ".join(waiting.public)
-                problems.append(waiting.says(1, f"no visible cell uses {names} before the next"))
-            waiting = c
-        elif waiting and c.shown and used(c) & set(waiting.public):
-            waiting = None
-    expect(problems)
-
-
-# 3: other code cells
+# 5: other code cells
 
 
 def comments(code: str) -> list[tuple[int, str]]:
@@ -274,13 +143,18 @@ def comments(code: str) -> list[tuple[int, str]]:
     return [(t.start[0], t.string) for t in kept]
 
 
-def test_examples_have_at_most_8_lines(book):
-    long = [(c, len(c.code.splitlines())) for c in book.code if c.shown]
-    expect([c.says(1, f"{n} lines, at most 8") for c, n in long if n > 8])
+@rule
+def test_other_code_cells_have_at_most_8_lines() -> Found:
+    for c in (c for book in books() for c in book.code if c.other):
+        if (lines := len(c.code.splitlines())) > 8:
+            yield c.says(f"{lines} lines")
 
 
-def test_examples_have_no_comments(book):
-    expect([c.says(i, text) for c in book.code if c.shown for i, text in comments(c.code)])
+@rule
+def test_other_code_cells_have_no_comments() -> Found:
+    for c in (c for book in books() for c in book.code if c.other):
+        for line, text in comments(c.code):
+            yield c.says(text, line)
 
 
 def is_print(node: ast.stmt) -> bool:
@@ -288,17 +162,16 @@ def is_print(node: ast.stmt) -> bool:
     return isinstance(call, ast.Call) and getattr(call.func, "id", "") == "print"
 
 
-def test_examples_end_in_something_to_see(book):
-    problems = []
-    for c in (c for c in book.code if c.shown):
+@rule
+def test_an_example_ends_in_a_value() -> Found:
+    for c in (c for book in books() for c in book.code if c.shown):
         last = c.tree.body[-1]
         if is_print(last) or isinstance(last, ASSIGN):
             kind = "print" if is_print(last) else "an assignment"
-            problems.append(c.says(last.lineno, f"ends in {kind}, not in a value worth seeing"))
-    expect(problems)
+            yield c.says(f"ends in {kind}, not in a value worth seeing", last.lineno)
 
 
-# 4: prose
+# 5: prose
 
 
 def headings(cell: Cell) -> list[str]:
@@ -306,82 +179,106 @@ def headings(cell: Cell) -> list[str]:
     return re.findall(r"^#{1,6} .*$", text, flags=re.MULTILINE)
 
 
-def test_half_as_much_prose_as_code(book):
-    prose = sum(c.kind == "markdown" for c in book.cells)
-    counts = f"{prose} markdown cells for {len(book.code)} code cells"
-    assert 2 * prose >= len(book.code), f"{book.name}: {counts}"
+@rule
+def test_there_is_a_markdown_cell_for_two_code_cells() -> Found:
+    for book in books():
+        if 2 * len(book.prose) < len(book.code):
+            yield book.name, f"{len(book.prose)} markdown cells for {len(book.code)} code cells"
 
 
-def test_the_first_cell_is_title_and_description(book):
-    first = book.cells[0]
-    assert first.kind == "markdown", f"{book.name} cell 1: must be markdown"
-    assert re.match(r"# \S.*\n+> \S", first.source), f"{book.name} cell 1: `# Title`, `> one line`"
+@rule
+def test_the_first_cell_is_title_and_description() -> Found:
+    for first in (book.cells[0] for book in books()):
+        if first.kind != "markdown" or not re.match(r"# \S.*\n+> \S", first.source):
+            yield first.says("must be `# Title` and `> one line`")
 
 
-def test_a_heading_stands_alone(book):
-    prose = [c for c in book.cells[1:] if c.kind == "markdown" and headings(c)]
-    found = [(c, len([x for x in c.source.splitlines() if x.strip()])) for c in prose]
-    expect([c.says(1, f"`{headings(c)[0]}` shares its cell") for c, lines in found if lines > 1])
+@rule
+def test_a_heading_stands_alone() -> Found:
+    for c in (c for book in books() for c in book.cells[1:] if c.kind == "markdown"):
+        if headings(c) and len([x for x in c.source.splitlines() if x.strip()]) > 1:
+            yield c.says(f"`{headings(c)[0]}` shares its cell")
 
 
-def test_no_filler(book):
-    prose = [c for c in book.cells if c.kind == "markdown"]
-    expect([c.says(1, "`Now we …`") for c in prose if re.search(r"\bnow we\b", c.source, re.I)])
+@rule
+def test_no_filler() -> Found:
+    for c in (c for book in books() for c in book.prose):
+        if re.search(r"\bnow we\b", c.source, re.I):
+            yield c.says("`Now we …`")
 
 
-# 5: imports
+# 6: imports
 
 
-def test_import_cells_only_import(book):
-    mixed = [c for c in book.code if not c.hidden and any(is_import(n) for n in c.tree.body)]
-    expect([c.says(1, "imports stand in a cell of their own") for c in mixed if not c.imports_only])
+@rule
+def test_import_cells_only_import() -> Found:
+    for c in (c for book in books() for c in book.code if not c.hidden):
+        is_mixed = any(isinstance(n, IMPORT) for n in c.tree.body) and not c.imports_only
+        if is_mixed:
+            yield c.says("imports stand in a cell of their own")
 
 
-def test_heavy_packages_are_imported_where_used(book):
-    expect([
-        c.says(n.lineno, f"{', '.join(roots(n))} at module level")
-        for c in book.exports
-        for n in c.tree.body if {r.partition(".")[0] for r in roots(n)} & HEAVY
-    ])
+def at_import(tree: ast.AST) -> Iterator[ast.AST]:
+    """What runs when a module is imported: nothing in functions or under TYPE_CHECKING."""
+    for child in ast.iter_child_nodes(tree):
+        typing = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
+        if not typing and not isinstance(child, FUNCTION):
+            yield child
+            yield from at_import(child)
 
 
-def test_no_nbdev_or_fastcore_in_the_package(book):
-    expect([
-        c.says(n.lineno, "nbdev and fastcore are for developers only")
-        for c in book.exports
-        for n in ast.walk(c.tree) if {r.partition(".")[0] for r in roots(n)} & {"nbdev", "fastcore"}
-    ])
+@rule
+def test_heavy_packages_are_imported_where_they_are_used() -> Found:
+    for c in (c for book in books() for c in book.exports):
+        for node in at_import(c.tree):
+            if heavy := packages(node) & HEAVY:
+                yield c.says(f"{', '.join(sorted(heavy))} at module level", node.lineno)
 
 
-def test_no_star_imports(book):
-    expect([
-        c.says(n.lineno, "star import")
-        for c in book.code
-        for n in ast.walk(c.tree)
-        if isinstance(n, ast.ImportFrom) and any(a.name == "*" for a in n.names)
-    ])
+@rule
+def test_no_nbdev_or_fastcore_in_the_package() -> Found:
+    for c in (c for book in books() for c in book.exports):
+        for node in ast.walk(c.tree):
+            if packages(node) & {"nbdev", "fastcore"}:
+                yield c.says("nbdev and fastcore are for developers only", node.lineno)
 
 
-# 6: nothing hidden, nothing left over
+@rule
+def test_no_star_imports() -> Found:
+    for c in (c for book in books() for c in book.code):
+        for node in (n for n in ast.walk(c.tree) if isinstance(n, ast.ImportFrom)):
+            if any(a.name == "*" for a in node.names):
+                yield c.says("star import", node.lineno)
 
 
-def test_at_most_three_hidden_code_cells(book):
-    hidden = [c.number for c in book.code if c.hidden]
-    assert len(hidden) <= 3, f"{book.name}: {len(hidden)} hidden code cells ({hidden}), at most 3"
+# 7: nothing hidden, nothing left over
 
 
-def test_nothing_is_left_unrun(book):
-    off = [c for c in book.code if c.directives.get("eval", "").lower() == "false"]
-    expect([c.says(1, "eval: false") for c in off])
+@rule
+def test_at_most_three_hidden_code_cells() -> Found:
+    for book in books():
+        hidden = [c.number for c in book.code if c.hidden]
+        if len(hidden) > 3:
+            yield book.name, f"{len(hidden)} hidden code cells: {hidden}"
 
 
-def test_no_todo(book):
+@rule
+def test_nothing_is_left_unrun() -> Found:
+    for c in (c for book in books() for c in book.code):
+        if c.directives.get("eval", "").lower() == "false":
+            yield c.says("eval: false")
+
+
+@rule
+def test_no_todo() -> Found:
     word = re.compile(r"\b(?:TO" r"DO|FIX" r"ME|XXX)\b")
-    expect([c.says(1, word.search(c.source)[0]) for c in book.cells if word.search(c.source)])
+    for c in (c for book in books() for c in book.cells):
+        if found := word.search(c.source):
+            yield c.says(found[0])
 
 
 def is_code(comment: str) -> bool:
-    """True for a comment that reads as a statement that was commented out."""
+    """Tell whether a comment reads as a statement that was commented out."""
     try:
         body = ast.parse(comment.lstrip("#! ").strip()).body
     except SyntaxError:
@@ -391,10 +288,13 @@ def is_code(comment: str) -> bool:
     return any(called) or any(isinstance(n, kinds) for n in body)
 
 
-def test_no_commented_out_code(book):
-    found = [(c, i, text) for c in book.exports for i, text in comments(c.code)]
-    alone = [(c, i, t) for c, i, t in found if c.code.splitlines()[i - 1].strip() == t]
-    expect([c.says(i, text) for c, i, text in alone if is_code(text)])
+@rule
+def test_no_commented_out_code() -> Found:
+    for c in (c for book in books() for c in book.exports):
+        for line, text in comments(c.code):
+            alone = c.code.splitlines()[line - 1].strip() == text
+            if alone and is_code(text):
+                yield c.says(text, line)
 
 
 # 7: outputs
@@ -410,53 +310,83 @@ def texts(cell: Cell) -> list[str]:
     return [DATA_URI.sub("", text) for text in shown]
 
 
-def silent(node: ast.stmt) -> bool:
-    """True for a last statement that shows nothing: not an expression, or a `test_…` call."""
+def images(cell: Cell) -> list[tuple[str, int]]:
+    """The images in a cell's outputs: format, and size in bytes."""
+    found = []
+    for data in (out.get("data", {}) for out in cell.outputs):
+        raw = [(kind, "".join(data[kind])) for kind in data if re.fullmatch(r"image/\w+", kind)]
+        html = re.findall(r"data:(image/\w+);base64,([\w+/=\s]+)", str(data.get("text/html")))
+        found += [(kind, len(base64.b64decode(body))) for kind, body in [*raw, *html]]
+    return found
+
+
+def is_silent(node: ast.stmt) -> bool:
+    """Tell whether a last statement shows nothing: no expression, or a `test_…` call."""
     call = getattr(node, "value", None)
     called = call.func if isinstance(call, ast.Call) else None
     name = getattr(called, "id", getattr(called, "attr", ""))
     return not isinstance(node, ast.Expr) or name.startswith("test_")
 
 
-def test_outputs_are_committed(book):
-    assert any(c.outputs for c in book.code) or not book.exports, f"{book.name}: no outputs at all"
-    cells = [c for c in book.code if c.shown and "notest" not in c.directives]
-    bare = [c for c in cells if not c.outputs and not silent(c.tree.body[-1])]
-    expect([c.says(c.tree.body[-1].lineno, "ends in a value, but has no output") for c in bare])
+@rule
+def test_outputs_are_committed() -> Found:
+    for book in books():
+        if book.exports and not any(c.outputs for c in book.code):
+            yield book.name, "no outputs at all"
+        for c in (c for c in book.code if c.shown and "notest" not in c.directives):
+            if not c.outputs and not is_silent(c.tree.body[-1]):
+                yield c.says("ends in a value, but has no output", c.tree.body[-1].lineno)
 
 
-def test_no_errors_in_outputs(book):
-    failed = [c for c in book.code for o in c.outputs if o.output_type == "error"]
-    expect([c.says(1, "its output is an error") for c in failed])
+@rule
+def test_images_in_outputs_are_small_jpeg_or_webp() -> Found:
+    for c in (c for book in books() for c in book.code):
+        for kind, size in images(c):
+            photo = kind in ("image/jpeg", "image/webp")
+            if size > (MAX_IMAGE if photo else MAX_PNG):
+                yield c.says(f"{kind} of {size:,} bytes")
 
 
-def test_no_widget_state(book):
-    assert "widgets" not in book.nb.metadata, f"{book.name}: widget state in the metadata"
-    kinds = [(c, kind) for c in book.code for o in c.outputs for kind in o.get("data", ())]
-    expect([c.says(1, "shows a live widget") for c, kind in kinds if "widget-view" in kind])
+@rule
+def test_no_errors_in_outputs() -> Found:
+    for c in (c for book in books() for c in book.code):
+        if any(o.output_type == "error" for o in c.outputs):
+            yield c.says("its output is an error")
 
 
-def test_no_machine_paths(book):
+@rule
+def test_no_widget_state() -> Found:
+    for book in books():
+        if "widgets" in book.nb.metadata:
+            yield book.name, "widget state in the metadata"
+        for c in book.code:
+            if any("widget-view" in kind for o in c.outputs for kind in o.get("data", ())):
+                yield c.says("shows a live widget")
+
+
+@rule
+def test_no_machine_paths() -> Found:
     own = "|".join([ABSOLUTE.pattern, re.escape(f"{ROOT}/"), re.escape(f"{Path.home()}/")])
-    found = [(c, re.search(own, text)) for c in book.cells for text in texts(c)]
-    expect([c.says(1, f"absolute path {m.string[m.start():][:40]!r}") for c, m in found if m])
+    for c in (c for book in books() for c in book.cells):
+        for found in filter(None, (re.search(own, text) for text in texts(c))):
+            yield c.says(f"absolute path {found.string[found.start():][:40]!r}")
 
 
-def test_no_keys(book):
-    found = [(c, KEY.search(text)) for c in book.cells for text in texts(c)]
-    expect([c.says(1, f"looks like a key: {m[0][:6]}…") for c, m in found if m])
+@rule
+def test_no_keys() -> Found:
+    for c in (c for book in books() for c in book.cells):
+        for found in filter(None, map(KEY.search, texts(c))):
+            yield c.says(f"looks like a key: {found[0][:6]}…")
 
 
-def test_at_most_a_megabyte(book):
-    size = book.path.stat().st_size
-    assert size <= MAX_BYTES, f"{book.name}: {size:,} bytes, at most {MAX_BYTES:,}"
+@rule
+def test_the_kernel_is_python3() -> Found:
+    for book in books():
+        if (name := book.nb.metadata.get("kernelspec", {}).get("name")) != "python3":
+            yield book.name, f"kernel {name}"
 
 
-def test_the_kernel_is_python3(book):
-    assert book.nb.metadata.get("kernelspec", {}).get("name") == "python3", book.name
-
-
-# 9: one notebook, one module
+# 8: one notebook, one module
 
 
 def expected_module(path: Path) -> str:
@@ -464,13 +394,22 @@ def expected_module(path: Path) -> str:
     return ".".join(re.sub(r"^\d+[a-z]?_", "", part) for part in parts)
 
 
-def test_one_notebook_is_one_module(book):
-    stated = [c.directives["default_exp"] for c in book.code if "default_exp" in c.directives]
-    article = book.path.stem == "index" or book.path.parent.name == "tutorials"
-    wanted = [] if article else [expected_module(book.path)]
-    assert stated == wanted, f"{book.name}: default_exp {stated}, not {wanted}"
-    other = [c for c in book.exports if c.directives.get("export")]
-    expect([c.says(1, f"exports to {c.directives['export']}") for c in other])
+def is_article(book: Notebook) -> bool:
+    """Tell whether a notebook makes no module: a page, or one that shows a whole wing."""
+    own = expected_module(book.path)
+    wing = (PACKAGE / own).is_dir() and "." not in own
+    return book.path.stem == "index" or book.path.parent.name == "tutorials" or wing
+
+
+@rule
+def test_one_notebook_is_one_module() -> Found:
+    for book in books():
+        stated = [c.directives["default_exp"] for c in book.code if "default_exp" in c.directives]
+        wanted = [] if is_article(book) else [expected_module(book.path)]
+        if stated != wanted:
+            yield book.name, f"default_exp {stated}, not {wanted}"
+        for c in (c for c in book.exports if c.directives.get("export")):
+            yield c.says(f"exports to {c.directives['export']}")
 
 
 def imported(node: ast.AST) -> set[str]:
@@ -481,18 +420,25 @@ def imported(node: ast.AST) -> set[str]:
     return names
 
 
-def test_a_notebook_never_imports_its_own_module(book):
-    own = f"refimg.{book.module}"
-    nodes = [(c, n) for c in book.code for n in ast.walk(c.tree) if own in imported(n)]
-    expect([c.says(n.lineno, f"imports {own}, which it makes") for c, n in nodes])
+@rule
+def test_a_notebook_never_imports_its_own_module() -> Found:
+    for book in (b for b in books() if b.module):
+        for c in book.code:
+            for node in ast.walk(c.tree):
+                if f"refimg.{book.module}" in imported(node):
+                    yield c.says(f"imports refimg.{book.module}, which it makes", node.lineno)
 
 
-def test_no_patch(book):
-    found = [(c, n) for c in book.code for n in ast.walk(c.tree) if isinstance(n, DEFINITION)]
-    named = [(c, n, ast.unparse(d)) for c, n in found for d in n.decorator_list]
-    expect([c.says(n.lineno, f"@{d}") for c, n, d in named if d.startswith("patch")])
+@rule
+def test_no_patch() -> Found:
+    for c in (c for book in books() for c in book.code):
+        for node in (n for n in ast.walk(c.tree) if isinstance(n, DEFINITION)):
+            if any(ast.unparse(d).startswith("patch") for d in node.decorator_list):
+                yield c.says(f"@patch on {node.name}", node.lineno)
 
 
-def test_no_assert_in_the_package(book):
-    nodes = [(c, n) for c in book.exports for n in ast.walk(c.tree) if isinstance(n, ast.Assert)]
-    expect([c.says(n.lineno, "assert: raise ValueError") for c, n in nodes])
+@rule
+def test_no_assert_in_the_package() -> Found:
+    for c in (c for book in books() for c in book.exports):
+        for node in (n for n in ast.walk(c.tree) if isinstance(n, ast.Assert)):
+            yield c.says("assert: raise ValueError", node.lineno)

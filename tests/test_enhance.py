@@ -7,6 +7,7 @@ import json
 import logging
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
@@ -686,12 +687,12 @@ async def test_without_agents_the_defaults_are_asked(monkeypatch):
 
 def test_the_import_is_light():
     code = f"""
-import importlib.util, sys
-spec = importlib.util.spec_from_file_location("alone", {enhance.__file__!r})
-module = sys.modules["alone"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
+import sys, types
+package = sys.modules["refimg"] = types.ModuleType("refimg")
+package.__path__ = [{str(Path(enhance.__file__).parent)!r}]
+import refimg.enhance
 roots = {{name.split(".")[0] for name in sys.modules}}
-allowed = set(sys.stdlib_module_names) | {{"alone", "pydantic", "pydantic_core"}}
+allowed = set(sys.stdlib_module_names) | {{"refimg", "pydantic", "pydantic_core"}}
 allowed |= {{"annotated_types", "typing_extensions", "typing_inspection"}}
 print(sorted(r for r in roots - allowed if not r.startswith("_")))
 """

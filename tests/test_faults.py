@@ -438,12 +438,14 @@ def test_failed_says_why_each_call_failed_and_nothing_else(tmp_path):
 def break_disk(monkeypatch, broken: Callable[[int], bool]) -> None:
     """From here on the files of calls for which `broken` is true cannot be written."""
 
-    async def keep(drawn, **where):
-        if broken(int(drawn.image.provider_id[1:])):
-            raise OSError(28, "No space left on device")
-        return await generate.keep(drawn, **where)
+    save = generate.Candidate.save
 
-    monkeypatch.setattr("refimg.pipeline.keep", keep)
+    async def failing(candidate, **where):
+        if broken(int(candidate.generated.provider_id[1:])):
+            raise OSError(28, "No space left on device")
+        return await save(candidate, **where)
+
+    monkeypatch.setattr(generate.Candidate, "save", failing)
 
 
 def test_the_next_best_is_taken_where_the_best_cannot_be_written(tmp_path, monkeypatch):

@@ -32,7 +32,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def short_grace(monkeypatch):
-    monkeypatch.setattr("refimg.pipeline.GRACE", 1.0)
+    monkeypatch.setattr("refimg.engine.tasks.GRACE", 1.0)
 
 
 def make_story(text: str = "a keeper", scenes: int = 1, **fields) -> Story:
@@ -111,7 +111,7 @@ async def test_a_story_that_fails_fails_alone(tmp_path, caplog):
     failed = {i: (made[i].error_type, made[i].title) for i in made if i not in (0, 5)}
     assert failed == {1: ("GenerationFailed", "the second"), 2: ("ValueError", "empty"),
                       3: ("ValueError", ""), 4: ("ValueError", ""), 6: ("ValueError", "")}
-    said = {1: "no paint", 2: "scenes is empty", 3: "prompt of scene 1", 4: "allowed: a Story",
+    said = {1: "no paint", 2: "scenes must be", 3: "prompt of scene 1", 4: "must be a Story",
             6: "missing.png"}
     assert all(text in made[i].error for i, text in said.items())
     logged = [record.getMessage() for record in caplog.records]

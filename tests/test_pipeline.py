@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from refimg import GenerationFailed, Pipeline, Scene, Story
-from refimg.generate import GeneratedImage
+from refimg.generate import Candidate, GeneratedImage
 from refimg.score import RawScore
 from refimg.storage.files import TraceTree
 from refimg.storage.journal import Journal
@@ -229,22 +229,20 @@ async def test_the_text_is_embedded_while_images_are_drawn(run, breaks):
 
 
 async def test_only_the_winners_file_holds_up_the_next_scene(run, monkeypatch):
-    from refimg import pipeline as module
-
-    second, keep = asyncio.Event(), module.keep
+    second, save = asyncio.Event(), Candidate.save
 
     async def slow_for_losers(take, **where):
         if take.pixels.getpixel((0, 0))[0] < 200:
             async with asyncio.timeout(10):
                 await second.wait()
-        return await keep(take, **where)
+        return await save(take, **where)
 
     def rule(scene, variation, attempt):
         if scene == 2:
             second.set()
         return picture(200 if variation == 1 else 50)
 
-    monkeypatch.setattr(module, "keep", slow_for_losers)
+    monkeypatch.setattr(Candidate, "save", slow_for_losers)
     result = await run(a_pipeline(drawn(rule)))
     assert reds(result) == [200, 50]
     assert all(v.image.image_path.is_file() for s in result.scenes for v in s.variations)
@@ -854,19 +852,18 @@ async def test_bytes_that_are_no_image_are_a_failed_variation(run, data):
 
 @pytest.fixture
 def full_disk(monkeypatch):
-    """Makes `keep` fail for images of these shades; the list grows with each try."""
-    from refimg import pipeline as module
+    """Makes `Candidate.save` fail for images of these shades; the list grows with each try."""
 
     def fail_for(shades, error=None):
-        tried, keep = [], module.keep
+        tried, save = [], Candidate.save
 
         async def failing(take, **where):
             tried.append(take.pixels.getpixel((0, 0))[0])
             if tried[-1] in shades:
                 raise error or OSError(28, "No space left on device")
-            return await keep(take, **where)
+            return await save(take, **where)
 
-        monkeypatch.setattr(module, "keep", failing)
+        monkeypatch.setattr(Candidate, "save", failing)
         return tried
 
     return fail_for
@@ -1051,7 +1048,7 @@ async def test_a_listener_that_is_cancelled_once_goes_on_hearing(run):
 
 @pytest.mark.parametrize("stubborn", [False, True])
 async def test_a_listener_that_hangs_does_not_keep_the_run_from_ending(run, monkeypatch, stubborn):
-    monkeypatch.setattr("refimg.pipeline.GRACE", 0.05)
+    monkeypatch.setattr("refimg.engine.tasks.GRACE", 0.05)
     let_go, steps = asyncio.Event(), []
 
     async def hang(step):
@@ -1096,7 +1093,7 @@ async def test_the_log_names_scene_step_and_cause_of_each_fallback(run, caplog):
 
 
 async def test_a_slow_listener_hears_every_report(run, monkeypatch):
-    monkeypatch.setattr("refimg.pipeline.GRACE", 0.2)
+    monkeypatch.setattr("refimg.engine.tasks.GRACE", 0.2)
     heard = []
 
     async def slow(step):
@@ -1133,12 +1130,12 @@ async def test_a_scorer_without_provenance_is_refused_before_anything_is_paid(ru
 
 
 async def test_a_scorer_that_stands_in_no_list_is_refused(run):
-    with pytest.raises(ValueError, match="scorers is"):
+    with pytest.raises(ValueError, match="scorers must be a list"):
         await run(a_pipeline(scorers=FakeScorer()))
 
 
 async def test_a_chain_that_cannot_be_is_named_as_the_chain(run):
-    with pytest.raises(ValueError, match="chain is 'previous'"):
+    with pytest.raises(ValueError, match=r"chain must be 'none'.* got 'previous'"):
         await run(a_pipeline(FakeImages(max_references=0)))
 
 

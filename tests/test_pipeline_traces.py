@@ -443,8 +443,8 @@ def check_unharmed(result) -> None:
 
 async def test_trace_files_that_cannot_be_written_do_not_matter(tmp_path, monkeypatch, caplog):
     plain = files._write_temporary
-    monkeypatch.setattr(files, "_write_temporary", lambda folder, data: (
-        full_disk() if TRACES in str(folder) else plain(folder, data)))
+    monkeypatch.setattr(files, "_write_temporary", lambda folder, data, **how: (
+        full_disk() if TRACES in str(folder) else plain(folder, data, **how)))
     with caplog.at_level(logging.WARNING):
         check_unharmed(await pipeline().run(
             story(), generation_id="id", output_dir=tmp_path / "images"))

@@ -43,8 +43,9 @@ def chosen(result: StoryResult) -> list[int]:
             for s in result.scenes]
 
 
-def stale(result: StoryResult) -> list[list[str]]:
-    return [[w for w in scene.warnings if w.startswith("stale")] for scene in result.scenes]
+def stale(result) -> list[list[str]]:
+    """Why each scene is stale, one entry per changed reference."""
+    return [scene.stale.split("; ") if scene.stale else [] for scene in result.scenes]
 
 
 # other scorers
@@ -65,7 +66,7 @@ async def test_the_new_judges_choose_and_nothing_is_paid(tmp_path):
         assert [v.rank for v in new.variations] == [1, 2, 3]
         assert [set(v.scores.metrics) for v in new.variations] == [{"clip_score"}] * 3
         assert [v.image for v in new.variations] == [v.image for v in old.variations]
-    kept = {"scenes", "references", "settings"}
+    kept = {"scenes", "references", "history"}
     assert again.model_dump(exclude=kept) == result.model_dump(exclude=kept)
 
 
@@ -73,7 +74,7 @@ async def test_the_same_judges_change_nothing(tmp_path):
     result = await made(tmp_path, scorers=[BRIGHT, DARK], weights={"pickscore": 2, "clip_score": 1})
     again = await rescore(result, [BRIGHT, DARK], {"pickscore": 2, "clip_score": 1})
     assert again.scenes == result.scenes
-    assert again.settings["rescores"][0]["changed"] == []
+    assert again.history[-1].after["changed"] == []
 
 
 @pytest.mark.parametrize("score_text", ["original", "enhanced"])
@@ -157,8 +158,8 @@ async def test_a_choice_by_a_person_stays(tmp_path):
     assert chosen(again) == [1, 2, 1]
     assert again.scenes[1].reference_from == "human"
     assert [v.rank for v in again.scenes[1].variations] == [1, 2, 3]
-    assert again.settings["choices"] == result.settings["choices"]
-    assert again.settings["rescores"][0]["changed"] == [1, 3]
+    assert again.history[:-1] == result.history
+    assert again.history[-1].after["changed"] == [1, 3]
 
 
 async def test_asked_to_stay_all_references_stay(tmp_path):
@@ -167,7 +168,7 @@ async def test_asked_to_stay_all_references_stay(tmp_path):
     assert again.references == result.references and chosen(again) == [3, 3, 3]
     assert [[v.rank for v in s.variations] for s in again.scenes] == [[1, 2, 3]] * 3
     assert stale(again) == [[], [], []]
-    assert again.settings["rescores"][0]["reselect"] is False
+    assert again.history[-1].after["reselect"] is False
 
 
 async def test_judges_without_a_number_move_nothing(tmp_path):
@@ -243,11 +244,11 @@ async def test_the_threshold_is_that_of_the_scenes_own_run(tmp_path):
     assert [s.below_threshold for s in again.scenes] == [False, True]
 
 
-async def test_what_was_done_is_in_the_settings_and_on_disk(tmp_path):
+async def test_what_was_done_is_in_the_history_and_on_disk(tmp_path):
     result = await made(tmp_path)
     again = await rescore(await rescore(result, [DARK]), weights={"clip_score": 1.0})
     judge = {"name": "clip_score", "model": "fake-model", "calibration": "fake-identity"}
-    done = [{k: v for k, v in one.items() if k != "seconds"} for one in again.settings["rescores"]]
+    done = [{k: v for k, v in e.after.items() if k != "seconds"} for e in again.history]
     assert done == [
         {"scorers": [judge], "weights": None, "reselect": True, "changed": [1, 2, 3]},
         {"scorers": None, "weights": {"clip_score": 1.0}, "reselect": True, "changed": []},
@@ -266,11 +267,11 @@ async def test_a_sandbox_judge_is_said(tmp_path):
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
-    ({}, "both None"),
-    ({"scorers": BRIGHT}, "allowed: a list of scorers"),
+    ({}, "None for both"),
+    ({"scorers": BRIGHT}, "must be a list of scorers"),
     ({"scorers": [BRIGHT, BRIGHT]}, "twice"),
-    ({"scorers": [object()]}, "has no name"),
-    ({"scorers": [FakeScorer("seed")]}, "columns of the result"),
+    ({"scorers": [object()]}, "a text as `name`"),
+    ({"scorers": [FakeScorer("seed")]}, "none of the columns"),
     ({"scorers": [DARK], "weights": {"pickscore": 1}}, "weights are for"),
     ({"weights": {"clip_score": 1}}, "weights are for"),
     ({"weights": {"pickscore": -1}}, ">= 0"),

@@ -23,7 +23,7 @@ from refimg.score import (
     Batch,
     ImageScores,
     RawScore,
-    check_scorers,
+    check_weights,
     grade,
     group_overalls,
     rank_images_by_quality,
@@ -376,7 +376,7 @@ def test_own_weights_have_any_scale_and_win_over_the_names():
 async def test_names_and_weights_that_are_refused(names, weights, says, tmp_path):
     scorers = named(*names)
     for refused in (
-        lambda: check_scorers(scorers, weights),
+        lambda: check_weights([s.name for s in scorers], weights),
         lambda: grade([], scorers, weights),
     ):
         with pytest.raises(ValueError) as error:
@@ -388,8 +388,8 @@ async def test_names_and_weights_that_are_refused(names, weights, says, tmp_path
 
 
 def test_no_scorers_need_no_weights():
-    check_scorers([])
-    check_scorers([], {})
+    check_weights([])
+    check_weights([], {})
 
 
 # the group rule

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from refimg.engine.run import SceneRun
 from refimg.pipeline import Pipeline, Scene, SceneResult, Story, StoryResult, rescore
 
 from .fakes import FakeChat, FakeImages, FakeScorer, critic, director, picture
@@ -65,14 +66,14 @@ async def test_a_carried_scene_has_the_time_of_all_that_was_tried(tmp_path):
 
 async def test_a_scene_that_broke_off_has_the_time_until_then(tmp_path, monkeypatch):
     """A stage that it never came to took no time."""
-    from refimg.pipeline import _draw
+    generate = SceneRun.generate_variations
 
-    async def broken(run, draft, judge):
-        if draft.number == 2:
+    async def broken(scene, queue):
+        if scene.number == 2:
             raise ZeroDivisionError("not meant to happen")
-        await _draw(run, draft, judge)
+        await generate(scene, queue)
 
-    monkeypatch.setattr("refimg.pipeline._draw", broken)
+    monkeypatch.setattr(SceneRun, "generate_variations", broken)
     carried = check(await make_pipeline().run(make_story(), output_dir=tmp_path / "i"))[1]
     assert carried.reference_from == "carried"
     assert carried.timings["score"] == 0 and "score_start" not in carried.timings
@@ -95,7 +96,7 @@ async def test_rescore_says_its_own_time_and_keeps_the_others(tmp_path, how):
     done = await make_pipeline().run(make_story(), output_dir=tmp_path / "i")
     made = await rescore(done, **how)
     assert [s.timings for s in made.scenes] == [s.timings for s in done.scenes]
-    taken = made.settings["rescores"][0]["seconds"]
+    taken = made.history[-1].after["seconds"]
     assert len(taken) == 2 and min(taken) >= (2 * SCORE if "scorers" in how else 0)
 
 

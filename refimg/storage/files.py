@@ -24,8 +24,8 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from pydantic_core import to_json
 
 # %% auto #0
-__all__ = ['check_id', 'check_stem', 'decode_image', 'read_image', 'clean_text', 'encode_png', 'save_numbered', 'TraceTree',
-           'write_trace']
+__all__ = ['check_id', 'check_stem', 'decode_image', 'read_image', 'clean_text', 'encode_png', 'write_atomic', 'save_numbered',
+           'TraceTree', 'write_trace']
 
 # %% ../../nbs/storage/files.ipynb #ed4e2096
 _logger = logging.getLogger(__name__)
@@ -171,18 +171,40 @@ def encode_png(
     plain.save(out, "PNG", pnginfo=notes, compress_level=1)
     return out.getvalue()
 
-# %% ../../nbs/storage/files.ipynb #4f045ad3
-def _write_temporary(folder: Path, data: bytes) -> Path:
+# %% ../../nbs/storage/files.ipynb #a3000003
+def _write_temporary(
+    folder: Path, data: bytes, *, private: bool = False, durable: bool = False
+) -> Path:
     path = folder / f".refimg-{secrets.token_hex(8)}.tmp"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     try:
-        with path.open("xb") as file:
+        with open(os.open(path, flags, 0o600 if private else 0o666), "wb") as file:
             file.write(data)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
     except BaseException:
         path.unlink(missing_ok=True)
         raise
     return path
 
 
+def write_atomic(
+    path: Path,  # the file; its folder exists
+    data: bytes,  # its new content
+    *,
+    private: bool = False,  # True: only its owner may read it
+    durable: bool = False,  # True: on the disk before the name is
+) -> None:
+    """Write the file whole or not at all; what was there before is replaced."""
+    written = _write_temporary(path.parent, data, private=private, durable=durable)
+    try:
+        os.replace(written, path)
+    except BaseException:
+        written.unlink(missing_ok=True)
+        raise
+
+# %% ../../nbs/storage/files.ipynb #4f045ad3
 def _is_old(path: Path) -> bool:
     return path.lstat().st_mtime < time.time() - 3600
 
@@ -415,11 +437,6 @@ def write_trace(
     if folder is None:
         return
     try:
-        written = _write_temporary(folder, _as_bytes(content))
-        try:
-            os.replace(written, folder / name)
-        except BaseException:
-            written.unlink(missing_ok=True)
-            raise
+        write_atomic(folder / name, _as_bytes(content))
     except OSError as error:
         _logger.warning("trace %s not written: %s", folder / name, error)

@@ -12,7 +12,6 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from refimg.score import (
     Scorer,
     rank_images_by_quality,
     score_images,
-    shares,
+    normalized_weights,
 )
 
 if TYPE_CHECKING:
@@ -61,7 +60,7 @@ def _story_id(result: StoryResult) -> str:
 # %% ../../nbs/validate/tables.ipynb #842a4387
 def _parts(names: Iterable[str], weights: dict[str, float] | None) -> dict[str, float]:
     """The metrics that have a part in the overall, and their shares."""
-    parts = shares([SimpleNamespace(name=name) for name in names], weights)
+    parts = normalized_weights(names, weights)
     return {name: share for name, share in parts.items() if share > 0}
 
 
