@@ -1,6 +1,12 @@
-"""Does it help? Two arms, the same texts, the same number of images, and what can be said."""
+"""Does it help? Two arms, the same texts, the same number of images, and what can be told."""
 
-from refimg.validate.charts import cells_chart, curve_chart, distribution_chart, forest_chart
+from refimg.validate.charts import (
+    cells_chart,
+    curve_chart,
+    distribution_chart,
+    distributions,
+    forest_chart,
+)
 from refimg.validate.compare import (
     Comparison,
     Difference,
@@ -24,7 +30,6 @@ from refimg.validate.statistics import (
     win_rate,
 )
 from refimg.validate.tables import (
-    distributions,
     load_runs,
     pass_rates,
     runs_table,
