@@ -35,6 +35,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from .enhance import ImagePromptEnhancementResult, Iteration
 from .pipeline import Progress, SceneResult, StoryResult, Variation
 from .score import ImageScores
+from .storage.extras import require_extra
 from .storage.files import check_id, read_image
 
 if TYPE_CHECKING:
@@ -659,6 +660,7 @@ def _saved(figure: Figure) -> str:
 # %% ../nbs/05_view.ipynb #73d18a9a
 def _drawn(size: tuple[float, float], draw: Callable[[Figure], None], mark: str) -> str:
     """What `draw` puts into a figure of so many inches, and the mark in its corner."""
+    require_extra("notebook", "matplotlib")
     import matplotlib.style
     from matplotlib.figure import Figure
 
