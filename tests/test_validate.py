@@ -56,19 +56,19 @@ def test_units_that_are_in_one_arm_only():
 
 def test_other_texts():
     other = B.assign(text=B["text"].where(B["story"] != "s5", "something else"))
-    refused("a and b must have the same texts, got different texts for ('s5', 1)", A, other)
+    refused("a and b must be of the same texts, got others for ('s5', 1)", A, other)
     two = pd.concat([B, other.assign(generation_id="again")])
     refused("got several texts for ('s5', 1)", A, two)
 
 
 def test_texts_of_the_enhanced_prompts():
-    refused("b: score_text must be 'original', so that every arm is scored on the same text, got 'enh", A, B.assign(score_text="enhanced"))
+    refused("on the same text, got 'enhanced'", A, B.assign(score_text="enhanced"))
     refused("on the same text, got None", A, B.assign(score_text=None))
 
 
 def test_another_number_of_images():
     single = B[B["selected"]]
-    refused("must have the same number of images, unless matched=False, got images a scene: a 4, b 1", A, single)
+    refused("unless matched=False, got images a scene: a 4, b 1", A, single)
     found = compare(A, single, matched=False)
     assert "images a scene: a 4, b 1" in found.notes
     lost = B.drop(B[(B["story"] == "s2") & ~B["selected"]].index[:1])
@@ -103,14 +103,15 @@ def test_single_scenes_are_units_whatever_the_chain():
 
 
 def test_the_sandbox_and_the_world():
-    refused("a and b must both come from the sandbox, or neither", A, B.assign(sandbox=True))
+    refused("a and b must be both from the sandbox, or neither", A, B.assign(sandbox=True))
     mixed = B.assign(sandbox=B["story"] == "s1")
     refused("b must be one arm, got sandbox False, True", A, mixed)
 
 
 @pytest.mark.parametrize("other", ["pick @ 2 · map", "pick @ 1 · another map"])
 def test_other_judges(other):
-    refused("a and b must have one scorer a metric, got scorer_pickscore", A, B.assign(scorer_pickscore=other))
+    words = "a and b: scorer_pickscore must be one scorer, got "
+    refused(words, A, B.assign(scorer_pickscore=other))
 
 
 @pytest.mark.parametrize("setting", [
@@ -124,21 +125,22 @@ def test_several_arms_in_one_table(setting):
 
 
 def test_the_same_image_twice():
-    refused("a must hold each image once, got twice: ('r1-0', 's0', 1, 1)", pd.concat([A, A]), B)
+    refused("a must be without repeated images, got twice: ('r1-0', 's0', 1, 1)", pd.concat([A, A]), B)
 
 
 def test_no_choice_or_two():
-    refused("a must have one selected image a scene", A.assign(selected=False), B)
-    refused("b must have one selected image a scene", A, B.assign(selected=True))
+    refused("a: selected must be true for one image a scene", A.assign(selected=False), B)
+    refused("b: selected must be true for one image a scene", A, B.assign(selected=True))
     assert compare(A.assign(selected=False), B.assign(selected=False), k=2).units == 12
 
 
 def test_no_table_at_all():
-    refused("a must have the columns of `runs_table`, got no column generation_id", pd.DataFrame({"overall": [1.0]}), B)
-    refused("a must have at least one row, got none", A.iloc[:0], B)
-    refused("b must name generation_id, story, scene, variation, text in every row, got gaps", A, B.assign(story=B["story"].where(B["story"] != "s1")))
-    refused("results must hold StoryResult only, got a str", "runs", B)
-    refused("results must hold at least one image, got 0 without any", [], B)
+    refused("of `runs_table`, got no column generation_id", pd.DataFrame({"overall": [1.0]}), B)
+    refused("a must be at least one row, got none", A.iloc[:0], B)
+    gaps = B.assign(story=B["story"].where(B["story"] != "s1"))
+    refused("b must be complete in generation_id, story, scene, variation, text, got gaps", A, gaps)
+    refused("results must be StoryResult objects, got a str", "runs", B)
+    refused("results must be of at least one image, got 0 without any", [], B)
 
 
 def test_other_words():
@@ -149,7 +151,7 @@ def test_other_words():
 @pytest.mark.parametrize("value", [np.inf, -np.inf])
 def test_scores_that_are_no_numbers(value):
     seen = B["seen"].where(B["story"] != "s1", value)
-    refused("b must hold finite scores", A, B.assign(seen=seen))
+    refused("b must be finite in all scores", A, B.assign(seen=seen))
 
 
 # what cannot be told
@@ -561,7 +563,7 @@ def test_unit_values_say_why_there_is_no_overall():
 ])  # fmt: skip
 def test_two_checkpoints_under_one_name(function):
     other = A["scorer_pickscore"].mask(SOME, "pick @ 2 · map")
-    with pytest.raises(ValueError, match="one scorer a metric, got scorer_pickscore pick @ 1 · map"):
+    with pytest.raises(ValueError, match="scorer_pickscore must be one scorer, got pick @ 1"):
         function(A.assign(scorer_pickscore=other))
 
 
@@ -580,11 +582,11 @@ def test_a_person_chose_some_scenes():
 
 def test_one_name_for_two_stories():
     long = random_arm(5, scenes=2)
-    with pytest.raises(ValueError, match=r"title for each story, got several.*s0"):
+    with pytest.raises(ValueError, match=r"title of one story, got several.*s0"):
         unit_values(pd.concat([random_arm(1), long]))
     assert len(unit_values(pd.concat([random_arm(2, scenes=2), long]))) == 12
     told = random_arm(1).assign(story_id="ink"), random_arm(2).assign(story_id="oil")
-    refused("b must have a title for each story", A, pd.concat(told))
+    refused("b: story must be the title of one story", A, pd.concat(told))
     assert compare(*told).units == 12
     lost = long[(long["story"] != "s1") | (long["scene"] == 1)]
     both = pd.concat([random_arm(2, scenes=2), lost]).assign(story_id="one")
