@@ -125,7 +125,8 @@ def test_several_arms_in_one_table(setting):
 
 
 def test_the_same_image_twice():
-    refused("a must be without repeated images, got twice: ('r1-0', 's0', 1, 1)", pd.concat([A, A]), B)
+    words = "a must be without repeated images, got twice: ('r1-0', 's0', 1, 1)"
+    refused(words, pd.concat([A, A]), B)
 
 
 def test_no_choice_or_two():
