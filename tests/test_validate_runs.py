@@ -244,7 +244,7 @@ async def test_what_is_no_result_is_named(tmp_path):
 
 def test_a_folder_without_results(tmp_path):
     for folder in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(ValueError, match="folder must be one of `StoryResult.save` files"):
+        with pytest.raises(ValueError, match=r"folder must be one of `StoryResult.save` files"):
             load_runs(folder)
 
 
