@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from refimg import Pipeline, Scene, Story
-from refimg.adapters import replicate, retry
+from refimg.adapters import predictions, replicate, retry
 from refimg.adapters.replicate import ReplicateImages
 from refimg.adapters.retry import ProviderError, approve, run_limits, started
 from refimg.generate import GenerationFailed, ImageRequest, generate_images
@@ -297,7 +297,7 @@ async def test_nobody_tidies_up_while_another_still_waits(server):
 
 
 async def test_an_earlier_prediction_is_not_taken_for_a_lost_one(server):
-    client = await asyncio.to_thread(replicate._connect, server.base_url, TOKEN)
+    client = await asyncio.to_thread(predictions._connect, server.base_url, TOKEN)
     wish = {"prompt": "an old one", "aspect_ratio": "16:9"}
     old = await client.models.predictions.async_create(NANO, wish)
     await asyncio.sleep(3.1)
@@ -329,8 +329,8 @@ async def test_a_hint_and_a_header_say_how_long_to_wait(server):
     begun = time.perf_counter()
     await images(server).generate(request())
     assert time.perf_counter() - begun >= 1
-    refusal = replicate._Refusal(replicate.httpx.Response(429, headers={"retry-after": "7"}))
-    assert replicate.failure(refusal).wait == 7
+    refusal = predictions._Refusal(predictions.httpx.Response(429, headers={"retry-after": "7"}))
+    assert predictions.failure(refusal).wait == 7
 
 
 @pytest.mark.parametrize("status", ["401", "402"])
@@ -569,7 +569,7 @@ async def test_the_id_is_told_as_soon_as_it_is_known(server):
 @pytest.mark.parametrize("seconds", [0, 0.5])
 async def test_a_prediction_of_a_killed_run_is_adopted(server, seconds):
     first = images(server, FLUX)
-    client = await asyncio.to_thread(replicate._connect, server.base_url, TOKEN)
+    client = await asyncio.to_thread(predictions._connect, server.base_url, TOKEN)
     server.script([{"takes": seconds}])
     wish = {"prompt": "a keeper", "seed": 7, "aspect_ratio": "16:9"}
     left = await client.models.predictions.async_create(FLUX, wish)
@@ -581,7 +581,7 @@ async def test_a_prediction_of_a_killed_run_is_adopted(server, seconds):
 
 @pytest.mark.parametrize("fault", ["failed", "canceled", "aborted", "gone", "elsewhere"])
 async def test_what_has_no_picture_is_not_adopted(server, fault):
-    client = await asyncio.to_thread(replicate._connect, server.base_url, TOKEN)
+    client = await asyncio.to_thread(predictions._connect, server.base_url, TOKEN)
     server.script([{"fault": fault, "url": "https://example.com/x.png"}])
     left = await client.models.predictions.async_create(NANO, {"prompt": "a"})
     assert await images(server).adopt(left.id) is None
@@ -589,7 +589,7 @@ async def test_what_has_no_picture_is_not_adopted(server, fault):
 
 
 async def test_an_adopted_prediction_is_cancelled_like_any_other(server):
-    client = await asyncio.to_thread(replicate._connect, server.base_url, TOKEN)
+    client = await asyncio.to_thread(predictions._connect, server.base_url, TOKEN)
     server.script(["forever"])
     left = await client.models.predictions.async_create(NANO, {"prompt": "a"})
     task = asyncio.create_task(images(server).adopt(left.id))
@@ -635,7 +635,7 @@ def test_without_a_good_token_nothing_is_sent(server, token):
 
 
 async def test_a_client_of_ones_own_is_used(server):
-    client = await asyncio.to_thread(replicate._connect, server.base_url, TOKEN)
+    client = await asyncio.to_thread(predictions._connect, server.base_url, TOKEN)
     model = ReplicateImages(client=client)
     assert model.base_url == server.base_url and (await model.generate(request())).data
     with pytest.raises(ValueError, match="no base_url"):

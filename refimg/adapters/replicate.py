@@ -7,154 +7,50 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import importlib
 import io
 import json
 import logging
 import math
 import os
 import re
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
-from email.utils import parsedate_to_datetime
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
 from .download import NoImage, fetch, origin
 from .inputs import KNOWN, Takes, fill, read_schema
+from refimg.adapters.predictions import (
+    _ask,
+    _Book,
+    _claimed,
+    _create,
+    _create_failure,
+    _dict,
+    _ended,
+    _free,
+    _Order,
+    _ordered,
+    _prediction,
+    _Session,
+    _session,
+    failure,
+)
 from .prices import image_cost
-from .retry import Failure, ProviderError, approve, attempts, started
-from ..generate import GeneratedImage, ImageRequest
+from .retry import Failure, ProviderError, approve, attempts
+from ..engine.protocols import GeneratedImage, ImageRequest
 from ..storage.files import read_image
 from ..storage.secrets import log_line, remember
 
 if TYPE_CHECKING:
     from replicate import Client
 
-# %% auto #0
-__all__ = ['failure', 'ReplicateImages']
-
-# %% ../../nbs/adapters/replicate.ipynb #af1e87c3
 _logger = logging.getLogger(__name__)
 
-_T = TypeVar("_T")
-
-
-class _Refusal(Exception):
-    """An answer with another status than success; the seconds it asks to wait, if it does."""
-
-    def __init__(self, response: httpx.Response):
-        self.status = response.status_code
-        self.after = response.headers.get("retry-after", "")
-        text = response.text
-        with suppress(ValueError, TypeError, KeyError):
-            text = str(response.json()["detail"])
-        self.detail = log_line(text)[:500]
-        super().__init__(self.status, self.detail)
-
-    def __str__(self) -> str:
-        return f"{self.status}: {self.detail}"
-
-
-async def _response(client: Client, method: str, path: str, **what: Any) -> httpx.Response:
-    """A successful answer; the deadline is the caller's."""
-    response = await client._async_client.request(method, path, timeout=None, **what)
-    if response.status_code >= 300:
-        raise _Refusal(response)
-    return response
-
-
-async def _ask(client: Client, method: str, path: str, **what: Any) -> Any:
-    """The JSON of an answer."""
-    return (await _response(client, method, path, **what)).json()
-
-
-def _dict(value: Any) -> dict[str, Any]:
-    """The value, if it is a dictionary; else an empty one."""
-    return value if isinstance(value, dict) else {}
-
-# %% ../../nbs/adapters/replicate.ipynb #e19484b9
-def _asked_wait(error: _Refusal) -> float | None:
-    """The seconds that the answer asks for; None: it does not."""
-    hint = re.search(r"~(\d+)s", error.detail)
-    with suppress(ValueError):
-        return max(0.0, float(error.after))
-    with suppress(ValueError):
-        return max(0.0, parsedate_to_datetime(error.after).timestamp() - time.time())
-    return float(hint[1]) if hint else None
-
-# %% ../../nbs/adapters/replicate.ipynb #b646a1ac
-def failure(
-    error: Exception,  # what a call raised
-) -> Failure:
-    """What the error means for the next attempt."""
-    text = log_line(str(error))[:500]
-    if isinstance(error, _Refusal):
-        if error.status in (401, 402):
-            return Failure("down", text)
-        if error.status in (408, 409, 429) or error.status >= 500:
-            return Failure("again", text, _asked_wait(error), error.status == 429)
-        return Failure("never", text)
-    passing = isinstance(error, (httpx.TransportError, OSError, json.JSONDecodeError))
-    named = ": ".join(filter(None, (type(error).__name__, text)))
-    return Failure("again" if passing else "never", named)
-
-# %% ../../nbs/adapters/replicate.ipynb #55c25a04
-async def _free(m: ReplicateImages, seconds: float, ask: Callable[[], Awaitable[_T]]) -> _T:
-    """The answer to what costs nothing, in a few attempts of that many seconds."""
-    async def once() -> _T:
-        async with asyncio.timeout(seconds):
-            return await ask()
-
-    return await attempts(m.provider, once, failure, seconds=seconds + 5)
-
-# %% ../../nbs/adapters/replicate.ipynb #ed3d1557
-@dataclass
-class _Session:
-    """A client of one event loop, and what is remembered beside it."""
-
-    client: Client
-    uploads: dict[str, _Upload] = field(default_factory=dict)  # by content
-    books: dict[str, _Book] = field(default_factory=dict)  # by input
-
-
-def _connect(base_url: str, token: str) -> Client:
-    """A client with its connection pool; made here so that the loop imports nothing slow."""
-    from replicate import Client
-
-    importlib.import_module("stamina")
-    client = Client(api_token=token, base_url=base_url)
-    _logger.debug("a client for %s", client._async_client.base_url)
-    return client
-
-
-async def _held(sessions: dict, session: _Session, own: bool) -> AsyncIterator[_Session]:
-    """The session, once; it is forgotten, and closed if it is ours, when the loop shuts down."""
-    loop = asyncio.get_running_loop()
-    try:
-        yield session
-    finally:
-        sessions.pop(loop, None)
-        if own:
-            await session.client._async_client.aclose()
-
-
-async def _session(m: ReplicateImages) -> _Session:
-    """The session of the running loop, made where there is none."""
-    loop, sessions = asyncio.get_running_loop(), m._sessions
-    if loop not in sessions:
-        client = m._client or await asyncio.to_thread(_connect, m.base_url, m._token)
-        if loop not in sessions:
-            session = _Session(client)
-            sessions[loop] = holder, _ = _held(sessions, session, not m._client), session
-            await anext(holder)
-    return sessions[loop][1]
+# %% auto #0
+__all__ = ['ReplicateImages']
 
 # %% ../../nbs/adapters/replicate.ipynb #0178bcc9
 _SIDE = 1536  # pixels
@@ -205,230 +101,6 @@ async def _uploaded(m: ReplicateImages, session: _Session, path: Path) -> str:
             upload.url = await _send_file(m, session, path)
             upload.until = clock() + _KEEP
     return upload.url
-
-# %% ../../nbs/adapters/replicate.ipynb #e739b4a8
-_GRACE = 4.5  # seconds for cancelling, when everything else is over
-_TERMINAL = ("succeeded", "failed", "canceled", "aborted")
-_claimed: set[str] = set()  # predictions that some call in this process has
-
-
-@dataclass
-class _Book:
-    """What is known of the creates of one input."""
-
-    begun: float  # on the loop's clock, before the first of them
-    users: int = 0  # calls that want a prediction of this input
-    lost: int = 0  # creates that may have worked, without an answer
-    posts: set[asyncio.Task] = field(default_factory=set)  # creates on their way
-
-
-@dataclass
-class _Order:
-    """One prediction that is wanted."""
-
-    session: _Session
-    path: str  # where it is created
-    body: dict[str, Any]  # what is sent there
-    model: str  # owner/name
-    headers: dict[str, str]
-    book: _Book
-    prediction: dict[str, Any] | None = None  # made, and not known to have ended
-
-    def ask(self, method: str, path: str, **what: Any) -> Awaitable[Any]:
-        """The answer to one request."""
-        return _ask(self.session.client, method, path, **what)
-
-# %% ../../nbs/adapters/replicate.ipynb #d76133a2
-def _is_prediction(answer: Any) -> bool:
-    """Whether this is a prediction, with an id that can stand in a path."""
-    named = isinstance(answer, dict) and re.fullmatch(r"[\w-]{1,64}", str(answer.get("id")), re.A)
-    return bool(named) and isinstance(answer.get("status"), str)
-
-
-def _prediction(answer: Any) -> dict[str, Any]:
-    """The answer, if it is a prediction."""
-    if not _is_prediction(answer):
-        raise ConnectionError(f"the server sent no prediction: {str(answer)[:80]!r}")
-    return answer
-
-
-def _begun(order: _Order, response: httpx.Response) -> datetime:
-    """When the order began, by the server's clock, to two seconds."""
-    try:
-        now = parsedate_to_datetime(response.headers["date"])
-    except (KeyError, ValueError):
-        now = datetime.now(UTC)
-    return now - timedelta(seconds=asyncio.get_running_loop().time() - order.book.begun + 2)
-
-
-def _alike(order: _Order, other: dict[str, Any], since: datetime) -> bool:
-    """Whether another prediction could be the one that was ordered."""
-    try:
-        given = {key: other["input"].get(key) for key in order.body["input"]}
-        alike = other["model"] == order.model and given == order.body["input"]
-        return alike and datetime.fromisoformat(other["created_at"]) >= since
-    except (AttributeError, KeyError, TypeError, ValueError):
-        return False
-
-
-async def _unclaimed(order: _Order) -> list[dict[str, Any]]:
-    """The predictions of the order's input, made since it began, that nobody has."""
-    response = await _response(order.session.client, "GET", "/v1/predictions")
-    page, since = response.json(), _begun(order, response)
-    if not isinstance(page, dict) or not isinstance(page.get("results"), list):
-        raise ConnectionError(f"the server sent no predictions: {str(page)[:80]!r}")
-    listed = [p for p in page["results"] if _is_prediction(p) and p["id"] not in _claimed]
-    return [p for p in listed if _alike(order, p, since)]
-
-# %% ../../nbs/adapters/replicate.ipynb #258a00f1
-def _surely_not_made(error: BaseException) -> bool:
-    """Whether a create that ended like this can have made no prediction."""
-    if isinstance(error, _Refusal):
-        return error.status < 500
-    return isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout))
-
-
-def _create_failure(error: Exception) -> Failure:
-    """What the error of a create means; without a clear no it may be billed."""
-    return replace(failure(error), paid=not _surely_not_made(error))
-
-
-async def _post(order: _Order) -> dict[str, Any]:
-    """A new prediction; without an answer the book counts it as lost."""
-    post = asyncio.create_task(
-        order.ask("POST", order.path, json=order.body, headers=order.headers)
-    )
-    order.book.posts.add(post)
-    post.add_done_callback(order.book.posts.discard)
-    try:
-        made = _prediction(await asyncio.shield(post))
-        if made["id"] in _claimed:
-            raise ConnectionError(f"prediction {made['id']} was taken for a lost one")
-        return made
-    except BaseException as error:
-        order.book.lost += not _surely_not_made(error)
-        raise
-
-# %% ../../nbs/adapters/replicate.ipynb #dff291c4
-async def _create(order: _Order) -> dict[str, Any]:
-    """The order's prediction: one that was lost, or else a new one."""
-    if order.prediction:
-        return order.prediction
-    found = await _unclaimed(order) if order.book.lost else []
-    if found:
-        order.book.lost -= 1
-    order.prediction = found[0] if found else await _post(order)
-    _claimed.add(order.prediction["id"])
-    if told := started.get():
-        told(order.prediction["id"])
-    return order.prediction
-
-# %% ../../nbs/adapters/replicate.ipynb #a340c977
-async def _insist(ask: Callable[[], Awaitable[_T]]) -> _T:
-    """The answer, however often it takes; only a clear no is an error."""
-    while True:
-        try:
-            async with asyncio.timeout(2):
-                return await ask()
-        except Exception as error:
-            if failure(error).kind != "again":
-                raise
-            await asyncio.sleep(0.25)
-
-
-async def _cancel(order: _Order, prediction: dict[str, Any]) -> None:
-    """None; the prediction is cancelled, or it is said that it cannot be."""
-    cancel = partial(order.ask, "POST", f"/v1/predictions/{prediction['id']}/cancel")
-    try:
-        await _insist(cancel)
-    except _Refusal as error:
-        _logger.info("prediction %s is not cancelled: %s", prediction["id"], log_line(str(error)))
-
-
-async def _withdraw(order: _Order) -> None:
-    """None; what the order has made is cancelled, and what the book's last user leaves behind."""
-    book = order.book
-    if order.prediction:
-        await _cancel(order, order.prediction)
-    if book.lost and not book.users:
-        if book.posts:
-            await asyncio.wait(book.posts, timeout=1.5)
-        for post in list(book.posts):
-            post.cancel()
-        found = await _insist(partial(_unclaimed, order))
-        await asyncio.gather(*(_cancel(order, p) for p in found if p["status"] not in _TERMINAL))
-
-# %% ../../nbs/adapters/replicate.ipynb #b86b2f29
-async def _surely(work: Coroutine[Any, Any, None]) -> None:
-    """None, when the work is done or its time is over; a cancellation meanwhile comes after."""
-    task, clock = asyncio.create_task(work), asyncio.get_running_loop().time
-    until, stopped = clock() + _GRACE, None
-    while not task.done() and (left := until - clock()) > 0:
-        try:
-            await asyncio.wait({task}, timeout=left)
-        except asyncio.CancelledError as error:
-            stopped = error
-    if not task.done() or task.exception():
-        task.cancel()
-        why = log_line(str(task.exception())) if task.done() else f"no answer in {_GRACE} s"
-        _logger.warning("a prediction may still run, cancelling it failed: %s", why)
-    if stopped:
-        raise stopped
-
-
-@asynccontextmanager
-async def _ordered(order: _Order, key: str) -> AsyncIterator[_Order]:
-    """The order; in the end nothing of it runs on."""
-    books, book = order.session.books, order.book
-    book.users += 1
-    try:
-        yield order
-    finally:
-        book.users -= 1
-        if not book.users:
-            books.pop(key, None)
-        if order.prediction or (book.lost and not book.users):
-            await _surely(_withdraw(order))
-
-# %% ../../nbs/adapters/replicate.ipynb #9877faa1
-async def _status(order: _Order, number: str) -> dict[str, Any] | None:
-    """The prediction as it is now; None where that could not be learned."""
-    try:
-        async with asyncio.timeout(10):
-            return _prediction(await order.ask("GET", f"/v1/predictions/{number}"))
-    except Exception as error:
-        if failure(error).kind != "again":
-            raise
-        _logger.info("the status of prediction %s is not known: %s", number, log_line(str(error)))
-        return None
-
-
-async def _ended(m: ReplicateImages, order: _Order) -> dict[str, Any]:
-    """The order's prediction in its last state."""
-    prediction, pause, clock = order.prediction, 0.1, asyncio.get_running_loop().time
-    number, begun = prediction["id"], clock()
-    try:
-        async with asyncio.timeout(m.timeout):
-            while prediction["status"] not in _TERMINAL:
-                await asyncio.sleep(pause)
-                prediction = await _status(order, number) or prediction
-                pause = min(1.0, pause * 1.5) if clock() > begun + 1 else pause
-    except TimeoutError:
-        told = f"prediction {number} had not ended after {m.timeout:g} s"
-        raise ProviderError(m.provider, Failure("never", told, paid=True)) from None
-    except (_Refusal, httpx.HTTPError) as error:
-        raise ProviderError(m.provider, replace(failure(error), paid=True)) from error
-    order.prediction = None
-    _note_metrics(m, prediction)
-    return prediction
-
-# %% ../../nbs/adapters/replicate.ipynb #96e90bac
-def _note_metrics(m: ReplicateImages, prediction: dict[str, Any]) -> None:
-    """None; the prediction's status and metrics are in the model's `metrics`."""
-    measured = _dict(prediction.get("metrics"))
-    m.metrics[prediction["id"]] = {"status": prediction["status"]} | measured
-    while len(m.metrics) > 1000:
-        del m.metrics[next(iter(m.metrics))]
 
 # %% ../../nbs/adapters/replicate.ipynb #68f2dfc2
 def _door(m: ReplicateImages, inputs: dict) -> tuple[str, dict[str, Any]]:
