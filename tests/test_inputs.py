@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refimg.adapters.inputs import KNOWN, Takes, fill, read_schema
+from refimg.adapters.inputs import KNOWN_MODELS, Capabilities, build_input, read_schema
 from tests.servers.images import IMAGES, MODELS, PROMPT, URI, schema
 
 ASKED = {"prompt": "a keeper", "aspect_ratio": "16:9"}
@@ -49,11 +49,11 @@ def test_the_table_names_the_reference_where_the_schema_has_several():
     fields = {"character_reference": URI, "image_reference": URI, "style_reference": URI}
     made = schema({"prompt": PROMPT} | fields)
     assert read_schema(made).reference == "character_reference"
-    assert read_schema(made, known=KNOWN["luma/photon-flash"]).reference == "image_reference"
+    assert read_schema(made, known=KNOWN_MODELS["luma/photon-flash"]).reference == "image_reference"
 
 
 def test_the_schema_counts_where_the_table_is_out_of_date():
-    known = Takes("image_input", True, 14, seed=True)
+    known = Capabilities("image_input", True, 14, seed=True)
     takes = read_schema(schema({"prompt": PROMPT, "image": URI}), known=known)
     assert (takes.reference, takes.many, takes.most, takes.seed) == ("image", False, 1, False)
 
@@ -83,45 +83,45 @@ def test_a_definition_elsewhere_may_refer_to_another():
 def test_what_a_model_cannot_take_is_refused(more, said):
     takes = read_schema(MODELS["google/nano-banana"])
     with pytest.raises(ValueError, match=said):
-        fill(takes, **(ASKED | more))
+        build_input(takes, **(ASKED | more))
 
 
 def test_ranges_and_required_inputs_are_held():
     takes = read_schema(MODELS["lab/portrait"])
     with pytest.raises(ValueError, match="steps=99: allowed is 1 to 50"):
-        fill(takes, **ASKED, more={"steps": 99})
+        build_input(takes, **ASKED, more={"steps": 99})
     needed = read_schema(schema({"prompt": PROMPT, "image": URI}, ["prompt", "image"]))
     with pytest.raises(ValueError, match="cannot draw without"):
-        fill(needed, **ASKED)
+        build_input(needed, **ASKED)
     other = read_schema(schema({"prompt": PROMPT, "mode": {"type": "string"}}, ["mode"]))
     with pytest.raises(ValueError, match="mode: the model needs it"):
-        fill(other, **ASKED)
+        build_input(other, **ASKED)
 
 
 def test_a_reference_is_never_dropped():
     with pytest.raises(ValueError, match="1 given, the model takes at most 0"):
-        fill(read_schema(MODELS["lab/words"]), **ASKED, references=["https://…/1"])
+        build_input(read_schema(MODELS["lab/words"]), **ASKED, references=["https://…/1"])
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 2**31 - 1))
 def test_a_seed_is_folded_into_the_models_range(seed, largest):
-    takes = Takes(seed=True, fields={"seed": {"maximum": largest}, "prompt": {}})
-    sent = fill(takes, **ASKED, seed=seed)["seed"]
+    takes = Capabilities(seed=True, fields={"seed": {"maximum": largest}, "prompt": {}})
+    sent = build_input(takes, **ASKED, seed=seed)["seed"]
     assert 0 <= sent <= largest and (seed > largest or sent == seed)
 
 
 @given(st.integers(1, 21), st.integers(1, 21))
 def test_width_and_height_keep_ratio_and_area(wide, high):
     sized = read_schema(schema({"prompt": PROMPT, "width": {}, "height": {}}))
-    made = fill(sized, prompt="a", aspect_ratio=f"{wide}:{high}")
+    made = build_input(sized, prompt="a", aspect_ratio=f"{wide}:{high}")
     width, height = made["width"], made["height"]
     assert width % 16 == height % 16 == 0 and "aspect_ratio" not in made
     assert math.isclose(width / height, wide / high, rel_tol=0.05)
     assert math.isclose(width * height, 2**20, rel_tol=0.06)
 
 
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("name", KNOWN_MODELS)
 def test_a_row_of_the_table_can_be_filled(name):
-    takes = KNOWN[name]
-    made = fill(takes, prompt="a", aspect_ratio="1:1", references=["u"])
+    takes = KNOWN_MODELS[name]
+    made = build_input(takes, prompt="a", aspect_ratio="1:1", references=["u"])
     assert made[takes.reference] == (["u"] if takes.many else "u")

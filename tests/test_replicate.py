@@ -329,7 +329,7 @@ async def test_a_hint_and_a_header_say_how_long_to_wait(server):
     begun = time.perf_counter()
     await images(server).generate(request())
     assert time.perf_counter() - begun >= 1
-    refusal = predictions._Refusal(predictions.httpx.Response(429, headers={"retry-after": "7"}))
+    refusal = predictions.Refusal(predictions.httpx.Response(429, headers={"retry-after": "7"}))
     assert predictions.failure(refusal).wait == 7
 
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 # %% auto #0
-__all__ = ['KNOWN', 'Takes', 'read_schema', 'fill']
+__all__ = ['KNOWN_MODELS', 'Capabilities', 'read_schema', 'build_input']
 
 # %% ../../nbs/adapters/inputs.ipynb #6a779cfc
 @dataclass(frozen=True)
-class Takes:
+class Capabilities:
     """What a model takes, in refimg's words."""
 
     reference: str | None = None  # name of the input for reference images; None: it has none
@@ -35,12 +35,12 @@ _SHARED = ("1:1", "4:3", "3:4", "16:9", "9:16")
 _BANANA = (*_SHARED, "2:3", "3:2", "4:5", "5:4", "21:9")
 
 
-def _row(reference: str, most: int = 0, **more: Any) -> Takes:
+def _row(reference: str, most: int = 0, **more: Any) -> Capabilities:
     """A row of the table; with `most` the reference input is a list of that many."""
-    return Takes(reference, most > 0, most or 1, **({"aspect_ratios": _SHARED} | more))
+    return Capabilities(reference, most > 0, most or 1, **({"aspect_ratios": _SHARED} | more))
 
 # %% ../../nbs/adapters/inputs.ipynb #7fffdc6c
-KNOWN: dict[str, Takes] = {
+KNOWN_MODELS: dict[str, Capabilities] = {
     "google/nano-banana": _row("image_input", 3, aspect_ratios=_BANANA),
     "google/nano-banana-2": _row("image_input", 14, aspect_ratios=_BANANA),
     "black-forest-labs/flux-kontext-pro": _row("input_image", seed=True),
@@ -102,19 +102,19 @@ def _ratios(fields: dict[str, dict]) -> tuple[str, ...] | None:
 def read_schema(
     openapi: dict,  # `openapi_schema` of a version of the model
     *,
-    known: Takes | None = None,  # what the table says of the model
+    known: Capabilities | None = None,  # what the table says of the model
     reference_input: str | None = None,  # the reference input's name, where no rule finds it
-) -> Takes:
+) -> Capabilities:
     """What the model takes, by its own schema; a ValueError if that cannot be read."""
     try:
         fields, required = _fields(openapi)
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"the model's schema cannot be read: {error!r}") from error
-    by_heart = known.reference if known and known.reference in fields else None
-    name = _reference(fields, reference_input or by_heart)
+    table_reference = known.reference if known and known.reference in fields else None
+    name = _reference(fields, reference_input or table_reference)
     entry = fields.get(name, {})
     many = entry.get("type") == "array"
-    return Takes(
+    return Capabilities(
         reference=name,
         many=many,
         most=(entry.get("maxItems") or (known.most if known else 1)) if many else 1,
@@ -135,7 +135,7 @@ def _size(aspect_ratio: str) -> dict[str, int]:
     return {"width": 16 * round(wide * scale), "height": 16 * round(high * scale)}
 
 
-def _problems(takes: Takes, inputs: dict[str, Any]) -> Iterator[str]:
+def _problems(takes: Capabilities, inputs: dict[str, Any]) -> Iterator[str]:
     """What the schema has against these inputs."""
     for name, value in inputs.items():
         entry = takes.fields.get(name)
@@ -152,7 +152,7 @@ def _problems(takes: Takes, inputs: dict[str, Any]) -> Iterator[str]:
             yield f"{name}: the model needs it"
 
 # %% ../../nbs/adapters/inputs.ipynb #6cd11cdf
-def _reference_input(takes: Takes, references: Sequence[str]) -> dict[str, Any]:
+def _reference_input(takes: Capabilities, references: Sequence[str]) -> dict[str, Any]:
     """The reference images under the model's name for them."""
     most = takes.most if takes.reference else 0
     if len(references) > most:
@@ -164,7 +164,7 @@ def _reference_input(takes: Takes, references: Sequence[str]) -> dict[str, Any]:
     return {takes.reference: list(references) if takes.many else references[0]}
 
 
-def _seed_input(takes: Takes, seed: int) -> dict[str, int]:
+def _seed_input(takes: Capabilities, seed: int) -> dict[str, int]:
     """The seed, within the model's range."""
     if not takes.seed:
         raise ValueError(f"seed={seed}: the model takes none")
@@ -172,8 +172,8 @@ def _seed_input(takes: Takes, seed: int) -> dict[str, int]:
     return {"seed": seed % (int(largest) + 1) if largest else seed}
 
 # %% ../../nbs/adapters/inputs.ipynb #8d691b17
-def fill(
-    takes: Takes,  # what the model takes
+def build_input(
+    takes: Capabilities,  # what the model takes
     *,
     prompt: str,  # what to draw
     aspect_ratio: str,  # "W:H"

@@ -21,17 +21,17 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from .download import NoImage, fetch, origin
-from .inputs import KNOWN, Takes, fill, read_schema
+from .inputs import KNOWN_MODELS, Capabilities, build_input, read_schema
 from refimg.adapters.predictions import (
     _ask,
-    _Book,
+    PendingCreates,
     _claimed,
     _create,
     _create_failure,
     _dict,
     _ended,
     _free,
-    _Order,
+    PredictionRequest,
     _ordered,
     _prediction,
     _Session,
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['ReplicateImages']
+__all__ = ['prediction_endpoint', 'load_capabilities', 'known_capabilities', 'ReplicateImages']
 
 # %% ../../nbs/adapters/replicate.ipynb #0178bcc9
 _SIDE = 1536  # pixels
@@ -103,7 +103,7 @@ async def _uploaded(m: ReplicateImages, session: _Session, path: Path) -> str:
     return upload.url
 
 # %% ../../nbs/adapters/replicate.ipynb #68f2dfc2
-def _door(m: ReplicateImages, inputs: dict) -> tuple[str, dict[str, Any]]:
+def prediction_endpoint(m: ReplicateImages, inputs: dict) -> tuple[str, dict[str, Any]]:
     """Where a prediction is created, and what is sent there."""
     if m.version:
         return "/v1/predictions", {"version": m.version, "input": inputs}
@@ -112,12 +112,12 @@ def _door(m: ReplicateImages, inputs: dict) -> tuple[str, dict[str, Any]]:
 
 async def _predict(m: ReplicateImages, session: _Session, inputs: dict) -> dict[str, Any]:
     """A prediction that has ended, for better or worse."""
-    path, body = _door(m, inputs)
+    path, body = prediction_endpoint(m, inputs)
     key = json.dumps([path, body], sort_keys=True)
-    book = session.books.setdefault(key, _Book(asyncio.get_running_loop().time()))
+    book = session.books.setdefault(key, PendingCreates(asyncio.get_running_loop().time()))
     headers = {"Cancel-After": f"{max(5, math.ceil(m.timeout))}s"}
     owner = m.model.partition(":")[0]
-    async with _ordered(_Order(session, path, body, owner, headers, book), key) as order:
+    async with _ordered(PredictionRequest(session, path, body, owner, headers, book), key) as order:
         seconds = min(30.0, m.timeout)
         await attempts(m.provider, partial(_create, order), _create_failure, seconds=seconds)
         return await _ended(m, order)
@@ -146,7 +146,7 @@ async def _fetched(url: str, own: str | None) -> bytes:
 def _seed(m: ReplicateImages, prediction: dict[str, Any], inputs: dict[str, Any]) -> int | None:
     """The seed that was sent, or that the log of a model with seeds reports."""
     told = re.search(r"\bseed\b\D{0,4}(\d{1,19})\b", str(prediction.get("logs") or ""), re.I)
-    reported = int(told[1]) if told and m.takes and m.takes.seed else None
+    reported = int(told[1]) if told and m.capabilities and m.capabilities.seed else None
     return inputs["seed"] if type(inputs.get("seed")) is int else reported
 
 # %% ../../nbs/adapters/replicate.ipynb #0c0f5cf4
@@ -197,9 +197,9 @@ def _why(prediction: dict[str, Any]) -> Failure:
 # %% ../../nbs/adapters/replicate.ipynb #c3f6ed9e
 async def _generate(m: ReplicateImages, request: ImageRequest) -> GeneratedImage:
     """The picture of a request; at most two predictions."""
-    takes, session = await _taken(m), await _session(m)
+    takes, session = await _capabilities(m), await _session(m)
     draft = partial(
-        fill, takes, prompt=request.prompt, aspect_ratio=request.aspect_ratio,
+        build_input, takes, prompt=request.prompt, aspect_ratio=request.aspect_ratio,
         negative_prompt=request.negative_prompt, more=m.inputs,
     )  # fmt: skip
     draft(seed=request.seed, references=[""] * len(request.references))
@@ -220,7 +220,7 @@ async def _generate(m: ReplicateImages, request: ImageRequest) -> GeneratedImage
 async def _adopt(m: ReplicateImages, number: str) -> GeneratedImage | None:
     """The picture of an earlier prediction; None where there is none to be had."""
     session = await _session(m)
-    order = _Order(session, "", {}, "", {}, _Book(0.0))
+    order = PredictionRequest(session, "", {}, "", {}, PendingCreates(0.0))
     try:
         ask = partial(order.ask, "GET", f"/v1/predictions/{number}")
         order.prediction = _prediction(await _free(m, 30, ask))
@@ -245,45 +245,45 @@ async def _page(session: _Session, path: str) -> dict[str, Any]:
     return answer
 
 
-async def _learn(m: ReplicateImages) -> None:
+async def load_capabilities(m: ReplicateImages) -> None:
     """None; the model's schema is read."""
     name, _, version = m.model.partition(":")
     path = f"/v1/models/{name}" + (f"/versions/{version}" if version else "")
     session = await _session(m)
-    answer, known = await _free(m, 30, partial(_page, session, path)), KNOWN.get(name)
+    answer, known = await _free(m, 30, partial(_page, session, path)), KNOWN_MODELS.get(name)
     latest = answer if version else _dict(answer.get("latest_version"))
     schema = latest.get("openapi_schema")
-    m.takes = read_schema(schema, known=known, reference_input=m.reference_input)
+    m.capabilities = read_schema(schema, known=known, reference_input=m.reference_input)
     if not (version or known or answer.get("is_official")):
         m.version = str(latest.get("id") or "")
-    if not m.takes.sized and "aspect_ratio" not in m.takes.fields:
+    if not m.capabilities.sized and "aspect_ratio" not in m.capabilities.fields:
         _logger.warning("%s has no input for the aspect ratio: it decides by itself", m.name)
 
 # %% ../../nbs/adapters/replicate.ipynb #c2a88f67
 async def _load(m: ReplicateImages) -> None:
     """None; the model's schema is read, or the table stands in for it on a bad day."""
     try:
-        await _learn(m)
+        await load_capabilities(m)
     except (ProviderError, ValueError) as error:
         down = isinstance(error, ProviderError) and error.failure.kind == "down"
-        if m.takes is None or down:
+        if m.capabilities is None or down:
             raise
         told = "what %s takes cannot be asked, the table of known models stands in: %s"
         _logger.warning(told, m.name, log_line(str(error)))
 
 
-def _known(m: ReplicateImages) -> Takes:
+def _known(m: ReplicateImages) -> Capabilities:
     """What the model takes; a ValueError where that is not known yet."""
-    if m.takes is None:
+    if m.capabilities is None:
         raise ValueError(f"what {m.model} takes is not known yet: `await load()` asks for it")
-    return m.takes
+    return m.capabilities
 
 
-async def _taken(m: ReplicateImages) -> Takes:
+async def _capabilities(m: ReplicateImages) -> Capabilities:
     """What the model takes, asked for where it is not known."""
-    if m.takes is None:
+    if m.capabilities is None:
         await _load(m)
-    return m.takes
+    return m.capabilities
 
 # %% ../../nbs/adapters/replicate.ipynb #692fd85b
 _REPLICATE = "https://api.replicate.com"
@@ -327,9 +327,9 @@ def _checked_inputs(inputs: dict[str, Any] | None) -> dict[str, Any]:
     return dict(inputs or {})
 
 
-def _by_heart(model: str, reference_input: str | None) -> Takes | None:
+def known_capabilities(model: str, reference_input: str | None) -> Capabilities | None:
     """The model's row of the table; None where its schema is needed."""
-    row = KNOWN.get(model)
+    row = KNOWN_MODELS.get(model)
     return row if row and reference_input in (None, row.reference) else None
 
 # %% ../../nbs/adapters/replicate.ipynb #e428b40f
@@ -356,7 +356,7 @@ class ReplicateImages:
         url, self._token = _own_address(client) if client else (url, _token_for(url, api_token))
         self.base_url, self.reference_input = url.rstrip("/"), reference_input
         self.timeout, self._client, self._sessions = timeout, client, {}
-        self.takes, self.version = _by_heart(model, reference_input), model.partition(":")[2]
+        self.capabilities, self.version = known_capabilities(model, reference_input), model.partition(":")[2]
         self.metrics: dict[str, dict[str, Any]] = {}  # by prediction: status, predict_time, …
         remember(self._token)
 
