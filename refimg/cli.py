@@ -465,9 +465,9 @@ def _weights() -> dict[str, str]:
 
 def _rows() -> int:
     """How many prices are known."""
-    from refimg.adapters.prices import prices
+    from refimg.adapters.prices import PriceTable
 
-    return len(prices())
+    return len(PriceTable().rows())
 
 
 def _findings() -> dict[str, Any]:

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from refimg.adapters.prices import Budget, Estimate
+    from refimg.adapters.retry import RunLimits
+    from refimg.engine.costs import Budget, Estimate
     from refimg.enhance import ChatModel
     from refimg.generate import ImageModel
     from refimg.score import Scorer
@@ -114,29 +113,31 @@ def available() -> dict[str, str | None]:
 def budget(
     limit_usd: float,  # above 0
 ) -> Budget:
-    """What a run may spend, see `adapters/prices`."""
-    from refimg.adapters.prices import Budget
+    """Return a budget that pays by the price table, see `engine/costs`."""
+    from refimg.adapters.prices import PriceTable
+    from refimg.engine.costs import Budget
 
-    return Budget(limit_usd)
+    return Budget(limit_usd, PriceTable())
 
 # %% ../nbs/06_defaults.ipynb #4bccd1ef
 def estimate(
-    scenes: Sequence[tuple[str, str]],  # prompt and context of each
-    **plan: Any,  # as for `adapters.prices.estimate`
+    *args: Any,  # as for `engine.costs.estimate`
+    **plan: Any,  # the same, but for `prices`
 ) -> Estimate:
-    """About what a run over these scenes will cost."""
-    from refimg.adapters import prices
+    """Return about what a run will cost by the price table."""
+    from refimg.adapters.prices import PriceTable
+    from refimg.engine import costs
 
-    return prices.estimate(scenes, **plan)
+    return costs.estimate(*args, prices=PriceTable(), **plan)
 
 # %% ../nbs/06_defaults.ipynb #142b207b
 def retry_limits(
     planned: int,  # calls of the run if nothing goes wrong
-) -> AbstractContextManager:
-    """While it is open, the calls made within share their retries, see `adapters/retry`."""
-    from refimg.adapters.retry import run_limits
+) -> RunLimits:
+    """Return what the calls of one run share, see `adapters/retry`."""
+    from refimg.adapters.retry import RunLimits
 
-    return run_limits(planned)
+    return RunLimits(planned)
 
 # %% ../nbs/06_defaults.ipynb #a1b1f242
 def journal() -> Journal:
