@@ -48,6 +48,7 @@ _REPLICATE = "https://api.replicate.com"
 _SIDE = 1536  # pixels of a reference image
 _KEEP = 1800.0  # seconds that an upload is used
 _UPLOAD = 60.0  # seconds for one attempt
+_FETCH = (0.2, 2.0)  # seconds before an image is fetched again, at first and at most
 
 
 @dataclass
@@ -147,7 +148,7 @@ class _Server:
         import stamina
 
         passing, own = (httpx.HTTPError, NoImage, OSError), self.base_url if self.foreign else None
-        waits = {"wait_initial": 0.2, "wait_max": 2.0, "wait_jitter": 0.2}
+        waits = {"wait_initial": _FETCH[0], "wait_max": _FETCH[1], "wait_jitter": _FETCH[0]}
         attempts = stamina.retry_context(on=passing, attempts=4, timeout=None, **waits)
         try:
             async for attempt in attempts:
@@ -303,9 +304,9 @@ class ReplicateImages:
         call: Call | None = None,  # from the run
     ) -> GeneratedImage | None:
         """Return its image, waited for if it still runs; None where there is none to be had."""
-        connection, options = await self.server.connection(), {"timeout": self.timeout, "call": call}
+        connection, seconds = await self.server.connection(), self.timeout
         try:
-            async with PredictionRequest(connection, **options) as wanted:
+            async with PredictionRequest(connection, timeout=seconds, call=call) as wanted:
                 await wanted.adopt(prediction_id)
                 prediction = self._measured(await wanted.wait())
             if prediction.status != "succeeded":
