@@ -73,18 +73,19 @@ class _Server:
 
     def __init__(self, base_url: str | None, token: str | None, client: Client | None):
         environment = os.environ.get("REPLICATE_BASE_URL", "").strip() or _REPLICATE
+        url, own = base_url or environment, ""
         if client and (base_url or token):
             raise ValueError("base_url and api_token must be None where client has its own, got "
                              f"{base_url!r} and {'a token' if token else None}")
+        if origin(url) == origin(environment):
+            own = os.environ.get("REPLICATE_API_TOKEN", "")
+        token = (token or own).strip()
         if client:
-            base_url, token = Connection(client, "").address
-        url = base_url or environment
-        own = origin(url) == origin(environment)
-        token = (token or (own and os.environ.get("REPLICATE_API_TOKEN")) or "").strip()
-        if not token:
+            url, token = Connection(client, "").address
+        elif not token:
             raise ValueError(f"REPLICATE_API_TOKEN must be set, or api_token given, for {url}: "
                              "an address given as base_url needs a token of its own")
-        if not re.fullmatch(r"[!-~]+", token):
+        elif not re.fullmatch(r"[!-~]+", token):
             raise ValueError("api_token must be ASCII without blanks, got other characters")
         self.base_url, self.token, self.client = url.rstrip("/"), token, client
         self.connections: dict[asyncio.AbstractEventLoop, tuple] = {}
@@ -132,7 +133,7 @@ class _Server:
         """Return the address of a reference image, uploaded by the first call that needs it."""
         clock, connection = asyncio.get_running_loop().time, await self.connection()
         content = await asyncio.to_thread(path.read_bytes)
-        upload = connection.uploads.setdefault(hashlib.sha256(content).digest(), _Upload())
+        upload = connection.uploads.setdefault(hashlib.sha256(content).hexdigest(), _Upload())
         async with upload.lock:
             if upload.until < clock():
                 send = partial(connection.upload, await asyncio.to_thread(_small_jpeg, path))
@@ -180,8 +181,7 @@ class ReplicateImages:
             raise ValueError(f"model must be owner/name or owner/name:version, got {model!r}")
         if not 0 < timeout < math.inf:
             raise ValueError(f"timeout must be a number of seconds above 0, got {timeout!r}")
-        ours = {"prompt", "negative_prompt", "seed", "aspect_ratio"} & set(inputs or ())
-        if ours:
+        if ours := {"prompt", "negative_prompt", "seed", "aspect_ratio"} & set(inputs or ()):
             raise ValueError("inputs must be the model's own and none that refimg sends, got "
                              f"{', '.join(sorted(ours))}")
         self.server, self.model = _Server(base_url, api_token, client), model
@@ -198,7 +198,7 @@ class ReplicateImages:
     def _known(self) -> Capabilities:
         """Return what the model takes; a ValueError where that is not known yet."""
         if self.capabilities is None:
-            raise ValueError(f"capabilities must be read first by `await load()`, "
+            raise ValueError("capabilities must be read first by `await load()`, "
                              f"got none of {self.model}")
         return self.capabilities
 
@@ -244,18 +244,19 @@ class ReplicateImages:
         try:
             answer = await connection.ask_free(page, seconds=30, call=call)
             latest = answer if version else answer.get("latest_version")
-            latest, wanted = latest if isinstance(latest, dict) else {}, self.reference_input
-            takes = read_schema(latest.get("openapi_schema"), known=known, reference_input=wanted)
+            latest = latest if isinstance(latest, dict) else {}
+            schema, wanted = latest.get("openapi_schema"), self.reference_input
+            self.capabilities = read_schema(schema, known=known, reference_input=wanted)
         except (ProviderError, ValueError) as error:
             down = isinstance(error, ProviderError) and error.failure.kind == "down"
             if self.capabilities is None or down:
                 raise
             told = "what %s takes cannot be asked, the table of known models stands in: %s"
-            return _logger.warning(told, self.name, log_line(str(error)))
-        self.capabilities = takes
+            _logger.warning(told, self.name, log_line(str(error)))
+            return
         if not (version or known or answer.get("is_official")):
             self.version = str(latest.get("id") or "")
-        if not takes.sized and "aspect_ratio" not in takes.fields:
+        if not self.capabilities.sized and "aspect_ratio" not in self.capabilities.fields:
             _logger.warning("%s has no input for the aspect ratio: it decides itself", self.name)
 
     async def generate(
@@ -316,8 +317,8 @@ class ReplicateImages:
         except (ConnectionError, ProviderError) as error:
             if isinstance(error, ProviderError) and error.failure.kind == "down":
                 raise
-            told = "prediction %s is not adopted: %s"
-            _logger.info(told, prediction_id, log_line(str(error)))
+            why = log_line(str(error))
+            _logger.info("prediction %s is not adopted: %s", prediction_id, why)
             return None
 
     def _measured(self, prediction: Prediction) -> Prediction:
