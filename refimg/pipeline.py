@@ -22,7 +22,7 @@ from refimg.engine.decisions import (
 )
 from .engine.many import ManyProgress, ManyRuns, StoryFailure, check_many
 from .engine.prompts import compose_prompt, scene_context
-from .engine.protocols import Call, ChatModel, ImageModel, Scorer, Usage
+from .engine.protocols import Call, ChatModel, ImageModel, Scorer
 from .engine.results import Event, SceneResult, StoryResult, Variation
 from refimg.engine.run import (
     RunAgent,
@@ -34,6 +34,7 @@ from refimg.engine.run import (
 from .engine.settings import Settings, check_folder, check_story, settings_of
 from .engine.story import Scene, Story
 from .engine.tasks import GenerationCancelled, Progress, ProgressReporter, run_blocking
+from .engine.usage import story_usage
 from .enhance import ImagePromptEnhancementResult
 from .storage.files import TraceTree, check_id
 
@@ -99,19 +100,12 @@ class Pipeline:
         """Estimate the price of a run in USD: one iteration per scene, and all of them."""
         from refimg import defaults
 
-        from refimg.adapters.prices import enhancement_usage
-
-        settings = self._checked(story)
-        negative = self.image_model.takes_negative_prompt
-        scenes = [(s.prompt, scene_context(story, n)) for n, s in enumerate(story.scenes, start=1)]
-
-        def used(iterations: int) -> list[tuple[Usage, Usage]]:
-            return [enhancement_usage(*scene, iterations, negative=negative) for scene in scenes]
-
-        most = settings.max_enhancement_iterations
+        settings, negative = self._checked(story), self.image_model.takes_negative_prompt
+        scenes, most = len(story.scenes), settings.max_enhancement_iterations
+        used = (story_usage(story, n, negative=negative) for n in (min(1, most), most))
         return defaults.estimate(
-            used(min(1, most)), used(most), images=len(scenes) * settings.num_variations,
-            chat_calls=len(scenes) * (2 * most + (negative and most > 0)),
+            *used, images=scenes * settings.num_variations,
+            chat_calls=scenes * (2 * most + (negative and most > 0)),
             director=settings.director, critic=settings.critic, image_model=settings.image_model)
 
     async def enhance(
@@ -256,22 +250,22 @@ class Pipeline:
         finally:
             traces.close(keep=self.keep_traces)
 
-# %% ../nbs/03_pipeline.ipynb #498a39dd
+# %% ../nbs/03_pipeline.ipynb #8ad036a2
 def _padded(name: str, values: list[str | None] | None, length: int) -> list[str | None]:
-    """The list with None for what is blank or missing; a ValueError where it is too long."""
+    """Fill a list up with None, also for what is blank; a ValueError where it is too long."""
     if isinstance(values, str):
-        raise ValueError(f"{name} is {values!r}; allowed: a list of texts, one a scene")
+        raise ValueError(f"{name} must be a list of texts, one per scene, got {values!r}")
     values = list(values or [])
     if len(values) > length:
-        raise ValueError(f"{name} has {len(values)} entries; allowed: up to {length}, one a scene")
+        raise ValueError(f"{name} must be at most {length} texts, one per scene, got {len(values)}")
     return [value or None for value in values] + [None] * (length - len(values))
 
-# %% ../nbs/03_pipeline.ipynb #8ad036a2
+
 def _story_of_lists(prompts: list[str], markers: dict | None, image: Any, **notes: Any) -> Story:
-    """The story that the door's lists describe; element i of each belongs to scene i+1."""
+    """Make the story that the lists describe; element i of each belongs to scene i+1."""
     listed = isinstance(prompts, (list, tuple))
     if not listed or not all(isinstance(prompt, str) for prompt in prompts):
-        raise ValueError(f"prompts is {prompts!r}; allowed: a list of texts, one a scene")
+        raise ValueError(f"prompts must be a list of texts, one per scene, got {prompts!r}")
     columns = {name: _padded(f"{name}s", values, len(prompts)) for name, values in notes.items()}
     scenes = [
         Scene(prompt=prompt, **{name: column[i] for name, column in columns.items()})
@@ -282,24 +276,24 @@ def _story_of_lists(prompts: list[str], markers: dict | None, image: Any, **note
 
 # %% ../nbs/03_pipeline.ipynb #85a65441
 async def generate_enhanced_reference_images_with_sequential_references(
-    prompts: list[str],  # one a scene, at least one, none blank
+    prompts: list[str],  # one per scene, at least one, none blank
     output_dir: str | Path,  # where the images go
     generation_id: str,  # [A-Za-z0-9][A-Za-z0-9._-]{0,63}; names files and traces
     consistency_markers: dict[str, Any] | None = None,  # style, color_palette, lighting, mood, …
-    continuity_notes: list[str | None] | None = None,  # what goes on from the scene before
+    continuity_notes: list[str | None] | None = None,  # what continues from the scene before
     consistency_guidelines: list[str | None] | None = None,  # what must look the same as elsewhere
     transition_notes: list[str | None] | None = None,  # how the scene before passes into this one
     initial_reference_image: str | Path | None = None,  # the reference of scene 1
     cancellation_check: Callable[[], bool | Awaitable[bool]] | None = None,  # true: stop
-    quality_threshold: float = 30.0,  # 0–100; a chosen image below it is warned of
-    num_variations: int = 4,  # images a scene, 1–20
-    max_enhancement_iterations: int = 4,  # rounds of the agents, 0–10
+    quality_threshold: float = 30.0,  # 0–100; a selected image below it is warned of
+    num_variations: int = 4,  # images per scene, 1–20
+    max_enhancement_iterations: int = 4,  # iterations of the agents, 0–10
 ) -> list[str]:
-    """One absolute path a scene: the reference images of a story, in its order.
+    """Make the reference images of a story: one absolute path per scene, in its order.
 
-    Each scene's prompt is sharpened by two agents, drawn `num_variations` times with the scene
-    before as reference, scored, and the best is kept. Element i of each list of notes belongs to
-    scene i+1; a shorter list is padded with None, "" counts as None.
+    Each scene's prompt is enhanced by two agents, drawn `num_variations` times with the scene
+    before as reference, scored, and the best image is selected. Element i of each list of notes
+    belongs to scene i+1; a shorter list is padded with None, "" counts as None.
 
     Which models are used follows from the environment (`Pipeline.from_env`): with keys for a
     language model and an image provider they are real, with neither it is the offline sandbox.
@@ -307,7 +301,7 @@ async def generate_enhanced_reference_images_with_sequential_references(
 
     Raises
     ------
-    ValueError: something that was passed in is wrong; nothing was paid and nothing written.
+    ValueError: an argument is wrong; nothing was paid and nothing written.
     GenerationFailed: no scene got any image.
     GenerationCancelled: `cancellation_check` returned true.
 

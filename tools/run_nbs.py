@@ -2,7 +2,8 @@
 
 Cells under `#| notest` (they need a key) keep the outputs they have; the export cell is not run.
 The kernel is this environment's, whatever else the machine has. What only a live page can show is
-left out: widgets, and bars that write over themselves.
+left out: widgets, and bars that write over themselves. An image that comes as JPEG and as PNG is
+kept as JPEG.
 """
 
 import os
@@ -33,6 +34,8 @@ def lasts(output: nbformat.NotebookNode) -> bool:
     """Whether there is something to keep in an output, once its widget is taken out."""
     if output.output_type == "stream":
         return "\r" not in output.text
+    if "image/jpeg" in output.get("data", {}):  # Pillow shows an image as both
+        output.data.pop("image/png", None)
     live = output.get("data", {}).pop(WIDGET, None)
     return live is None or bool(output.data.keys() - {"text/plain"})
 
