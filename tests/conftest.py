@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import re
 
+import pytest
 from hypothesis import settings
 
-OURS = re.compile(r"REFIMG_(?!CHROMIUM$)|OPENAI_|REPLICATE_")
+OURS = re.compile(r"REFIMG_(?!CHROMIUM$|TEST_ALL$)|OPENAI_|REPLICATE_")
 
 for name in [n for n in os.environ if OURS.match(n)]:
     del os.environ[name]
@@ -18,5 +19,8 @@ settings.load_profile("refimg")
 
 
 def pytest_collection_modifyitems(items: list) -> None:
-    """The slow files first: two processes then end at about the same time."""
+    """The slow files first, to end two processes together; `all` only where it is asked for."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    if os.environ.get("REFIMG_TEST_ALL") != "1":
+        for item in (item for item in items if item.get_closest_marker("all")):
+            item.add_marker(pytest.mark.skip(reason="only in make test-all (REFIMG_TEST_ALL=1)"))
