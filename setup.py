@@ -10,6 +10,10 @@ ROOT = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
 config.read(ROOT / "settings.ini", encoding="utf-8")
 settings = config["DEFAULT"]
+names = ("score", "notebook", "validate", "backend", "dev")
+extras = {name: shlex.split(settings[f"{name}_requirements"]) for name in names}
+extras["all"] = sorted({*extras["score"], *extras["notebook"], *extras["validate"]})
+extras["dev"] += [*extras["all"], *extras["backend"]]
 
 setup(
     name=settings["lib_name"],
@@ -28,9 +32,7 @@ setup(
     package_data={"refimg": ["py.typed", "sandbox/weights/*", "sandbox/weights/*/*"]},
     python_requires=f">={settings['min_python']},<{settings['max_python']}",
     install_requires=shlex.split(settings["requirements"]),
-    extras_require={
-        name: shlex.split(settings[f"{name}_requirements"]) for name in ("backend", "dev")
-    },
+    extras_require=extras,
     entry_points={"console_scripts": shlex.split(settings["console_scripts"])},
     classifiers=["Programming Language :: Python :: 3", "Framework :: Jupyter"],
     zip_safe=False,

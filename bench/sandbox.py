@@ -127,9 +127,9 @@ def report_groups(found: list[dict]) -> dict:
 
 SPEED = """
 import json, time, torch
-from refimg.adapters.clip import _open_clip, _transformers
-_open_clip()
-_transformers().CLIPModel
+from refimg.adapters.towers import import_open_clip, import_transformers
+import_open_clip()
+import_transformers().CLIPModel
 from refimg.sandbox.painter import paint_picture
 from refimg.sandbox.scorers import SandboxAesthetic, SandboxClipScore, SandboxPickScore
 from refimg.score import Batch, raw_scores

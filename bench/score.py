@@ -22,7 +22,7 @@ import statistics
 
 from PIL import Image
 
-from refimg.adapters import clip, weights
+from refimg.adapters import clip, towers, weights
 from refimg.score import Batch, raw_scores
 
 LONG = True
@@ -48,14 +48,15 @@ def make_weights(folder: Path) -> None:
 
     h, l14 = folder / "h", folder / "l"
     l14.mkdir()
-    library = clip._transformers()
+    library = towers.import_transformers()
     config = library.CLIPConfig(text_config=TEXT_H, vision_config=VISION_H, projection_dim=1024)
     model = library.CLIPModel(config)
     model.save_pretrained(h)
     write_tokenizer(h)
     del model
-    config = clip._open_clip().get_model_config("ViT-L-14-quickgelu")
-    save_file(clip._open_clip().CLIP(**config).state_dict(), l14 / "open_clip_model.safetensors")
+    config = towers.import_open_clip().get_model_config("ViT-L-14-quickgelu")
+    model = towers.import_open_clip().CLIP(**config)
+    save_file(model.state_dict(), l14 / "open_clip_model.safetensors")
     (l14 / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
     torch.save({"weight": torch.randn(1, 768), "bias": torch.zeros(1)}, folder / "head.pth")
 
@@ -92,10 +93,9 @@ class Bare:
     """The models as their libraries give them."""
 
     def __init__(self, folder: Path):
-        library = clip._open_clip()
-        self.h = clip._clip_model(folder / "h")
-        self.h_pixels, self.h_tokens = clip._processor(folder / "h"), clip._tokenizer(folder / "h")
-        self.l14, self.l_pixels = clip._open_clip_model(folder / "l", "", "")
+        library = towers.import_open_clip()
+        self.h, self.h_pixels, self.h_tokens = towers._clip_parts(folder / "h")
+        self.l14, self.l_pixels = towers._open_clip_model(folder / "l", "", "")
         self.l_tokens = library.get_tokenizer(f"local-dir:{folder / 'l'}")
 
     def pixels(self, images):
@@ -111,11 +111,11 @@ class Bare:
 
     def images(self, h, l14):
         """One pass of each image tower."""
-        return clip._unit(self.h.get_image_features(h)), clip._unit(self.l14.encode_image(l14))
+        return towers._unit(self.h.get_image_features(h)), towers._unit(self.l14.encode_image(l14))
 
     def texts(self, h, l14):
         """One pass of each text tower."""
-        return clip._unit(self.h.get_text_features(**h)), clip._unit(self.l14.encode_text(l14))
+        return towers._unit(self.h.get_text_features(**h)), towers._unit(self.l14.encode_text(l14))
 
     def naive(self, images, prompt: str) -> list[list[float]]:
         """For each image PickScore over the scale, CLIP-Score, and the vector for the head."""
@@ -124,7 +124,7 @@ class Bare:
             h, l14 = self.pixels([image])
             (h_image, l_image), (h_text, l_text) = self.images(h, l14), self.texts(
                 *self.tokens(prompt))
-            again = clip._unit(self.l14.encode_image(self.pixels([image])[1]))
+            again = towers._unit(self.l14.encode_image(self.pixels([image])[1]))
             found.append([float(h_image[0] @ h_text[0]), float(l_image[0] @ l_text[0]),
                           float(again[0, 0])])
         return found
@@ -177,9 +177,9 @@ def resident(field: str) -> int:
 
 def memory(folder: Path) -> None:
     """Prints the peak of scoring above what the imports take, and the size of the weights."""
-    clip._open_clip()
+    towers.import_open_clip()
     for kind in ("CLIPModel", "CLIPTokenizer", "CLIPImageProcessorPil"):
-        getattr(clip._transformers(), kind)
+        getattr(towers.import_transformers(), kind)
     before, made = resident("VmRSS"), scorers(folder, device="cpu")
     raw_scores(Batch(pictures(IMAGES), PROMPT), made)
     size = sum(path.stat().st_size for path in folder.glob("*/*.safetensors"))
@@ -194,7 +194,7 @@ def gpu(folder: Path) -> dict | None:
         print("no GPU could be used here: nothing was measured on one")
         return None
     made, bare = scorers(folder, device="cuda"), Bare(folder)
-    half = getattr(torch, clip.placement("cuda")[1])
+    half = getattr(torch, towers.resolve_placement("cuda")[1])
     for model in (bare.h, bare.l14):
         model.to("cuda", half)
     peak = matrix_peak(half)
@@ -206,13 +206,13 @@ def gpu_batch(made: list, bare: Bare, count: int, half, peak: float) -> dict[str
     """What one size of batch reaches: the towers on resident inputs, and all from the pictures."""
     images, takes = pictures(count), itertools.count()
     pixels = [p.to("cuda", half) for p in bare.pixels(images)]
-    towers = count / cuda_seconds(lambda: bare.images(*pixels))
+    passes = count / cuda_seconds(lambda: bare.images(*pixels))
     whole = count / cuda_seconds(
         lambda: raw_scores(Batch(images, f"{PROMPT} {next(takes)}"), made))
-    share = towers * 1e9 * (GFLOP["H image"] + GFLOP["L image"]) / peak
-    print(f"batch {count:<3} {towers:8.1f} images/s  {share:5.1%} of the matrix peak of "
+    share = passes * 1e9 * (GFLOP["H image"] + GFLOP["L image"]) / peak
+    print(f"batch {count:<3} {passes:8.1f} images/s  {share:5.1%} of the matrix peak of "
           f"{peak / 1e12:.0f} TFLOP/s  {whole:8.1f} images/s end to end")
-    return {"images_per_s": towers, "share_of_peak": share, "end_to_end": whole}
+    return {"images_per_s": passes, "share_of_peak": share, "end_to_end": whole}
 
 
 def cuda_seconds(work) -> float:

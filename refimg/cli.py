@@ -29,6 +29,7 @@ from .enhance import enhance_prompt_iterative
 from .generate import generate_images
 from .pipeline import Pipeline, Progress, SceneResult, Story, StoryResult
 from .score import ImageScores, rank_images_by_quality, score_images
+from .storage.extras import EXTRAS, missing_extra
 from .storage.files import check_id, clean_text
 from .storage.secrets import log_line, redact
 
@@ -88,7 +89,7 @@ def ending(
         return 143, "terminated"
     if isinstance(error, typer.TyperException):
         return 1, f"{error.format_message()} (refimg COMMAND --help says more)"
-    if not isinstance(error, (ValueError, OSError, RuntimeError)):
+    if not isinstance(error, (ValueError, OSError, RuntimeError, ImportError)):
         _logger.error("this should not have happened", exc_info=error)
     return 1, str(error) or type(error).__name__
 
@@ -407,7 +408,7 @@ def _fetched(scorer: Any) -> str | None:
     try:
         with contextlib.redirect_stdout(sys.stderr):
             return scorer.fetch()
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         return redact(clean_text(str(error)))
 
 # %% ../nbs/07_cli.ipynb #b7f32b6e
@@ -465,9 +466,9 @@ def _weights() -> dict[str, str]:
 
 def _rows() -> int:
     """How many prices are known."""
-    from refimg.adapters.prices import prices
+    from refimg.adapters.prices import PriceTable
 
-    return len(prices())
+    return len(PriceTable().rows())
 
 
 def _findings() -> dict[str, Any]:
@@ -478,6 +479,7 @@ def _findings() -> dict[str, Any]:
     return {
         "versions": {"python": platform.python_version()}
         | {name: _found(lambda name=name: _version(name)) for name in _PACKAGES},
+        "extras": {name: missing_extra(name) or "installed" for name in EXTRAS},
         "keys": {key: "set" if os.environ.get(key, "").strip() else "not set" for key in _KEYS},
         "hosts": {what: _host(*where) for what, where in _ADDRESSES.items()},
         "world": _found(defaults.world),

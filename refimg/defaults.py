@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from refimg.adapters.prices import Budget, Estimate
+    from refimg.adapters.retry import RunLimits
+    from refimg.engine.costs import Budget, Estimate
     from refimg.enhance import ChatModel
     from refimg.generate import ImageModel
     from refimg.score import Scorer
@@ -22,20 +21,15 @@ if TYPE_CHECKING:
 __all__ = ['world', 'director', 'critic', 'image_model', 'real_scorers', 'scorers', 'available', 'budget', 'estimate',
            'retry_limits', 'journal', 'announce']
 
-# %% ../nbs/06_defaults.ipynb #05cf8874
+# %% ../nbs/06_defaults.ipynb #fa2b1aea
 _logger = logging.getLogger(__name__)
 
 
-def _chosen(variable: str, default: str) -> str:
-    """The model that the environment names, or the default."""
-    return os.environ.get(variable, "").strip() or default
-
-# %% ../nbs/06_defaults.ipynb #fa2b1aea
 def world() -> Literal["real", "sandbox"]:
-    """The world the environment asks for; half of a set of keys is an error."""
+    """Tell which world the environment asks for; raise a ValueError for half a set of keys."""
     forced = os.environ.get("REFIMG_SANDBOX", "").strip()
     if forced not in ("", "0", "1"):
-        raise ValueError(f"REFIMG_SANDBOX is {forced!r}; allowed: 1 (force), 0 (forbid) or unset")
+        raise ValueError(f"REFIMG_SANDBOX must be 1 (force), 0 (forbid) or unset, got {forced!r}")
     if forced == "1":
         return "sandbox"
     llm = bool(os.environ.get("OPENAI_API_KEY") or os.environ.get("OPENAI_BASE_URL"))
@@ -54,50 +48,55 @@ def world() -> Literal["real", "sandbox"]:
     return "sandbox"
 
 # %% ../nbs/06_defaults.ipynb #f48b4c0d
+def _model_name(variable: str, default: str) -> str:
+    """Return the model that the environment names, or the default."""
+    return os.environ.get(variable, "").strip() or default
+
+
 def director() -> ChatModel:
-    """The chat model that writes prompts."""
+    """Make the chat model that writes prompts."""
     if world() == "real":
         from refimg.adapters.openai import DEFAULT_MODELS, OpenAIChat
 
-        return OpenAIChat(_chosen("REFIMG_DIRECTOR", DEFAULT_MODELS["director"]))
+        return OpenAIChat(_model_name("REFIMG_DIRECTOR", DEFAULT_MODELS["director"]))
     from refimg.sandbox.agents import Director
 
     return Director()
 
-# %% ../nbs/06_defaults.ipynb #2e0d8d88
+
 def critic() -> ChatModel:
-    """The chat model that criticises and scores prompts."""
+    """Make the chat model that criticises and scores prompts."""
     if world() == "real":
         from refimg.adapters.openai import DEFAULT_MODELS, OpenAIChat
 
-        return OpenAIChat(_chosen("REFIMG_CRITIC", DEFAULT_MODELS["critic"]))
+        return OpenAIChat(_model_name("REFIMG_CRITIC", DEFAULT_MODELS["critic"]))
     from refimg.sandbox.agents import Critic
 
     return Critic()
 
 # %% ../nbs/06_defaults.ipynb #eb39efd3
 def image_model() -> ImageModel:
-    """The image model that draws the variations."""
+    """Make the image model that draws the variations."""
     if world() == "real":
         from refimg.adapters.replicate import ReplicateImages
 
-        return ReplicateImages(_chosen("REFIMG_IMAGE_MODEL", "google/nano-banana"))
+        return ReplicateImages(_model_name("REFIMG_IMAGE_MODEL", "google/nano-banana"))
     from refimg.sandbox.painter import Painter
 
     return Painter()
 
 # %% ../nbs/06_defaults.ipynb #158b0da0
 def real_scorers() -> list[Scorer]:
-    """Those on public checkpoints that are used by default, present or not."""
+    """Make the scorers on public checkpoints that are used by default, present or not."""
     from refimg.adapters.clip import Aesthetic, ClipScore, PickScore
 
     return [PickScore(), ClipScore(), Aesthetic()]
 
-# %% ../nbs/06_defaults.ipynb #1b6e587f
+
 def scorers(
     image_model: ImageModel | None = None,  # what draws the images; None: files of unknown origin
 ) -> list[Scorer]:
-    """The scorers for that model's images: the sandbox's for its own, real ones for all others."""
+    """Make the scorers for that model's images: the sandbox's for its own, else the real ones."""
     origin = world() if image_model is None else image_model.name
     if not origin.startswith("sandbox"):
         return real_scorers()
@@ -107,36 +106,38 @@ def scorers(
 
 # %% ../nbs/06_defaults.ipynb #115309a9
 def available() -> dict[str, str | None]:
-    """By metric: None where it can be had now, else what is missing and how to get it."""
+    """Say by metric what is missing and how to get it; None where it can be had now."""
     return {scorer.name: scorer.missing() for scorer in real_scorers()}
 
 # %% ../nbs/06_defaults.ipynb #2e261f35
 def budget(
     limit_usd: float,  # above 0
 ) -> Budget:
-    """What a run may spend, see `adapters/prices`."""
-    from refimg.adapters.prices import Budget
+    """Return a budget that pays by the price table, see `engine/costs`."""
+    from refimg.adapters.prices import PriceTable
+    from refimg.engine.costs import Budget
 
-    return Budget(limit_usd)
+    return Budget(limit_usd, PriceTable())
 
 # %% ../nbs/06_defaults.ipynb #4bccd1ef
 def estimate(
-    scenes: Sequence[tuple[str, str]],  # prompt and context of each
-    **plan: Any,  # as for `adapters.prices.estimate`
+    *args: Any,  # as for `engine.costs.estimate`
+    **plan: Any,  # the same, but for `prices`
 ) -> Estimate:
-    """About what a run over these scenes will cost."""
-    from refimg.adapters import prices
+    """Return about what a run will cost by the price table."""
+    from refimg.adapters.prices import PriceTable
+    from refimg.engine import costs
 
-    return prices.estimate(scenes, **plan)
+    return costs.estimate(*args, prices=PriceTable(), **plan)
 
 # %% ../nbs/06_defaults.ipynb #142b207b
 def retry_limits(
     planned: int,  # calls of the run if nothing goes wrong
-) -> AbstractContextManager:
-    """While it is open, the calls made within share their retries, see `adapters/retry`."""
-    from refimg.adapters.retry import run_limits
+) -> RunLimits:
+    """Return what the calls of one run share, see `adapters/retry`."""
+    from refimg.adapters.retry import RunLimits
 
-    return run_limits(planned)
+    return RunLimits(planned)
 
 # %% ../nbs/06_defaults.ipynb #a1b1f242
 def journal() -> Journal:
@@ -149,7 +150,7 @@ def journal() -> Journal:
 def announce(
     models: dict[str, str],  # role -> the name of the model that fills it
 ) -> None:
-    """Nothing; writes one line that says which model fills which role."""
+    """Log one line that says which model fills which role."""
     chosen = ", ".join(f"{role} {name}" for role, name in models.items())
     fallen = any(name.startswith("sandbox") for name in models.values())
     if fallen and os.environ.get("REFIMG_SANDBOX", "").strip() != "1":

@@ -27,29 +27,31 @@ from refimg.pipeline import (
 from .engine.decisions import dependents as _dependents
 from .score import ImageScores
 from .storage.files import check_id
-from refimg.view import (
-    _BADGE,
-    _QUIET,
-    _ROW,
-    _WON,
+from refimg.view.html import (
+    BADGE,
     Html,
-    _borrowed_figure,
-    _clipped,
-    _count,
-    _diff,
-    _figure,
-    _folded,
-    _lines,
-    _metric_names,
-    _note,
-    _picture,
-    _root,
-    _sandbox_badge,
-    _table,
-    _text,
-    _variation_figure,
-    _warnings,
+    QUIET,
+    clipped,
+    counted,
+    diff_html,
     element,
+    folded_html,
+    image_html,
+    lines_html,
+    note_text,
+    root_html,
+    sandbox_badge,
+    table_html,
+)
+from refimg.view.tables import (
+    ROW,
+    WON,
+    borrowed_figure,
+    figure_html,
+    metric_names,
+    text_html,
+    variation_figure,
+    warnings_html,
 )
 
 if TYPE_CHECKING:
@@ -200,22 +202,22 @@ def _picture_html(g: Gallery, scene: SceneResult, number: int, width: int = 256)
     """One variation with what may be known of it."""
     variation, out = scene.variations[number - 1], _vetoes(g.result, scene.scene)
     if not g.blind:
-        figure = _variation_figure(scene, number, width)
+        figure = variation_figure(scene, number, width)
     else:
-        alt = f"Scene {scene.scene}, variation {number}: {_clipped(scene.prompt, 120)}"
+        alt = f"Scene {scene.scene}, variation {number}: {clipped(scene.prompt, 120)}"
         mine = _choice(g.result, scene.scene).get("variation") == number
-        picture = _picture(variation.image.image_path, alt, width)
-        figure = _figure(picture, f"v{number}", _WON["human"] if mine else None, [])
+        picture = image_html(variation.image.image_path, alt, width)
+        figure = figure_html(picture, f"v{number}", WON["human"] if mine else None, [])
     if number not in out:
         return figure
-    reason = _text(out[number]["reason"], 200)
+    reason = text_html(out[number]["reason"], 200)
     return element("div", figure, element("div", "✕ vetoed:", Html(" "), reason))
 
 
 def _closer_html(g: Gallery, scene: SceneResult) -> Html:
     """The pictures that are looked at more closely, at most two."""
     style = "flex:1 1 20em;max-width:1280px;min-width:0"
-    big = [_picture(scene.variations[k - 1].image.image_path, f"Variation {k}, large", 1280)
+    big = [image_html(scene.variations[k - 1].image.image_path, f"Variation {k}, large", 1280)
            for k in g.closer]
     figures = [element("figure", picture, element("figcaption", f"v{k}"), style=f"margin:0;{style}")
                for k, picture in zip(g.closer, big, strict=True)]
@@ -227,27 +229,27 @@ def _scene_html(g: Gallery, scene: SceneResult) -> Html:
     head = f"Scene {scene.scene} of {len(g.result.scenes)}"
     told = [w for w in scene.warnings if not g.blind or w == _ALL_VETOED]
     shown = scene.model_copy(update={"warnings": told})
-    sent = _folded("the prompt that was sent", _lines(scene.sent_prompt))
+    sent = folded_html("the prompt that was sent", lines_html(scene.sent_prompt))
     return element("div", element("strong", head),
-                   element("div", _diff(scene.prompt, scene.enhancement.final_prompt)),
-                   sent if scene.sent_prompt else None, _warnings(shown),
+                   element("div", diff_html(scene.prompt, scene.enhancement.final_prompt)),
+                   sent if scene.sent_prompt else None, warnings_html(shown),
                    None if scene.variations else _bare(g, scene))
 
 
 def _bare(g: Gallery, scene: SceneResult) -> Html:
     """What stands in for a scene without pictures; blind, not even which one of another scene."""
     if g.blind:
-        return element("div", "no picture of its own", style=_QUIET)
-    return _borrowed_figure(scene)
+        return element("div", "no picture of its own", style=QUIET)
+    return borrowed_figure(scene)
 
 # %% ../nbs/05b_gallery.ipynb #8fe0c9e2
 def _head_html(g: Gallery) -> Html:
     """The story's title, and whether it is the sandbox's."""
     title = g.story.title.strip() if g.story else ""
-    badge = _sandbox_badge(g.result) if g.result else None
+    badge = sandbox_badge(g.result) if g.result else None
     if g.blind and badge:
-        badge = element("span", "sandbox", style=_BADGE)
-    return element("div", element("strong", _text(title or "References", 200)), badge)
+        badge = element("span", "sandbox", style=BADGE)
+    return element("div", element("strong", text_html(title or "References", 200)), badge)
 
 
 def _decided_html(g: Gallery) -> Html:
@@ -256,20 +258,20 @@ def _decided_html(g: Gallery) -> Html:
             for kind, name in (("chosen", "choices"), ("vetoed", "vetoes"))
             for c in g.result.settings.get(name, []) if "vetoed" not in c]
     if not rows:
-        return element("div", "Nothing is decided yet.", style=_QUIET)
-    table = _table("Your decisions", ["", "variation", "", "reason"], rows)
+        return element("div", "Nothing is decided yet.", style=QUIET)
+    table = table_html("Your decisions", ["", "variation", "", "reason"], rows)
     shares = [] if g.blind else human_agreement(g.result).to_dict("records")
     agreed = [[a["verifier"], f"{a['pairs']}", "–" if not a["pairs"] else f"{a['agreement']:.0%}"]
               for a in shares]
     head = ["verifier", "pairs", "agrees with you"]
-    return element("div", table, _table("The verifiers and you", head, agreed) if agreed else None)
+    return element("div", table, table_html("The verifiers and you", head, agreed) if agreed else None)
 
 # %% ../nbs/05b_gallery.ipynb #92327a2e
 def _price(g: Gallery, story: Story, rounds: int | None = None) -> str:
     """How many pictures a run over the story draws, and for about how much."""
     p = g.pipeline if rounds is None else replace(g.pipeline, max_enhancement_iterations=rounds)
     made = p.estimate(story)
-    pictures = _count(made.images, "picture")
+    pictures = counted(made.images, "picture")
     if made.high is None:
         names = "" if g.blind else f": no price of {', '.join(made.unpriced)}"
         return f"{pictures}; the cost is unknown{names}"
@@ -484,7 +486,7 @@ def _say(g: Gallery, text: str) -> None:
     """Nothing; the text stands under the gallery."""
     g.message = text
     if g.widgets:
-        g.widgets.status.value = str(element("div", _note(text), role="status"))
+        g.widgets.status.value = str(element("div", note_text(text), role="status"))
 
 
 def _is_busy(g: Gallery) -> bool:
@@ -536,7 +538,7 @@ def _html(content: Html | None = None) -> Any:
     """A widget that shows HTML of this module."""
     from ipywidgets import HTML
 
-    return HTML(str(_root(content)) if content else "")
+    return HTML(str(root_html(content)) if content else "")
 
 
 def _button(g: Gallery, text: str, act: Callable[[], None], *, waits: bool = False) -> Any:
@@ -562,11 +564,11 @@ def _wide_text(label: str, text: str) -> Any:
 def _editor(g: Gallery, place: int) -> list[Any]:
     """A field for a scene's enhanced prompt, and below it what it changes in the original."""
     field = _wide_text(f"prompt {place + 1}", g.prompts[place])
-    shown = _html(_diff(g.story.scenes[place].prompt, field.value))
+    shown = _html(diff_html(g.story.scenes[place].prompt, field.value))
 
     def change(event: Any) -> None:
         g.prompts[place] = event.new
-        shown.value = str(_root(_diff(g.story.scenes[place].prompt, event.new)))
+        shown.value = str(root_html(diff_html(g.story.scenes[place].prompt, event.new)))
 
     field.observe(change, "value")
     return [field, shown]
@@ -577,7 +579,7 @@ def _prompts_face(g: Gallery) -> list[Any]:
     rows = []
     for place, scene in enumerate(g.story.scenes):
         head = element("strong", f"Scene {place + 1}")
-        rows.append(_html(element("div", head, element("div", _text(scene.prompt)))))
+        rows.append(_html(element("div", head, element("div", text_html(scene.prompt)))))
         rows += _editor(g, place) if g.enhancements else []
     if g.enhancements:
         price = _price(g, g.story, rounds=0)
@@ -631,7 +633,7 @@ def _switches(g: Gallery) -> list[Any]:
     numbers = [(str(scene.scene), scene.scene) for scene in g.result.scenes]
     scene = ToggleButtons(options=numbers, value=g.scene, description="scene",
                           style={"button_width": "3em"})
-    names = dict.fromkeys(["overall", *_metric_names(g.result.scenes), "as drawn"])
+    names = dict.fromkeys(["overall", *metric_names(g.result.scenes), "as drawn"])
     sort = Dropdown(options=list(names), value=g.sort, description="sort by")
     blind = Checkbox(value=g.blind, description="blind: no models, scores and ranks", indent=False,
                      layout=Layout(width="auto", margin="2px 1em"))
@@ -683,7 +685,7 @@ def _show_card(g: Gallery, scene: SceneResult, card: SimpleNamespace, number: in
     card.box.layout.display = None if number else "none"
     if number:
         held = scene.variations[number - 1].selected and not g.blind
-        card.number, card.html.value = number, str(_root(_picture_html(g, scene, number)))
+        card.number, card.html.value = number, str(root_html(_picture_html(g, scene, number)))
         card.choose.description = f"{'keep' if held else 'choose'} v{number}"
         card.veto.description = f"veto v{number}"
         card.look.description = f"{'close' if number in g.closer else 'zoom'} v{number}"
@@ -692,13 +694,13 @@ def _show_card(g: Gallery, scene: SceneResult, card: SimpleNamespace, number: in
 def _show_result(g: Gallery) -> None:
     """Nothing; the widgets show the scene as it stands."""
     w, scene = g.widgets, g.result.scenes[g.scene - 1]
-    w.prompt.value = str(_root(_scene_html(g, scene)))
+    w.prompt.value = str(root_html(_scene_html(g, scene)))
     for card, number in zip_longest(w.cards, _order(g, scene)):
         _show_card(g, scene, card, number)
-    w.closer.value = str(_root(_closer_html(g, scene))) if g.closer else ""
+    w.closer.value = str(root_html(_closer_html(g, scene))) if g.closer else ""
     w.sort.disabled = g.blind
-    w.decided.value = str(_root(_decided_html(g)))
-    w.price.value = str(_root(element("div", _price_again(g, g.scene))))
+    w.decided.value = str(root_html(_decided_html(g)))
+    w.price.value = str(root_html(element("div", _price_again(g, g.scene))))
     if w.edited != (g.scene, scene.enhancement.final_prompt):
         w.edited = g.scene, scene.enhancement.final_prompt
         w.editor.value = scene.enhancement.final_prompt
@@ -715,7 +717,7 @@ def _refresh(g: Gallery) -> None:
         w.buttons.clear()
         w.face, w.body.children = face, (_result_face if g.result else _prompts_face)(g)
         _lock(g, _is_busy(g))
-    w.head.value = str(_root(_head_html(g)))
+    w.head.value = str(root_html(_head_html(g)))
     if g.result:
         _show_result(g)
 
@@ -740,11 +742,11 @@ def _static(g: Gallery) -> Html:
     if not g.result:
         prompts = g.prompts or [scene.prompt for scene in g.story.scenes]
         pairs = zip(g.story.scenes, prompts, strict=True)
-        rows = [element("li", _diff(scene.prompt, text)) for scene, text in pairs]
-        return _root(_head_html(g), element("ol", *rows))
+        rows = [element("li", diff_html(scene.prompt, text)) for scene, text in pairs]
+        return root_html(_head_html(g), element("ol", *rows))
     scene = g.result.scenes[g.scene - 1]
-    row = element("div", *(_picture_html(g, scene, k) for k in _order(g, scene)), style=_ROW)
-    return _root(_head_html(g), _scene_html(g, scene), row,
+    row = element("div", *(_picture_html(g, scene, k) for k in _order(g, scene)), style=ROW)
+    return root_html(_head_html(g), _scene_html(g, scene), row,
                  _closer_html(g, scene) if g.closer else None, _decided_html(g))
 
 # %% ../nbs/05b_gallery.ipynb #97dbdcee
@@ -752,7 +754,7 @@ def _shown(g: Gallery) -> dict[str, Any]:
     """The gallery for whoever shows it: widgets where they work, else its static twin."""
     if _checksum(g.path) != g.seen:
         _do(g, lambda: _look_again(g))
-    told = {"text/plain": f"Gallery of {_count(len((g.result or g.story).scenes), 'scene')}",
+    told = {"text/plain": f"Gallery of {counted(len((g.result or g.story).scenes), 'scene')}",
             "text/html": str(_static(g))}
     try:
         return _board(g)._repr_mimebundle_() | told

@@ -30,7 +30,15 @@ from refimg.score import (
     score_images,
     normalized_weights,
 )
-from .view import Html, _chart, _root, _table as _html_table, element
+from refimg.view.html import (
+    Html,
+    element,
+    root_html,
+    table_html,
+)
+from refimg.view.charts import (
+    chart_html,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,9 +47,10 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['runs_table', 'load_runs', 'score_csv', 'Interval', 'paired_interval', 'wilson', 'Wins', 'win_rate', 'holm',
-           'best_weights', 'unit_values', 'Difference', 'Comparison', 'compare', 'aa_check', 'best_of_k', 'four_cells',
-           'power', 'distributions', 'pass_rates', 'threshold_errors', 'stop_reasons', 'agreement', 'verifier_error',
-           'critic_agreement', 'curve_chart', 'forest_chart', 'distribution_chart', 'cells_chart']
+           'best_weights', 'table_html', 'unit_values', 'Difference', 'figures_html', 'Comparison', 'compare',
+           'aa_check', 'best_of_k', 'four_cells', 'power', 'distributions', 'pass_rates', 'threshold_errors',
+           'stop_reasons', 'agreement', 'verifier_error', 'critic_agreement', 'curve_chart', 'forest_chart',
+           'distribution_chart', 'cells_chart']
 
 # %% ../nbs/04_validate.ipynb #4acd7d3f
 _SCENE = ["generation_id", "story", "scene"]
@@ -422,7 +431,7 @@ def _metrics(table: pd.DataFrame) -> list[str]:
     return ["overall", *scored, *(c for c in _TRUTH if c in table)]
 
 # %% ../nbs/04_validate.ipynb #b151ac0e
-def _table(
+def table_html(
     runs: pd.DataFrame | StoryResult | Iterable[StoryResult], name: str, *more: str
 ) -> pd.DataFrame:
     """The runs table, checked for what every use of it needs, and for more columns."""
@@ -444,7 +453,7 @@ def _size(table: pd.DataFrame) -> pd.Series:
 
 def _arm(runs: Any, name: str, *more: str) -> pd.DataFrame:
     """The runs table of one arm, scored on the original texts."""
-    table = _table(runs, name, *more)
+    table = table_html(runs, name, *more)
     _check_rows(table, name)
     _check_stories(table, name)
     _check_judges({name: table})
@@ -636,11 +645,11 @@ def _sentence(d: Difference) -> str:
     role = "" if d.selects else " (held out)"
     if d.low is None:
         return f"{d.metric}{role}: {d.verdict}, {d.reason}"
-    span = _figures(d.difference, d.low, d.high, sign="+")
+    span = figures_html(d.difference, d.low, d.high, sign="+")
     return f"{d.metric}{role}: {d.verdict}, {span} over {d.units} units"
 
 
-def _figures(*values: float | None, sign: str = "") -> str:
+def figures_html(*values: float | None, sign: str = "") -> str:
     """One number, or one with its bounds; a dash where there is none."""
     known = [None if v is None or math.isnan(v) else v for v in values]
     digits = 2 if max((abs(v) for v in known if v is not None), default=1) >= 1 else 3
@@ -798,10 +807,10 @@ def _cells(d: Difference) -> list[str]:
     """One row of the table."""
     won = "–" if d.wins is None else f"{d.wins} / {d.ties} / {d.losses}"
     return [
-        d.metric, "selects" if d.selects else "held out", _figures(d.mean_a), _figures(d.mean_b),
-        _figures(d.difference, d.low, d.high, sign="+"), d.verdict, _chance(d.p_holm),
-        _chance(d.p_wilcoxon), won, _figures(d.win_rate, d.win_low, d.win_high),
-        _chance(d.p_sign), _figures(d.skewness), _figures(d.hacking),
+        d.metric, "selects" if d.selects else "held out", figures_html(d.mean_a), figures_html(d.mean_b),
+        figures_html(d.difference, d.low, d.high, sign="+"), d.verdict, _chance(d.p_holm),
+        _chance(d.p_wilcoxon), won, figures_html(d.win_rate, d.win_low, d.win_high),
+        _chance(d.p_sign), figures_html(d.skewness), figures_html(d.hacking),
     ]
 
 
@@ -822,7 +831,7 @@ def _comparison_table(c: Comparison) -> Html:
     """The comparison for a notebook: a row a metric, reasons and notes below."""
     reasons = [f"{d.metric}: {d.reason}" for d in c.differences if d.reason]
     below = [element("div", text, style=_SMALL) for text in (*reasons, *c.notes)]
-    return _root(_html_table(_heading(c), [*_HEADS], [*map(_cells, c.differences)]), *below)
+    return root_html(table_html(_heading(c), [*_HEADS], [*map(_cells, c.differences)]), *below)
 
 # %% ../nbs/04_validate.ipynb #8b32d999
 def _is_count(n: Any) -> bool:
@@ -1063,7 +1072,7 @@ def distributions(
     """One row an arm and metric: images, unscored ones, mean, quartiles, mean of the selected."""
     import pandas as pd
 
-    table = _table(runs, "runs")
+    table = table_html(runs, "runs")
     rows = []
     for arm, group in table.groupby(_by_arm(table), sort=False):
         for metric in _metrics(table):
@@ -1079,7 +1088,7 @@ def pass_rates(
     thresholds: Sequence[float] = (20, 30, 40, 50),  # of the chosen image's overall, 0..100
 ) -> pd.DataFrame:
     """One row an arm: scenes, unscored ones, and how many pass each threshold."""
-    table = _table(runs, "runs")
+    table = table_html(runs, "runs")
     overall = _selected(table)["overall"]
     counted = {"scenes": True, "unscored": overall.isna()}
     counted |= {f"pass {threshold:g}": overall >= threshold for threshold in thresholds}
@@ -1092,7 +1101,7 @@ def threshold_errors(
     runs: pd.DataFrame | Iterable[StoryResult],  # one arm or several
 ) -> pd.DataFrame:
     """The chosen images that are below their threshold and not marked so, or the reverse."""
-    chosen = _selected(_table(runs, "runs", "quality_threshold", "below_threshold"))
+    chosen = _selected(table_html(runs, "runs", "quality_threshold", "below_threshold"))
     if (unknown := chosen["quality_threshold"].isna()).any():
         raise ValueError(f"{int(unknown.sum())} scenes have no quality_threshold to check against")
     below = chosen["overall"] < chosen["quality_threshold"]
@@ -1108,7 +1117,7 @@ def stop_reasons(
     runs: pd.DataFrame | Iterable[StoryResult],  # one arm or several
 ) -> pd.DataFrame:
     """One row an arm, number of rounds and reason to stop: how many scenes."""
-    table = _table(runs, "runs", "iterations", "stop_reason")
+    table = table_html(runs, "runs", "iterations", "stop_reason")
     keys = [_by_arm(table).rename("arm"), table["iterations"], table["stop_reason"]]
     scenes = ~table.assign(arm=keys[0]).duplicated(["arm", *_SCENE])
     counted = scenes[scenes].groupby([key[scenes] for key in keys]).size()
@@ -1227,7 +1236,7 @@ _BLUE, _ORANGE, _GREY = "#0072b2", "#d55e00", "#6b7079"
 
 def _figure_of(sandbox: bool, title: str, size: tuple, draw: Callable, **words: str) -> Html:
     """A chart as `05_view` makes them."""
-    return _chart(SimpleNamespace(scenes=[], story=None, sandbox=sandbox), title, size, draw,
+    return chart_html(SimpleNamespace(scenes=[], story=None, sandbox=sandbox), title, size, draw,
                   **words)
 
 
@@ -1334,7 +1343,7 @@ def distribution_chart(
     runs: pd.DataFrame | Iterable[StoryResult],  # one arm or several
 ) -> Html:
     """The scores of all images by metric and arm, with the chosen ones and the threshold."""
-    table = _table(runs, "runs")
+    table = table_html(runs, "runs")
     arms = {str(arm): group for arm, group in table.groupby(_by_arm(table), sort=False)}
     metrics = _metrics(table)
 
@@ -1342,8 +1351,8 @@ def distribution_chart(
         for axes, metric in zip(_grid(figure, len(metrics), 2), metrics, strict=True):
             _draw_boxes(axes, metric, arms)
 
-    told = [f"{m}, {arm}: median {_figures(g[m].median())}, selected "
-            f"{_figures(_selected(g)[m].mean())}" for m in metrics for arm, g in arms.items()]
+    told = [f"{m}, {arm}: median {figures_html(g[m].median())}, selected "
+            f"{figures_html(_selected(g)[m].mean())}" for m in metrics for arm, g in arms.items()]
     high = -(-len(metrics) // 2) * (0.9 + 0.35 * len(arms))
     return _figure_of(
         bool(table["sandbox"].astype(bool).any()), "Scores by arm", (7.6, high), draw,
@@ -1382,7 +1391,7 @@ def cells_chart(
             _draw_cells(axes, metric, rows)
 
     effects = cells[cells["what"].isin([*_EFFECTS])][["metric", "what", "mean", "low", "high"]]
-    told = "; ".join(f"{metric}, {what}: {_figures(*span, sign='+')}"
+    told = "; ".join(f"{metric}, {what}: {figures_html(*span, sign='+')}"
                      for metric, what, *span in effects.to_numpy())
     size = 7.6, 2.7 * -(-len(groups) // columns)
     return _figure_of(

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 
 from PIL import Image
 
-from refimg.adapters.clip import _open_clip, _transformers
+from refimg.adapters.towers import import_open_clip, import_transformers
 
 _folders: list[TemporaryDirectory] = []  # removed when the interpreter ends
 VISION = {"image_size": 224, "layers": 2, "width": 32, "head_width": 16, "patch_size": 32}
@@ -42,7 +42,7 @@ def seeded(model, seed: int):
 
 def write_tokenizer(folder: Path) -> None:
     """CLIP's own vocabulary as transformers reads it, from the list in open_clip's wheel."""
-    library = _open_clip()
+    library = import_open_clip()
     names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
     ids = {names.get(t, t): i for t, i in library.SimpleTokenizer().encoder.items()}
     packed = (files("open_clip") / "bpe_simple_vocab_16e6.txt.gz").read_bytes()
@@ -57,7 +57,7 @@ def write_tokenizer(folder: Path) -> None:
 @cache
 def tiny_transformers(seed: int = 1) -> Path:
     """A CLIPModel with tokenizer and preprocessing, in a folder."""
-    library, folder = _transformers(), new_folder()
+    library, folder = import_transformers(), new_folder()
     common = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
               "num_attention_heads": 2, "projection_dim": 24}
     text = common | {"vocab_size": 49408, "max_position_embeddings": 77, "bos_token_id": 49406,
@@ -75,7 +75,7 @@ def tiny_open_clip(seed: int = 1) -> Path:
     """An open_clip model whose vectors are as long as ViT-L/14's, in a folder."""
     from safetensors.torch import save_file
 
-    library, folder = _open_clip(), new_folder()
+    library, folder = import_open_clip(), new_folder()
     model = seeded(library.CLIP(**CONFIG), seed)
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
     look = {"mean": library.OPENAI_DATASET_MEAN, "std": library.OPENAI_DATASET_STD}
@@ -95,7 +95,7 @@ def picture(seed: int = 0, size: tuple[int, int] = (320, 180)) -> Image.Image:
 
 def register(monkeypatch, name: str, quick_gelu: bool = True, **tag) -> str:
     """Makes the tiny model known to open_clip under that name, with a tag `tiny`."""
-    factory, known = _open_clip().factory, _open_clip().pretrained._PRETRAINED
+    factory, known = import_open_clip().factory, import_open_clip().pretrained._PRETRAINED
     monkeypatch.setitem(factory._MODEL_CONFIGS, name, CONFIG | {"quick_gelu": quick_gelu})
     about = {"hf_hub": "someone/tiny/", "quick_gelu": quick_gelu, "resize_mode": "shortest"}
     monkeypatch.setitem(known, name, {"tiny": about | tag})

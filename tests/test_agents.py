@@ -22,22 +22,9 @@ from refimg.enhance import (
     lost_intent,
     parse_critique,
 )
-from refimg.sandbox import agents
-from refimg.sandbox.agents import (
-    ASPECTS,
-    TONES,
-    Brief,
-    Critic,
-    Director,
-    asked_for,
-    compose,
-    covered,
-    open_aspects,
-    rate,
-    tones,
-    wishes,
-    write,
-)
+from refimg.sandbox.agents import Critic, Director, asked_for, open_aspects, rate, wishes, write
+from refimg.sandbox.aspects import ASPECTS, TONES, covered, tones
+from refimg.sandbox.sentences import Brief
 from refimg.sandbox.world import VOCABULARY, read_prompt
 
 MAY_ADD = {"framing", "time"}
@@ -92,8 +79,7 @@ def prompts(number: int, seed: int = 0) -> list[str]:
 
 def everything(original: str, context: str = "") -> str:
     """The original with all that the director could ever add."""
-    brief = agents._brief(original, context)
-    return compose(brief, set(open_aspects(original, context)))
+    return Brief.read(original, context).compose(set(open_aspects(original, context)))
 
 
 # --- the director adds nothing to the world -------------------------------------------------
@@ -138,7 +124,7 @@ def test_each_sentence_speaks_of_its_aspect_alone(aspect):
             {"time": "night"},
             {"weather": "rain"},
         ):
-            said = compose(Brief(f"§{number}.", stated, []), {aspect}).split(". ", 1)[-1]
+            said = Brief(f"§{number}.", stated, []).compose({aspect}).split(". ", 1)[-1]
             assert covered(said) == {aspect}
             assert set(read_prompt(said)) <= {aspect} & MAY_ADD
 

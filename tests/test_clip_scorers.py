@@ -19,18 +19,18 @@ import pytest
 from PIL import Image
 
 from refimg.adapters import clip as module
-from refimg.adapters import weights
-from refimg.adapters.clip import (
-    Aesthetic,
-    ClipScore,
-    PickScore,
-    fold,
-    framed,
+from refimg.adapters import towers
+from refimg.adapters.clip import Aesthetic, ClipScore, PickScore, fold, open_clip_checkpoint
+from refimg.adapters.towers import (
+    Embedder,
+    Towers,
+    apply_view,
+    import_open_clip,
+    import_transformers,
     load_open_clip,
     load_transformers,
-    open_clip_checkpoint,
-    placement,
-    shared,
+    resolve_placement,
+    split_text,
 )
 from refimg.adapters.weights import HEADS, WebFile
 from refimg.pipeline import Pipeline, Scene, Story
@@ -105,7 +105,7 @@ def values(scorer, given: Batch) -> list[float]:
 def authors_parts() -> tuple:
     """Model, image processor and tokenizer, as transformers loads them by itself."""
     kinds = "CLIPModel", "CLIPImageProcessorPil", "CLIPTokenizer"
-    library, folder = module._transformers(), tiny_transformers()
+    library, folder = import_transformers(), tiny_transformers()
     return tuple(getattr(library, kind).from_pretrained(folder) for kind in kinds)
 
 
@@ -130,8 +130,8 @@ def open_clips_cosine(given: Batch) -> list[float]:
     import torch
 
     place = f"local-dir:{tiny_open_clip()}"
-    model, _, preprocess = module._open_clip().create_model_and_transforms(place)
-    tokenizer = module._open_clip().get_tokenizer(place)
+    model, _, preprocess = import_open_clip().create_model_and_transforms(place)
+    tokenizer = import_open_clip().get_tokenizer(place)
     with torch.no_grad():
         images = model.eval().encode_image(torch.stack([preprocess(i) for i in given.images]))
         texts = model.encode_text(tokenizer([given.prompt]))
@@ -162,7 +162,7 @@ def test_a_model_by_name_has_its_tags_preprocessing_and_activation(monkeypatch):
     look = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4), "interpolation": "bilinear"}
     name = register(monkeypatch, "tiny-quickgelu", **look)
     plain = register(monkeypatch, "tiny", quick_gelu=False, **look)
-    library = module._open_clip()
+    library = import_open_clip()
     options = {f"image_{key}": value for key, value in look.items()}
     model, _, preprocess = library.create_model_and_transforms(
         f"local-dir:{tiny_open_clip()}", **options)
@@ -179,16 +179,16 @@ def test_both_preprocessings_give_the_same_pixels(size):
     import torch
 
     place = f"local-dir:{tiny_open_clip()}"
-    *_, theirs = module._open_clip().create_model_and_transforms(place)
-    ours = module._processor(tiny_transformers())
+    *_, theirs = import_open_clip().create_model_and_transforms(place)
+    ours = towers._clip_parts(tiny_transformers())[1]
     pixels = ours(images=[picture(3, size)], return_tensors="pt")["pixel_values"][0]
     assert torch.equal(pixels, theirs(picture(3, size)))
 
 
 def test_both_tokenizers_give_the_same_ids():
-    tokens = module._tokenizer(tiny_transformers())
+    tokens = towers._clip_parts(tiny_transformers())[2]
     for text in TEXTS:
-        theirs = module._open_clip().tokenize([text])[0].tolist()
+        theirs = import_open_clip().tokenize([text])[0].tolist()
         ours = tokens(text)["input_ids"]
         assert theirs == ours + [0] * (77 - len(ours))
 
@@ -217,10 +217,10 @@ def test_a_head_for_other_vectors_gives_no_scores(head, tmp_path):
     config = json.loads((tiny_open_clip() / "open_clip_config.json").read_text())
     config["model_cfg"]["embed_dim"] = 64
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
-    model = module._open_clip().CLIP(**config["model_cfg"])
+    model = import_open_clip().CLIP(**config["model_cfg"])
     save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
     row = raw_scores(batch(), [Aesthetic(folder=tmp_path, device="cpu")])[0]["aesthetic"]
-    assert row.value is None and "reads 768 numbers" in row.note and "gives 64" in row.note
+    assert row.value is None and "must be of 768 numbers" in row.note and "got 64" in row.note
 
 
 # texts and frames
@@ -241,7 +241,7 @@ def test_long_prompts_that_differ_at_the_end_have_different_scores(make):
 def test_the_score_in_windows_is_the_mean_by_tokens(make):
     scorer, text = make(), f"{LONG}A red fox."
     towers = scorer.embedder().towers()
-    parts = module.windows(text, towers.limit, towers.count)
+    parts = split_text(text, towers.limit, towers.count)
     counts = [towers.count(part) for part in parts]
     alone = [values(scorer, batch(part)) for part in parts]
     assert values(scorer, batch(text)) == pytest.approx(
@@ -264,17 +264,17 @@ def test_the_authors_crop_does_not_see_the_sides_and_the_whole_frame_does():
 def test_the_whole_frame_is_open_clips_own_longest_mode():
     import torch
 
-    library = module._open_clip()
+    library = import_open_clip()
     look = library.transform.PreprocessCfg(resize_mode="longest")
     theirs = library.transform.image_transform_v2(look, is_train=False)
     same = library.transform.image_transform_v2(library.transform.PreprocessCfg(), is_train=False)
-    ours = same(framed(picture(5, (320, 160)), "whole", 224))
+    ours = same(apply_view(picture(5, (320, 160)), "whole", 224))
     assert torch.equal(ours, theirs(picture(5, (320, 160))))
 
 
 @pytest.mark.parametrize("size", [(16000, 10), (10, 16000), (16384, 1), (1, 1), (9, 1)])
 def test_a_strip_costs_no_memory(size):
-    middle = module._middle(picture(2, size))
+    middle = towers._trim_strip(picture(2, size))
     assert max(middle.size) <= 8 * min(middle.size) + 1
     found = values(pick(), Batch((picture(2, size),), PROMPT))
     assert np.isfinite(found).all()
@@ -284,9 +284,9 @@ def test_a_strip_costs_no_memory(size):
 def test_a_strip_without_its_ends_looks_like_the_strip(size):
     import torch
 
-    process = module._processor(tiny_transformers())
+    process = towers._clip_parts(tiny_transformers())[1]
     whole, middle = (process(images=[p], return_tensors="pt")["pixel_values"]
-                     for p in (picture(2, size), module._middle(picture(2, size))))
+                     for p in (picture(2, size), towers._trim_strip(picture(2, size))))
     assert (whole - middle).abs().mean() < 0.02 * torch.std(whole)
 
 
@@ -326,15 +326,20 @@ def test_making_a_scorer_and_asking_what_it_lacks_imports_no_torch():
     assert made.stdout.endswith("\nset()\n"), made.stderr
 
 
-def test_a_package_that_is_not_installed_is_named(monkeypatch):
-    monkeypatch.setattr(weights, "_PACKAGES", {"open_klip": "open_klip_torch"})
-    assert PickScore(tiny_transformers()).missing() == (
-        "pickscore needs packages that are not installed: pip install open_klip_torch")
+def test_a_package_that_is_not_installed_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    scorer = PickScore(tiny_transformers())
+    told = 'open_clip is not installed: pip install "refimg[score]"'
+    assert scorer.missing() == told
+    assert scorer.score(batch())[0].note == told
+    for act in (scorer.fetch, scorer.load):
+        with pytest.raises(ImportError, match=r"refimg\[score\]"):
+            act()
 
 
 def test_a_record_can_be_made_where_no_package_is_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    made = [PickScore(), ClipScore(), Aesthetic()]
+    made = [PickScore(), ClipScore(), Aesthetic(), PickScore(tiny_transformers())]
     assert all(scorer.model and "huggingface_hub" in scorer.missing() for scorer in made)
     assert raw_scores(batch(), made)[0]["clip_score"].note == made[1].missing()
 
@@ -389,26 +394,26 @@ def test_weights_that_were_cut_are_missing(tmp_path):
 
 
 @pytest.mark.parametrize("model, tag, says", [
-    ("ViT-L-14", "openai", "use 'ViT-L-14-quickgelu'"),
-    ("ViT-B-32", "openai", "use 'ViT-B-32-quickgelu'"),
-    ("ViT-H-14-378", "dfn5b", "use 'ViT-H-14-378-quickgelu'"),
-    ("ViT-L-14-quickgelu", "laion2b_s32b_b82k", "not known.*openai"),
-    ("ViT-Q-99", "openai", "not known.*none"),
-    ("hf-hub:someone/else", "openai", "not known.*none"),
-    ("ViT-L-14-quickgelu", "", "not known"),
-    ("ViT-B-16-SigLIP", "webli", "tokenizer of its own.*to a folder")])
+    ("ViT-L-14", "openai", "must be 'ViT-L-14-quickgelu'"),
+    ("ViT-B-32", "openai", "must be 'ViT-B-32-quickgelu'"),
+    ("ViT-H-14-378", "dfn5b", "must be 'ViT-H-14-378-quickgelu'"),
+    ("ViT-L-14-quickgelu", "laion2b_s32b_b82k", "must be a tag.*openai"),
+    ("ViT-Q-99", "openai", "must be a tag.*none"),
+    ("hf-hub:someone/else", "openai", "must be a tag.*none"),
+    ("ViT-L-14-quickgelu", "", "must be a tag"),
+    ("ViT-B-16-SigLIP", "webli", "must be a folder.*tokenizer")])
 def test_models_that_do_not_fit_their_weights_are_refused(model, tag, says):
     with pytest.raises(ValueError, match=says):
         ClipScore(model, tag)
 
 
 def test_most_models_of_open_clip_can_be_had_by_name():
-    library, made = module._open_clip(), 0
+    library, made = import_open_clip(), 0
     for model, tag in library.list_pretrained():
         try:
             source = open_clip_checkpoint(model, tag)
         except ValueError as error:
-            assert "tokenizer of its own" in str(error) or "activation" in str(error)
+            assert "whose tokenizer is" in str(error) or "activation" in str(error)
             continue
         made += 1
         assert source.name.count("/") == 1 and source.needs[0][0].endswith(".safetensors")
@@ -419,7 +424,7 @@ def test_most_models_of_open_clip_can_be_had_by_name():
                                      {"view": "half"}])
 @pytest.mark.parametrize("kind", [PickScore, ClipScore, Aesthetic])
 def test_wrong_settings_are_refused_at_once(kind, options):
-    with pytest.raises(ValueError, match="allowed:"):
+    with pytest.raises(ValueError, match=r"must be .* got"):
         kind(**options)
 
 
@@ -436,7 +441,7 @@ def test_half_precision_only_where_it_pays(monkeypatch, cuda, bf16, device, dtyp
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert placement(device, dtype) == wanted
+    assert resolve_placement(device, dtype) == wanted
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -477,7 +482,7 @@ class Counting:
                 self.texts += 1
                 return t.texts(prompts)
 
-            return module.Towers(images, texts, t.count, t.limit, t.scale, t.side)
+            return Towers(images, texts, t.count, t.limit, t.scale, t.side)
 
         counted.__name__ = f"counted {name} {id(self)}"
         monkeypatch.setattr(module, name, counted)
@@ -511,9 +516,12 @@ def test_two_pipelines_share_a_tower_and_the_last_one_frees_it(monkeypatch):
 
 
 def test_other_devices_and_types_are_other_towers():
-    one = shared(tiny_transformers(), load_transformers, device="cpu", dtype="float32")
-    assert one is shared(tiny_transformers(), load_transformers, dtype="float32", device="cpu")
-    other = shared(tiny_transformers(), load_transformers, device="cpu", dtype="bfloat16")
+    def tower(**options):
+        return Embedder.shared(tiny_transformers(), load_transformers, **options)
+
+    one = tower(device="cpu", dtype="float32")
+    assert one is tower(dtype="float32", device="cpu")
+    other = tower(device="cpu", dtype="bfloat16")
     assert other is not one
 
 
@@ -539,7 +547,7 @@ def test_loading_leaves_the_log_alone(caplog):
 
 def test_the_weights_are_in_memory_once(monkeypatch):
     """The parameters of the model are the tensors that were read, not copies of them."""
-    factory, read = module._open_clip().factory, {}
+    factory, read = import_open_clip().factory, {}
     load = factory.load_state_dict
 
     def remembered(*args, **options):
@@ -547,7 +555,7 @@ def test_the_weights_are_in_memory_once(monkeypatch):
         return read
 
     monkeypatch.setattr(factory, "load_state_dict", remembered)
-    made, _ = module._open_clip_model(tiny_open_clip(), "", "")
+    made, _ = towers._open_clip_model(tiny_open_clip(), "", "")
     assert len(read) > 30
     for name, value in made.state_dict().items():
         assert value.data_ptr() == read[name].data_ptr()
@@ -556,16 +564,17 @@ def test_the_weights_are_in_memory_once(monkeypatch):
 def test_a_model_that_cannot_be_made_without_numbers_is_made_as_usual(monkeypatch):
     import torch
 
+    library, made = import_open_clip(), []
+    usual = library.create_model_and_transforms
     wanted = load_open_clip(tiny_open_clip()).texts([PROMPT, LONG[:40]])
-    usual, made = module._made, []
 
-    def stubborn(*args):
-        made.append(args[-1])
-        if made == ["meta"]:
+    def stubborn(*args, device, **options):
+        made.append(device)
+        if device == "meta":
             raise NotImplementedError("Cannot copy out of meta tensor; no data!")
-        return usual(*args)
+        return usual(*args, device=device, **options)
 
-    monkeypatch.setattr(module, "_made", stubborn)
+    monkeypatch.setattr(library, "create_model_and_transforms", stubborn)
     found = load_open_clip(tiny_open_clip()).texts([PROMPT, LONG[:40]])
     assert made == ["meta", "cpu"] and torch.equal(found, wanted)
 

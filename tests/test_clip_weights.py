@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import stamina
 
-from refimg.adapters.clip import ClipScore, PickScore, load_open_clip
+from refimg.adapters.clip import ClipScore, PickScore
+from refimg.adapters.towers import load_open_clip
 from refimg.adapters.weights import (
     HEADS,
     OPENAI_L14,
@@ -145,7 +146,7 @@ class Terminal(io.StringIO):
 
 
 def leftovers(folder: Path) -> list[Path]:
-    return [p for p in folder.rglob("*") if p.suffix in (".incomplete", ".part")]
+    return [p for p in folder.rglob("*") if p.suffix in (".incomplete", ".tmp")]
 
 
 def score(scorer):
@@ -289,7 +290,7 @@ def test_the_head_is_fetched_whatever_happens_on_the_way(hub, faults, tmp_path):
 def test_a_head_that_is_another_file_is_never_kept(hub, tmp_path):
     file = web_file(hub, b"x" * 1000)
     hub.files["head.pth"] = b"y" * 1000
-    with pytest.raises(OSError, match="is not the file whose sha256"):
+    with pytest.raises(OSError, match="is not the file with sha256"):
         file.fetch()
     assert len(hub.gets) == 3 and not [p for p in tmp_path.rglob("*") if p.is_file()]
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from refimg.adapters.retry import started
+from refimg.engine.protocols import Call
 from refimg.enhance import Critique, Message, Reply, Usage
 from refimg.generate import GeneratedImage, ImageRequest, generate_images
 from refimg.storage import journal as module
@@ -173,7 +173,7 @@ async def test_a_schema_may_be_given_by_position(tmp_path):
 
 async def test_an_adoption_that_fails_pays_nothing(tmp_path):
     class Unsure(Remote):
-        async def adopt(self, prediction):
+        async def adopt(self, prediction, *, call):
             raise OSError("503")
 
     with pytest.raises(asyncio.CancelledError):
@@ -415,19 +415,21 @@ def test_threads_with_loops_of_their_own_share_one_call(tmp_path):
 class Remote(Paid):
     """A model whose predictions live on a server: `there` holds what they have become."""
 
+    takes_call = True
+
     def __init__(self, there=None, die: bool = False):
         super().__init__()
         self.there, self.die, self.adopted = there or {}, die, []
 
-    async def generate(self, request: ImageRequest) -> GeneratedImage:
+    async def generate(self, request: ImageRequest, *, call: Call) -> GeneratedImage:
         self.calls += 1
-        started.get()(f"p-{self.calls}")
+        call.started(f"p-{self.calls}")
         if self.die:
             await asyncio.sleep(0.1)
             raise asyncio.CancelledError
         return GeneratedImage(data=b"new", provider_id=f"p-{self.calls}")
 
-    async def adopt(self, prediction: str) -> GeneratedImage | None:
+    async def adopt(self, prediction: str, *, call: Call | None) -> GeneratedImage | None:
         self.adopted.append(prediction)
         return self.there.get(prediction)
 
@@ -447,7 +449,6 @@ async def test_a_prediction_that_is_gone_is_paid_again(tmp_path):
     later = Remote()
     assert (await images(tmp_path, later).generate(request())).data == b"new"
     assert later.calls == 1 and later.adopted == ["p-1"]
-    assert started.get() is None
 
 
 async def test_refresh_adopts_nothing(tmp_path):
@@ -496,7 +497,6 @@ async def test_an_enhancement_again_costs_nothing(tmp_path):
 CHILD = """
     import asyncio, json, os, signal, sys, time
     from pathlib import Path
-    from refimg.adapters.retry import started
     from refimg.generate import GeneratedImage, ImageRequest
     from refimg.storage import journal as module
 
@@ -525,16 +525,16 @@ CHILD = """
             file.write(json.dumps([kind, what]) + "\\n"); file.flush(); os.fsync(file.fileno())
 
     class Model:
-        name, max_references, takes_seed = "m", 1, True
-        async def generate(self, request):
+        name, max_references, takes_seed, takes_call = "m", 1, True, True
+        async def generate(self, request, *, call):
             prediction = request.slot.replace("/", "_")
             log("paid", request.slot)
-            started.get()(prediction)
+            call.started(prediction)
             await asyncio.sleep(0.02)
             if point == "running" and "v2" in request.slot: die()
             return GeneratedImage(data=f"{request.prompt} {request.seed}".encode() * 1000,
                                   seed=request.seed, provider_id=prediction)
-        async def adopt(self, prediction):
+        async def adopt(self, prediction, *, call):
             log("adopted", prediction)
             seed = int(prediction.split("_")[-2][1:])
             return GeneratedImage(data=f"a harbour {seed}".encode() * 1000, seed=seed,

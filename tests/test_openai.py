@@ -17,8 +17,10 @@ import openai
 import pytest
 from openai.types.shared import chat_model
 
+from refimg.adapters import retry
 from refimg.adapters.openai import DEFAULT_MODELS, OpenAIChat
-from refimg.adapters.retry import ProviderError, run_limits
+from refimg.adapters.retry import ProviderError, RunLimits
+from refimg.engine.protocols import Call
 from refimg.enhance import (
     Critique,
     Message,
@@ -49,11 +51,9 @@ def server(shared):
 
 
 @pytest.fixture
-def once():
-    """A run that has no retry left."""
-    with run_limits(0) as limits:
-        limits.tokens = 0
-        yield limits
+def once(monkeypatch):
+    """No call is tried again."""
+    monkeypatch.setattr(retry, "_TRIES", 1)
 
 
 def chat_with(server, model: str = "m", **more) -> OpenAIChat:
@@ -242,16 +242,14 @@ async def test_a_server_that_is_not_there_is_said_so(once):
 
 async def test_a_bad_moment_is_survived(server):
     server.script(["500", "reset"])
-    with run_limits(40):
-        reply = await chat_with(server).reply(ASKED)
+    reply = await chat_with(server).reply(ASKED, call=Call(limits=RunLimits(40)))
     assert PROMPT in reply.text
     assert [seen["fault"] for seen in server.requests()] == ["500", "reset", None]
 
 
 async def test_the_server_says_how_long_to_wait(server):
     server.script([{"fault": "429-after", "after": 1.2}])
-    with run_limits(40):
-        await chat_with(server).reply(ASKED)
+    await chat_with(server).reply(ASKED, call=Call(limits=RunLimits(40)))
     first, second = (seen["at"] for seen in server.requests())
     assert second - first >= 1.2
 
@@ -259,9 +257,9 @@ async def test_the_server_says_how_long_to_wait(server):
 @pytest.mark.parametrize("fault", ["401", "402", "quota"])
 async def test_after_no_money_nobody_is_asked_again(server, fault):
     server.script([fault])
-    chat = chat_with(server)
-    with run_limits(40):
-        first, second = await failed(chat), await failed(chat, JUDGED, schema=Critique)
+    chat, call = chat_with(server), Call(limits=RunLimits(40))
+    first = await failed(chat, call=call)
+    second = await failed(chat, JUDGED, schema=Critique, call=call)
     assert first.kind == second.kind == "down" and len(server.requests()) == 1
 
 

@@ -10,8 +10,9 @@ import traceback
 
 import pytest
 
+from refimg.adapters import retry
 from refimg.adapters.openai import OpenAIChat
-from refimg.adapters.retry import ProviderError, run_limits
+from refimg.adapters.retry import ProviderError
 from refimg.enhance import director_messages, enhance_prompt_iterative
 from tests.servers.llm import start_llm_server
 
@@ -41,10 +42,9 @@ def two(servers):
 
 
 @pytest.fixture
-def once():
-    with run_limits(0) as limits:
-        limits.tokens = 0
-        yield
+def once(monkeypatch):
+    """No call is tried again."""
+    monkeypatch.setattr(retry, "_TRIES", 1)
 
 
 # --- redirects ------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from refimg.generate import GeneratedImage, ImageRequest
-from refimg.sandbox.figures import PIGMENTS, SIZES
+from refimg.sandbox.drawing import PIGMENTS
+from refimg.sandbox.figures import SIZES
 from refimg.sandbox.painter import (
     PAINTER_VERSION,
     RATIOS,

@@ -14,31 +14,27 @@ from pathlib import Path
 
 import pytest
 
-from refimg.adapters import prices as module
 from refimg.adapters import retry
 from refimg.adapters.prices import (
     MAX_COMPLETION,
     PRICES,
-    Budget,
-    BudgetSpent,
     Price,
-    chat_cost,
+    PriceTable,
     enhancement_usage,
-    estimate,
-    image_cost,
-    price_of,
-    prices,
 )
-from refimg.adapters.retry import Failure, ProviderError, attempts, run_limits
+from refimg.adapters.retry import Failure, ProviderError, RunLimits, attempts
+from refimg.engine.costs import Budget, BudgetSpent, estimate
+from refimg.engine.protocols import Call
 from refimg.enhance import Message, Reply, Usage, read_fences
 from refimg.generate import GeneratedImage, ImageRequest
-from refimg.pipeline import Pipeline, Scene, Story, scene_context
+from refimg.pipeline import Pipeline, Scene, Story
 from refimg.storage.journal import Journal
 from tests.fakes import FakeChat, FakeImages, FakeScorer, critique, picture
 
 ASK = [Message(role="user", content="a cat")]
 REQUEST = ImageRequest(prompt="a cat", slot="s/v1/a1")
 BANANA = 0.039
+TABLE = PriceTable()
 
 
 class Chat(FakeChat):
@@ -76,20 +72,21 @@ def test_no_row_is_of_a_model_that_the_sdk_does_not_know_or_says_will_end():
     ("google/nano-banana-pro", False), ("black-forest-labs/flux-2-pro", False),
 ])
 def test_which_names_have_a_price(name, known):
-    assert (price_of(name) is not None) is known
+    assert (TABLE.price_of(name) is not None) is known
 
 
 def test_costs():
     usage = Usage(input_tokens=2_000_000, output_tokens=1_000)
-    assert chat_cost("gpt-5.4-mini", usage) == pytest.approx(1.5045)
-    assert chat_cost("gpt-5.4-mini", Usage(input_tokens=0, output_tokens=0)) == 0
-    assert image_cost("google/nano-banana", seconds=99) == BANANA
+    assert TABLE.chat_cost("gpt-5.4-mini", usage) == pytest.approx(1.5045)
+    assert TABLE.chat_cost("gpt-5.4-mini", Usage(input_tokens=0, output_tokens=0)) == 0
+    assert TABLE.image_cost("google/nano-banana", seconds=99) == BANANA
 
 
 @pytest.mark.parametrize("cost", [
-    chat_cost("gpt-5.5", None), chat_cost("llama", Usage(input_tokens=1, output_tokens=1)),
-    chat_cost("google/nano-banana", Usage(input_tokens=1, output_tokens=1)),
-    image_cost("gpt-5.5"), image_cost("me/mine"),
+    TABLE.chat_cost("gpt-5.5", None),
+    TABLE.chat_cost("llama", Usage(input_tokens=1, output_tokens=1)),
+    TABLE.chat_cost("google/nano-banana", Usage(input_tokens=1, output_tokens=1)),
+    TABLE.image_cost("gpt-5.5"), TABLE.image_cost("me/mine"),
 ])
 def test_what_is_not_known_is_none_and_not_zero(cost):
     assert cost is None
@@ -99,12 +96,12 @@ def test_rows_of_the_user(tmp_path, monkeypatch):
     path = tmp_path / "prices.json"
     monkeypatch.setenv("REFIMG_PRICES", str(path))
     path.write_text(json.dumps({"gpt-5.5": {"input": 1, "output": 2}, "me/x": {"second": 0.01}}))
-    assert chat_cost("gpt-5.5", Usage(input_tokens=10**6, output_tokens=10**6)) == 3
-    assert (image_cost("me/x", 2.5), image_cost("me/x")) == (0.025, None)
-    assert prices()["gpt-5.4"] == PRICES["gpt-5.4"]
+    assert TABLE.chat_cost("gpt-5.5", Usage(input_tokens=10**6, output_tokens=10**6)) == 3
+    assert (TABLE.image_cost("me/x", 2.5), TABLE.image_cost("me/x")) == (0.025, None)
+    assert TABLE.rows()["gpt-5.4"] == PRICES["gpt-5.4"]
     path.write_text(json.dumps({"openai:qwen @ local": {"input": 0, "output": 0}}))
-    assert chat_cost("openai:qwen @ local", Usage(input_tokens=5, output_tokens=5)) == 0
-    assert price_of("me/x") is None
+    assert TABLE.chat_cost("openai:qwen @ local", Usage(input_tokens=5, output_tokens=5)) == 0
+    assert TABLE.price_of("me/x") is None
 
 
 @pytest.mark.parametrize("text", [
@@ -117,8 +114,8 @@ def test_a_bad_price_file_is_a_value_error_that_names_it(tmp_path, monkeypatch, 
     monkeypatch.setenv("REFIMG_PRICES", str(path))
     if text is not None:
         path.write_text(text)
-    with pytest.raises(ValueError, match=r"REFIMG_PRICES is '.*prices\.json'; allowed"):
-        price_of("m")
+    with pytest.raises(ValueError, match=r"REFIMG_PRICES must be .*, got '.*prices\.json'"):
+        TABLE.price_of("m")
 
 
 # a budget
@@ -126,23 +123,23 @@ def test_a_bad_price_file_is_a_value_error_that_names_it(tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize("limit", [0, -1, math.inf, math.nan, "5", None, True])
 def test_a_limit_is_a_number_above_zero(limit):
-    with pytest.raises(ValueError, match="budget_usd is"):
-        Budget(limit)
+    with pytest.raises(ValueError, match="budget_usd must be"):
+        Budget(limit, TABLE)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt-5.5 @ localhost", "google/nano-banana"])
 def test_a_chat_model_without_a_price_cannot_have_a_budget(name):
     with pytest.raises(ValueError, match=f"{name} has none by input"):
-        Budget(1).chat(Chat(name=name))
+        Budget(1, TABLE).chat(Chat(name=name))
 
 
 def test_an_image_model_without_a_price_cannot_have_a_budget():
     with pytest.raises(ValueError, match=r"gpt-5\.5 has none by image or second"):
-        Budget(1).images(FakeImages(name="gpt-5.5"))
+        Budget(1, TABLE).images(FakeImages(name="gpt-5.5"))
 
 
 async def test_the_whole_budget_can_be_spent_and_no_more():
-    budget, model = Budget(3 * BANANA), banana()
+    budget, model = Budget(3 * BANANA, TABLE), banana()
     paid = budget.images(model)
     for _ in range(3):
         await paid.generate(REQUEST)
@@ -156,7 +153,7 @@ async def test_the_whole_budget_can_be_spent_and_no_more():
     (GeneratedImage(data=b"x", cost=0.0), 0.0),
 ])
 async def test_an_image_costs_what_it_says_or_what_the_table_says(answer, spent):
-    budget = Budget(1)
+    budget = Budget(1, TABLE)
     assert await budget.images(banana(lambda *_: answer)).generate(REQUEST) == answer
     assert (budget.spent, budget.reserved) == (spent, 0)
 
@@ -167,7 +164,7 @@ async def test_an_image_costs_what_it_says_or_what_the_table_says(answer, spent)
     (Reply(text="x"), None),
 ])
 async def test_a_reply_without_usage_is_charged_its_reservation(reply, spent):
-    budget, held = Budget(1), []
+    budget, held = Budget(1, TABLE), []
 
     def say(*_):
         held.append(budget.reserved)
@@ -184,14 +181,14 @@ async def test_a_reply_without_usage_is_charged_its_reservation(reply, spent):
     (RuntimeError("who knows"), True), (asyncio.CancelledError(), True),
 ])
 async def test_what_a_failure_costs(error, charged):
-    budget = Budget(1)
+    budget = Budget(1, TABLE)
     with pytest.raises(type(error)):
         await budget.images(banana(lambda *_: error)).generate(REQUEST)
     assert (budget.spent, budget.reserved) == (BANANA if charged else 0, 0)
 
 
 async def test_a_call_waits_for_money_that_calls_in_flight_may_not_need():
-    budget = Budget(0.1)
+    budget = Budget(0.1, TABLE)
     first = await budget.reserve(0.08)
     waiting = asyncio.create_task(budget.reserve(0.05))
     await asyncio.sleep(0.01)
@@ -201,7 +198,7 @@ async def test_a_call_waits_for_money_that_calls_in_flight_may_not_need():
 
 
 async def test_a_call_that_waits_in_vain_is_refused():
-    budget = Budget(0.1)
+    budget = Budget(0.1, TABLE)
     first = await budget.reserve(0.08)
     waiting = [asyncio.create_task(budget.reserve(0.05)) for _ in range(3)]
     await asyncio.sleep(0.01)
@@ -211,7 +208,7 @@ async def test_a_call_that_waits_in_vain_is_refused():
 
 
 async def test_a_token_is_settled_once():
-    budget = Budget(1)
+    budget = Budget(1, TABLE)
     token = await budget.reserve(0.1)
     budget.settle(token, 0.1)
     with pytest.raises(KeyError):
@@ -219,7 +216,7 @@ async def test_a_token_is_settled_once():
 
 
 async def test_an_answer_that_costs_more_than_was_held_is_charged_in_full():
-    budget = Budget(0.05)
+    budget = Budget(0.05, TABLE)
     paid = budget.images(banana(lambda *_: GeneratedImage(data=b"x", cost=0.06)))
     await paid.generate(REQUEST)
     assert budget.spent == 0.06
@@ -230,7 +227,7 @@ async def test_an_answer_that_costs_more_than_was_held_is_charged_in_full():
 @pytest.mark.parametrize("seed", range(10))
 async def test_32_calls_in_flight_never_pass_the_budget(seed):
     chance, spent = random.Random(seed), []
-    budget = Budget(chance.uniform(0.1, 1))
+    budget = Budget(chance.uniform(0.1, 1), TABLE)
 
     async def work(request):
         await asyncio.sleep(chance.random() / 100)
@@ -255,18 +252,21 @@ async def test_32_calls_in_flight_never_pass_the_budget(seed):
 class Hanging:
     """An image model that answers late the first times, as a real adapter sees it."""
 
-    name, max_references = "google/nano-banana", 0
+    name, max_references, takes_call = "google/nano-banana", 0, True
 
     def __init__(self, late: int):
         self.late, self.calls = late, 0
 
-    async def generate(self, request):
-        async def call():
+    async def generate(self, request, *, call=None):
+        async def once():
             self.calls += 1
             await asyncio.sleep(9 if self.calls <= self.late else 0)
             return GeneratedImage(data=b"x")
 
-        return await attempts("p", call, lambda e: Failure("never", repr(e)), seconds=0.02)
+        def read(error):
+            return Failure("never", repr(error))
+
+        return await attempts("p", once, read, seconds=0.02, call=call)
 
 
 @pytest.fixture
@@ -275,22 +275,21 @@ def fast(monkeypatch):
 
 
 async def test_an_attempt_that_was_late_is_charged_too(fast):
-    budget, model = Budget(1), Hanging(2)
-    with run_limits(100):
-        await budget.images(model).generate(REQUEST)
+    budget, model = Budget(1, TABLE), Hanging(2)
+    await budget.images(model).generate(REQUEST, call=Call(limits=RunLimits(100)))
     assert model.calls == 3 and budget.spent == pytest.approx(3 * BANANA)
 
 
 async def test_a_retry_that_the_budget_does_not_allow_is_not_made(fast):
-    budget, model = Budget(2 * BANANA), Hanging(9)
-    with run_limits(100), pytest.raises(ProviderError, match="no answer within"):
-        await budget.images(model).generate(REQUEST)
+    budget, model = Budget(2 * BANANA, TABLE), Hanging(9)
+    with pytest.raises(ProviderError, match="no answer within"):
+        await budget.images(model).generate(REQUEST, call=Call(limits=RunLimits(100)))
     assert model.calls == 2 and budget.spent == pytest.approx(2 * BANANA)
 
 
 async def test_what_the_journal_knows_is_not_paid_again(tmp_path):
     for spent in (BANANA, 0):
-        budget, run = Budget(1), {"output_dir": tmp_path, "generation_id": "run"}
+        budget, run = Budget(1, TABLE), {"output_dir": tmp_path, "generation_id": "run"}
         await Journal(tmp_path).images(budget.images(banana()), **run).generate(REQUEST)
         assert budget.spent == spent
 
@@ -342,19 +341,17 @@ def budgeted(budget: Budget, seed: int = 1, script=None) -> Pipeline:
 
 @pytest.mark.parametrize("scenes", [1, 3, 8])
 async def test_high_is_within_5_percent_of_the_ledger(tmp_path, scenes):
-    budget, own = Budget(100), story(scenes)
+    budget, own = Budget(100, TABLE), story(scenes)
     result = await budgeted(budget, scenes).run(own, output_dir=tmp_path / "out")
     assert all(scene.enhancement.stop_reason == "max_iterations" for scene in result.scenes)
-    asked = [(s.prompt, scene_context(own, k)) for k, s in enumerate(own.scenes, start=1)]
-    told = estimate(asked, rounds=4, variations=4, director="openai:gpt-5.5",
-                    critic="openai:gpt-5.4-mini", image_model="replicate:google/nano-banana")
+    told = budgeted(budget, scenes).estimate(own)
     assert told.low < told.high and told.chat_calls == 8 * scenes and told.images == 4 * scenes
     assert abs(told.high - budget.spent) <= 0.05 * budget.spent
 
 
 @pytest.mark.parametrize("limit", [0.3, 0.6, 1.0])
 async def test_a_run_out_of_money_ends_with_every_reference_and_says_so(tmp_path, limit):
-    budget = Budget(limit)
+    budget = Budget(limit, TABLE)
     result = await budgeted(budget).run(story(8), output_dir=tmp_path / "out")
     assert budget.spent <= limit and budget.reserved == 0
     assert len(result.references) == 8 and all(path.exists() for path in result.references)
@@ -362,16 +359,19 @@ async def test_a_run_out_of_money_ends_with_every_reference_and_says_so(tmp_path
     assert any("is spent" in warning for warning in result.scenes[-1].warnings)
 
 
+USED = Usage(input_tokens=500, output_tokens=100), Usage(input_tokens=500, output_tokens=100)
+
+
 def test_an_estimate_with_an_unknown_price_is_none():
     models = {"director": "gpt-5.5", "critic": "llama", "image_model": "me/x"}
-    told = estimate([("a cat", "")], rounds=2, variations=4, **models)
+    told = estimate([USED], [USED], chat_calls=4, images=4, prices=TABLE, **models)
     assert (told.low, told.high, told.unpriced) == (None, None, ["llama", "me/x"])
     assert (told.images, told.chat_calls) == (4, 4)
 
 
-def test_an_estimate_without_rounds_is_the_images():
+def test_an_estimate_without_agents_is_the_images():
     models = {"director": "llama", "critic": "llama", "image_model": "google/nano-banana"}
-    told = estimate([("a cat", "")] * 2, rounds=0, variations=3, negative=True, **models)
+    told = estimate([USED] * 2, [USED] * 2, chat_calls=0, images=6, prices=TABLE, **models)
     assert told.low == told.high == pytest.approx(6 * BANANA)
     assert (told.unpriced, told.chat_calls) == ([], 0)
 
@@ -388,9 +388,10 @@ def test_what_is_read_grows_with_rounds_prompt_and_context():
 
 
 def test_the_reservation_is_an_upper_bound_of_what_is_read():
-    messages = [Message(role="user", content="漢字🎬" * 100)]
-    price = Price(input=1, output=0)
-    assert module._most_for_chat(price, messages, None) * 1e6 >= len("漢字🎬") * 100 * 3
+    text = "漢字🎬" * 100
+    messages = [Message(role="user", content=text)]
+    more = TABLE.most_for_chat("gpt-5.5", messages) - TABLE.most_for_chat("gpt-5.5", [])
+    assert more * 1e6 / PRICES["gpt-5.5"].input >= 3 * len(text)
 
 
 def test_an_unpriced_row_cannot_be_made():

@@ -11,14 +11,8 @@ import weakref
 import pytest
 
 from refimg.adapters import retry
-from refimg.adapters.retry import (
-    Failure,
-    ProviderError,
-    approve,
-    attempts,
-    run_limits,
-    started,
-)
+from refimg.adapters.retry import Failure, ProviderError, RunLimits, attempts
+from refimg.engine.protocols import Call
 
 KEY = "sk-" + "abc123" * 5
 
@@ -64,8 +58,8 @@ class Provider:
 AGAIN, NEVER, DOWN = Failure("again", "503"), Failure("never", "400"), Failure("down", "401")
 
 
-async def ask(provider: Provider, name: str = "p", seconds: float = 5):
-    return await attempts(name, provider, read, seconds=seconds)
+async def ask(provider: Provider, name: str = "p", seconds: float = 5, **more):
+    return await attempts(name, provider, read, seconds=seconds, call=Call(**more))
 
 
 async def test_an_answer_needs_one_call():
@@ -96,64 +90,62 @@ async def test_alone_a_call_has_a_few_tries_and_each_call_its_own():
 
 async def test_one_call_cannot_eat_the_budget_of_a_run():
     provider = Provider(AGAIN)
-    with run_limits(1000) as limits, pytest.raises(ProviderError):
-        await ask(provider)
+    limits = RunLimits(1000)
+    with pytest.raises(ProviderError):
+        await ask(provider, limits=limits)
     assert provider.calls == 6 and limits.tokens == 195
 
 
 @pytest.mark.parametrize(("planned", "tokens"), [(0, 8), (40, 8), (45, 9), (96, 19)])
 async def test_the_budget_of_a_run_is_20_percent_but_8_at_least(planned, tokens):
-    provider = Provider(AGAIN)
-    with run_limits(planned):
-        calls = [ask(provider) for _ in range(30)]
-        await asyncio.gather(*calls, return_exceptions=True)
+    provider, limits = Provider(AGAIN), RunLimits(planned)
+    calls = [ask(provider, limits=limits) for _ in range(30)]
+    await asyncio.gather(*calls, return_exceptions=True)
     assert provider.calls == 30 + tokens
 
 
 async def test_two_runs_at_once_have_a_budget_each():
-    async def run(provider, planned):
-        with run_limits(planned):
-            await asyncio.gather(*(ask(provider) for _ in range(30)), return_exceptions=True)
+    async def run(provider, limits):
+        calls = [ask(provider, limits=limits) for _ in range(30)]
+        await asyncio.gather(*calls, return_exceptions=True)
 
     first, second = Provider(AGAIN), Provider(AGAIN)
-    await asyncio.gather(run(first, 50), run(second, 100))
+    await asyncio.gather(run(first, RunLimits(50)), run(second, RunLimits(100)))
     assert (first.calls, second.calls) == (40, 50)
 
 
 async def test_a_provider_that_is_down_is_not_called_again_in_this_run_only():
-    down, other = Provider(DOWN), Provider("yes")
-    with run_limits(10):
-        for _ in range(3):
-            with pytest.raises(ProviderError, match="401"):
-                await ask(down, "a")
-        assert await ask(other, "b") == "yes"
+    down, other, limits = Provider(DOWN), Provider("yes"), RunLimits(10)
+    for _ in range(3):
+        with pytest.raises(ProviderError, match="401"):
+            await ask(down, "a", limits=limits)
+    assert await ask(other, "b", limits=limits) == "yes"
     assert down.calls == 1
-    with run_limits(10), pytest.raises(ProviderError):
-        await ask(down, "a")
+    with pytest.raises(ProviderError):
+        await ask(down, "a", limits=RunLimits(10))
     assert down.calls == 2
 
 
 async def test_a_retry_that_waits_is_not_made_once_the_provider_is_down():
-    slow = Provider(Failure("again", "503", wait=0.2), "yes")
-    with run_limits(10):
-        waiting = asyncio.create_task(ask(slow))
-        await asyncio.sleep(0.05)
-        with pytest.raises(ProviderError):
-            await ask(Provider(DOWN))
-        with pytest.raises(ProviderError, match="401"):
-            await waiting
+    slow, limits = Provider(Failure("again", "503", wait=0.2), "yes"), RunLimits(10)
+    waiting = asyncio.create_task(ask(slow, limits=limits))
+    await asyncio.sleep(0.05)
+    with pytest.raises(ProviderError):
+        await ask(Provider(DOWN), limits=limits)
+    with pytest.raises(ProviderError, match="401"):
+        await waiting
     assert slow.calls == 1
 
 
 async def test_calls_queued_behind_a_throttled_provider_end_when_it_is_down():
-    with run_limits(10):
-        with pytest.raises(ProviderError):
-            await ask(Provider(Failure("never", "429", wait=0.05, throttled=True)))
-        retry._pace("p").gap = 1000.0
-        calls = [asyncio.create_task(ask(Provider("yes"))) for _ in range(20)]
-        await asyncio.sleep(0)
-        retry._limits.get().down["p"] = DOWN
-        ends = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 60)
+    limits = RunLimits(10)
+    with pytest.raises(ProviderError):
+        await ask(Provider(Failure("never", "429", wait=0.05, throttled=True)), limits=limits)
+    retry._pace("p").gap = 1000.0
+    calls = [asyncio.create_task(ask(Provider("yes"), limits=limits)) for _ in range(20)]
+    await asyncio.sleep(0)
+    limits.down["p"] = DOWN
+    ends = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 60)
     assert {str(end) for end in ends} == {"p: 401"}
 
 
@@ -191,14 +183,13 @@ async def test_the_providers_wait_is_kept_and_clamped(asked):
 
 
 async def test_a_cancellation_passes_untouched_and_costs_nothing():
-    provider = Provider(9.0)
-    with run_limits(1) as limits:
-        task = asyncio.create_task(ask(provider))
-        await asyncio.sleep(0.02)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        assert limits.tokens == 8 and provider.calls == 1
+    provider, limits = Provider(9.0), RunLimits(1)
+    task = asyncio.create_task(ask(provider, limits=limits))
+    await asyncio.sleep(0.02)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert limits.tokens == 8 and provider.calls == 1
 
 
 @pytest.mark.parametrize("wait", [50.0, None])
@@ -236,22 +227,22 @@ async def test_no_key_and_no_request_hang_on_the_error(caplog):
 
 
 async def test_an_error_that_a_call_raises_itself_counts():
-    provider = Provider(ProviderError("elsewhere", DOWN))
-    with run_limits(1) as limits, pytest.raises(ProviderError, match="p: 401"):
-        await ask(provider)
+    provider, limits = Provider(ProviderError("elsewhere", DOWN)), RunLimits(1)
+    with pytest.raises(ProviderError, match="p: 401"):
+        await ask(provider, limits=limits)
     assert limits.down["p"] == DOWN
 
 
 async def test_a_retry_needs_approval_and_a_late_answer_may_be_paid():
-    asked = []
-    before = approve.set(lambda failure: asked.append(failure) or len(asked) < 3)
-    try:
-        provider = Provider(9.0, AGAIN, AGAIN, "yes")
-        with pytest.raises(ProviderError):
-            await ask(provider, seconds=0.02)
-    finally:
-        approve.reset(before)
-    assert provider.calls == 3 and [failure.paid for failure in asked] == [True, False, False]
+    provider, asked = Provider(9.0, AGAIN, AGAIN, "yes"), []
+
+    def may_retry(paid: bool) -> bool:
+        asked.append(paid)
+        return len(asked) < 3
+
+    with pytest.raises(ProviderError):
+        await ask(provider, seconds=0.02, may_retry=may_retry)
+    assert provider.calls == 3 and asked == [True, False, False]
 
 
 class Bucket:
@@ -277,11 +268,10 @@ class Bucket:
 
 @pytest.mark.parametrize("hint", [True, False])
 async def test_four_at_once_survive_a_burst_of_one(hint):
-    bucket = Bucket(per_second=10, burst=1, hint=hint)
-    with run_limits(16) as limits:
-        for _ in range(4):
-            answers = await asyncio.gather(*(ask(bucket) for _ in range(4)))
-            assert answers == ["yes"] * 4
+    bucket, limits = Bucket(per_second=10, burst=1, hint=hint), RunLimits(16)
+    for _ in range(4):
+        answers = await asyncio.gather(*(ask(bucket, limits=limits) for _ in range(4)))
+        assert answers == ["yes"] * 4
     assert limits.tokens >= 0 and bucket.refused <= 8
 
 
@@ -321,15 +311,3 @@ def test_event_loops_one_after_another_have_a_pace_each():
     loops = [asyncio.run(run()) for _ in range(3)]
     gc.collect()
     assert [loop() for loop in loops[:2]] == [None, None]
-
-
-async def test_started_belongs_to_its_context():
-    async def one(name):
-        seen = []
-        started.set(seen.append)
-        await asyncio.sleep(0)
-        started.get()(name)
-        return seen
-
-    assert await asyncio.gather(*map(one, "ab")) == [["a"], ["b"]]
-    assert started.get() is None

@@ -15,8 +15,8 @@ import time
 import pytest
 
 from refimg import Pipeline, Scene, Story
-from refimg.adapters.clip import _transformers
 from refimg.adapters.openai import OpenAIChat
+from refimg.adapters.towers import import_transformers
 from refimg.enhance import Critique, critic_messages, parse_critique
 from tests.fakes import FakeImages, FakeScorer
 
@@ -29,7 +29,7 @@ def tiny_model(folder) -> None:
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    _transformers()
+    import_transformers()
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -53,7 +53,7 @@ def served(tmp_path_factory):
     """Base URL and model name of a running `transformers serve`, and what it logs."""
     folder = tmp_path_factory.mktemp("tiny-model")
     tiny_model(folder)
-    code = "from refimg.adapters.clip import _transformers; _transformers()\n"
+    code = "from refimg.adapters.towers import import_transformers; import_transformers()\n"
     code += "from transformers.cli.transformers import main; main()"
     command = [sys.executable, "-c", code, "serve", str(folder), "--port", "0", "--device", "cpu"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}

@@ -17,8 +17,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from refimg.adapters import vqa as module
-from refimg.adapters.vqa import QUESTION, VqaScore, answer_tokens, load_reader, yes_scores
+from refimg.adapters.vqa import QUESTION, Reader, VqaScore, answer_tokens
 from refimg.score import Batch, ImageScores, grade, raw_scores
 
 from . import tiny_vlm
@@ -44,16 +43,16 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def reader(request, checkpoints) -> module.Reader:
-    return load_reader(str(checkpoints[request.param]))
+def reader(request, checkpoints) -> Reader:
+    return Reader.load(str(checkpoints[request.param]))
 
 
 def values(scorer: VqaScore, *pictures: Image.Image, text: str = TEXT) -> list[float | None]:
     return [raw.value for raw in scorer.score(Batch(pictures, text))]
 
 
-def asked(reader: module.Reader, *pictures: Image.Image, text: str = TEXT) -> list[float]:
-    return [raw.value for raw in yes_scores(reader, pictures, text)]
+def asked(reader: Reader, *pictures: Image.Image, text: str = TEXT) -> list[float]:
+    return [raw.value for raw in reader.yes_scores(pictures, text)]
 
 
 # the number
@@ -65,7 +64,7 @@ def spelled_yes(words, ids: range) -> list[int]:
     return [i for i, text in zip(ids, texts, strict=True) if text.strip().lower() == "yes"]
 
 
-def by_hand(reader: module.Reader, picture: Image.Image) -> float:
+def by_hand(reader: Reader, picture: Image.Image) -> float:
     """P(yes) from the plain logits of one unpadded picture, its question written out here."""
     import torch
 
@@ -115,8 +114,8 @@ def test_a_text_cannot_speak_for_the_model(reader):
     assert asked(reader, *PICTURES, text=rude) == pytest.approx(alone, rel=1e-4)
     words = reader.processor.tokenizer
     special = {token.content for token in words.added_tokens_decoder.values() if token.special}
-    assert words.tokenize(module._as_text(words, rude))
-    assert not special & set(words.tokenize(module._as_text(words, rude)))
+    assert words.tokenize(reader.as_data(rude))
+    assert not special & set(words.tokenize(reader.as_data(rude)))
 
 
 def test_rules_for_writing_text_play_no_part(checkpoints, tmp_path):
@@ -126,7 +125,7 @@ def test_rules_for_writing_text_play_no_part(checkpoints, tmp_path):
     (folder / "generation_config.json").write_text(json.dumps(old | rules))
     plain, penalised = VqaScore(checkpoints["qwen"]), VqaScore(folder)
     assert values(penalised, *PICTURES) == values(plain, *PICTURES)
-    assert load_reader(str(folder)).model.generation_config.repetition_penalty == 5.0
+    assert Reader.load(str(folder)).model.generation_config.repetition_penalty == 5.0
 
 
 def test_a_model_that_can_think_aloud_does_not(checkpoints, tmp_path):
@@ -138,9 +137,9 @@ def test_a_model_that_can_think_aloud_does_not(checkpoints, tmp_path):
 def test_a_note_says_when_neither_yes_nor_no_was_likely(reader):
     every = list(range(len(reader.processor.tokenizer)))
     sure = replace(reader, yes=every[::2], no=every[1::2])
-    assert [raw.note for raw in yes_scores(sure, PICTURES[:2], TEXT)] == ["", ""]
+    assert [raw.note for raw in sure.yes_scores(PICTURES[:2], TEXT)] == ["", ""]
     unsure = replace(reader, yes=[0], no=[])
-    assert "yes and no have only" in yes_scores(unsure, PICTURES[:1], TEXT)[0].note
+    assert "yes and no have only" in unsure.yes_scores(PICTURES[:1], TEXT)[0].note
 
 
 def test_no_token_for_yes_is_none(tmp_path):
@@ -154,7 +153,7 @@ def test_half_precision_is_near(checkpoints):
     full = values(VqaScore(checkpoints["idefics"]), *PICTURES)
     half = VqaScore(checkpoints["idefics"], dtype="bfloat16")
     assert values(half, *PICTURES) == pytest.approx(full, abs=0.03)
-    assert str(half._ready().model.dtype) == "torch.bfloat16"
+    assert str(half.reader().model.dtype) == "torch.bfloat16"
 
 
 def test_a_picture_that_the_model_refuses_is_none_alone(checkpoints):
@@ -178,8 +177,8 @@ def test_the_record_names_it(checkpoints):
 
 
 def test_loaded_once_and_let_go(checkpoints, monkeypatch):
-    loads, load = [], module.load_reader
-    monkeypatch.setattr(module, "load_reader", lambda *a: loads.append(a) or load(*a))
+    loads, load = [], Reader.load
+    monkeypatch.setattr(Reader, "load", lambda *a: loads.append(a) or load(*a))
     scorer = VqaScore(checkpoints["llava"])
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda _: values(scorer, *PICTURES[:2]), range(4)))
@@ -192,14 +191,30 @@ def test_loaded_once_and_let_go(checkpoints, monkeypatch):
     assert len(loads) == 2
 
 
-def test_unknown_formats_are_refused():
-    with pytest.raises(ValueError, match="dtype is 'int8'; allowed"):
-        VqaScore("a/b", dtype="int8")
+@pytest.mark.parametrize("options", [{"dtype": "int8"}, {"device": "abacus"}])
+def test_unknown_devices_and_formats_are_refused(options):
+    with pytest.raises(ValueError, match=r"must be auto, .* got"):
+        VqaScore("a/b", **options)
 
 
-def test_an_unknown_device_is_a_reason(checkpoints):
-    raw = VqaScore(checkpoints["llava"], device="abacus").score(Batch(PICTURES[:1], TEXT))[0]
-    assert raw.value is None and "abacus" in raw.note
+def test_a_device_that_is_not_there_is_a_reason(checkpoints):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    raw = VqaScore(checkpoints["llava"], device="cuda").score(Batch(PICTURES[:1], TEXT))[0]
+    assert raw.value is None and "could not be loaded" in raw.note
+
+
+def test_without_the_packages_it_says_what_to_install(checkpoints, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    for scorer in (VqaScore(checkpoints["llava"]), VqaScore("a/b")):
+        told = 'huggingface_hub is not installed: pip install "refimg[score]"'
+        assert (scorer.missing(), scorer.score(Batch(PICTURES[:1], TEXT))[0].note) == (told, told)
+        assert scorer.model in ("llava@local", "a/b@main")
+        for act in (scorer.load, scorer.fetch):
+            with pytest.raises(ImportError, match=r"refimg\[score\]"):
+                act()
 
 
 def test_importing_it_is_light():
@@ -261,7 +276,7 @@ def test_weights_that_lack_are_not_made_up(checkpoints, tmp_path):
     scorer = VqaScore(folder)
     assert scorer.missing() is None
     raw = scorer.score(Batch(PICTURES[:1], TEXT))[0]
-    assert raw.value is None and "the files lack 1 weights" in raw.note
+    assert raw.value is None and "1 weights are missing" in raw.note
 
 
 def test_a_whole_checkpoint_lacks_nothing(checkpoints):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from refimg.adapters.clip import _transformers
+from refimg.adapters.towers import import_transformers
 
 WORDS = ["Yes yes No no YES NO Yes yesterday", " Does this figure show", " Please answer yes"]
 CHAT = (
@@ -31,7 +31,7 @@ def tokenizer(special: list[str], sentencepiece: bool = False, words: bool = Tru
         special_tokens=["<pad>", "<|im_start|>", "<|im_end|>", *special], show_progress=False,
         vocab_size=600 if words else 0, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     bpe.train_from_iterator(WORDS * 3 if words else [], trainer)
-    return _transformers().PreTrainedTokenizerFast(
+    return import_transformers().PreTrainedTokenizerFast(
         tokenizer_object=bpe, pad_token="<pad>", eos_token="<|im_end|>")
 
 
@@ -52,7 +52,7 @@ def seeded(make, config):
 
 def qwen(folder: Path, chat: str = CHAT, words: bool = True) -> Path:
     """A Qwen2.5-VL: pictures in their own resolution, tied weights, a chat template."""
-    library = _transformers()
+    library = import_transformers()
     special = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
     words = tokenizer(special, words=words)
     ids = words.convert_tokens_to_ids
@@ -79,7 +79,7 @@ def qwen(folder: Path, chat: str = CHAT, words: bool = True) -> Path:
 
 def llava(folder: Path) -> Path:
     """A LLaVA: square pictures, tokens with "▁", no chat template."""
-    library, words = _transformers(), tokenizer(["<image>"], sentencepiece=True)
+    library, words = import_transformers(), tokenizer(["<image>"], sentencepiece=True)
     config = library.LlavaConfig(
         text_config=TEXT | {"model_type": "llama", "vocab_size": len(words)},
         vision_config={
@@ -96,7 +96,7 @@ def llava(folder: Path) -> Path:
 
 def idefics(folder: Path) -> Path:
     """An Idefics3: large pictures are split, so that questions have very different lengths."""
-    library = _transformers()
+    library = import_transformers()
     rows = [f"<row_{i}_col_{j}>" for i in range(1, 7) for j in range(1, 7)]
     words = tokenizer(["<image>", "<fake_token_around_image>", "<global-img>", *rows])
     config = library.Idefics3Config(

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 STAMP = VENV / "refimg-installed"
 HERE = tuple(sys.version_info[:2])
+KINDS = ("", "score_", "notebook_", "validate_", "backend_", "dev_")  # of `requirements`
 FILES = ("settings.ini", "setup.py", "pyproject.toml", "constraints.txt", "tools/bootstrap.py")
 
 
@@ -72,14 +73,14 @@ def pip(*arguments):
 
 
 def install():
-    """Installs torch alone, torchvision, the rest and the project itself; leaves the stamp."""
+    """Installs torch alone, torchvision, all extras and the project itself; leaves the stamp."""
     if not usable():
         venv.create(str(VENV), clear=True, with_pip=True)
     STAMP.unlink(missing_ok=True)
     pins = (ROOT / "constraints.txt").read_text("utf-8").split()
     pip(next(p for p in pins if p.startswith("torch==")))
     pip(next(p for p in pins if p.startswith("torchvision==")))
-    pip(*shlex.split(settings()["requirements"]), *shlex.split(settings()["dev_requirements"]))
+    pip(*shlex.split(" ".join(settings()[f"{kind}requirements"] for kind in KINDS)))
     pip("--no-deps", "--no-build-isolation", "--editable", ".")
     STAMP.write_text(fingerprint(), encoding="utf-8")
 

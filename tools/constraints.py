@@ -13,16 +13,17 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 FIRST = ["torch", "torchvision"]
+KINDS = ("", "score_", "notebook_", "validate_", "backend_", "dev_")  # of `requirements`
 GPU = re.compile(r"(nvidia|triton|cuda)\b")
 HEAD = "# Made by tools/constraints.py: every install of this project uses it. torch comes first.\n"
 
 
 def asked() -> list[Requirement]:
-    """The requirements in settings.ini, those of developers too."""
+    """The requirements in settings.ini, those of the extras and of developers too."""
     config = ConfigParser(delimiters=["="])
     config.read(ROOT / "settings.ini", encoding="utf-8")
     settings = config["DEFAULT"]
-    texts = shlex.split(settings["requirements"]) + shlex.split(settings["dev_requirements"])
+    texts = shlex.split(" ".join(settings[f"{kind}requirements"] for kind in KINDS))
     return [Requirement(text) for text in texts]
 
 

@@ -2,8 +2,8 @@
 
 Cells under `#| notest` (they need a key) keep the outputs they have; the export cell is not run.
 The kernel is this environment's, whatever else the machine has. What only a live page can show is
-left out: widgets, and bars that write over themselves. An image that comes as JPEG and as PNG is kept
-as JPEG.
+left out: widgets, and bars that write over themselves. An image that comes as JPEG and as PNG is
+kept as JPEG.
 """
 
 import os

@@ -21,9 +21,9 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel
 
-from .prices import chat_cost
+from .prices import PriceTable
 from .retry import Failure, attempts
-from ..enhance import Message, Reply, Usage
+from ..engine.protocols import Call, Message, Reply, Usage
 from ..storage.secrets import log_line, remember
 
 if TYPE_CHECKING:
@@ -240,7 +240,7 @@ async def _ask(chat: OpenAIChat, messages: list[Message], schema: type[BaseModel
         form = response_format(schema, _FORMS[step]) if schema else {}
         try:
             reply = read_completion(await client.chat.completions.create(**said, **form))
-            return reply.model_copy(update={"cost": chat_cost(chat.name, reply.usage)})
+            return reply.model_copy(update={"cost": chat.prices.chat_cost(chat.name, reply.usage)})
         except APIStatusError as error:
             if not form or not _step_down(server, step, error):
                 raise
@@ -248,6 +248,8 @@ async def _ask(chat: OpenAIChat, messages: list[Message], schema: type[BaseModel
 # %% ../../nbs/adapters/openai.ipynb #e0f4715a
 class OpenAIChat:
     """A chat model behind OpenAI's protocol."""
+
+    takes_call = True
 
     def __init__(
         self,
@@ -264,7 +266,7 @@ class OpenAIChat:
             raise ValueError("client has an address and a key: pass no base_url and no api_key")
         url = str(client.base_url) if client else base_url or _environment_url()
         self.model, self.base_url = model or DEFAULT_MODELS["director"], url.rstrip("/")
-        self.timeout, self._clients = timeout, {}
+        self.timeout, self._clients, self.prices = timeout, {}, PriceTable()
         self._own = client and client.with_options(max_retries=0, timeout=timeout)
         self._key = client.api_key if client else _key(url, api_key)
         remember(self._key)
@@ -284,7 +286,9 @@ class OpenAIChat:
         self,
         messages: list[Message],  # the conversation so far, system message first
         schema: type[BaseModel] | None = None,  # the shape of a JSON answer
+        *,
+        call: Call | None = None,  # from the run: its limits, and who is asked before a retry
     ) -> Reply:
-        """The model's next message; a ProviderError where none was to be had."""
-        call = partial(_ask, self, messages, schema)
-        return await attempts(self.provider, call, failure, seconds=self.timeout)
+        """Return the model's next message; a ProviderError where none was to be had."""
+        once = partial(_ask, self, messages, schema)
+        return await attempts(self.provider, once, failure, seconds=self.timeout, call=call)

@@ -28,8 +28,9 @@ import httpx
 
 from .download import NoImage, fetch, origin
 from .inputs import KNOWN, Takes, fill, read_schema
-from .prices import image_cost
-from .retry import Failure, ProviderError, approve, attempts, started
+from .prices import PriceTable
+from .retry import Failure, ProviderError, attempts
+from ..engine.protocols import Call
 from ..generate import GeneratedImage, ImageRequest
 from ..storage.files import read_image
 from ..storage.secrets import log_line, remember
@@ -106,13 +107,15 @@ def failure(
     return Failure("again" if passing else "never", named)
 
 # %% ../../nbs/adapters/replicate.ipynb #55c25a04
-async def _free(m: ReplicateImages, seconds: float, ask: Callable[[], Awaitable[_T]]) -> _T:
+async def _free(
+    m: ReplicateImages, seconds: float, ask: Callable[[], Awaitable[_T]], call: Call | None = None
+) -> _T:
     """The answer to what costs nothing, in a few attempts of that many seconds."""
     async def once() -> _T:
         async with asyncio.timeout(seconds):
             return await ask()
 
-    return await attempts(m.provider, once, failure, seconds=seconds + 5)
+    return await attempts(m.provider, once, failure, seconds=seconds + 5, call=call)
 
 # %% ../../nbs/adapters/replicate.ipynb #ed3d1557
 @dataclass
@@ -183,12 +186,14 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-async def _send_file(m: ReplicateImages, session: _Session, path: Path) -> str:
+async def _send_file(
+    m: ReplicateImages, session: _Session, path: Path, call: Call | None
+) -> str:
     """The address of the uploaded picture."""
     data = await asyncio.to_thread(_small_jpeg, path)
     files = {"content": ("reference.jpg", data, "image/jpeg")}
     send = partial(_ask, session.client, "POST", "/v1/files", files=files)
-    answer = await _free(m, 60, send)
+    answer = await _free(m, 60, send, call)
     try:
         return str(answer["urls"]["get"])
     except (KeyError, TypeError) as error:
@@ -196,13 +201,15 @@ async def _send_file(m: ReplicateImages, session: _Session, path: Path) -> str:
         raise ProviderError(m.provider, Failure("never", told)) from error
 
 # %% ../../nbs/adapters/replicate.ipynb #18e631a1
-async def _uploaded(m: ReplicateImages, session: _Session, path: Path) -> str:
+async def _uploaded(
+    m: ReplicateImages, session: _Session, path: Path, call: Call | None
+) -> str:
     """The address of the reference image, uploaded by the first who asks for it."""
     clock, digest = asyncio.get_running_loop().time, await asyncio.to_thread(_digest, path)
     upload = session.uploads.setdefault(digest, _Upload())
     async with upload.lock:
         if upload.until < clock():
-            upload.url = await _send_file(m, session, path)
+            upload.url = await _send_file(m, session, path, call)
             upload.until = clock() + _KEEP
     return upload.url
 
@@ -233,6 +240,7 @@ class _Order:
     headers: dict[str, str]
     book: _Book
     prediction: dict[str, Any] | None = None  # made, and not known to have ended
+    call: Call | None = None  # from the run
 
     def ask(self, method: str, path: str, **what: Any) -> Awaitable[Any]:
         """The answer to one request."""
@@ -319,8 +327,8 @@ async def _create(order: _Order) -> dict[str, Any]:
         order.book.lost -= 1
     order.prediction = found[0] if found else await _post(order)
     _claimed.add(order.prediction["id"])
-    if told := started.get():
-        told(order.prediction["id"])
+    if order.call and order.call.started:
+        order.call.started(order.prediction["id"])
     return order.prediction
 
 # %% ../../nbs/adapters/replicate.ipynb #a340c977
@@ -438,16 +446,20 @@ def _door(m: ReplicateImages, inputs: dict) -> tuple[str, dict[str, Any]]:
     return f"/v1/models/{m.model}/predictions", {"input": inputs}
 
 
-async def _predict(m: ReplicateImages, session: _Session, inputs: dict) -> dict[str, Any]:
+async def _predict(
+    m: ReplicateImages, session: _Session, inputs: dict, call: Call | None
+) -> dict[str, Any]:
     """A prediction that has ended, for better or worse."""
     path, body = _door(m, inputs)
     key = json.dumps([path, body], sort_keys=True)
     book = session.books.setdefault(key, _Book(asyncio.get_running_loop().time()))
     headers = {"Cancel-After": f"{max(5, math.ceil(m.timeout))}s"}
     owner = m.model.partition(":")[0]
-    async with _ordered(_Order(session, path, body, owner, headers, book), key) as order:
+    order = _Order(session, path, body, owner, headers, book, call=call)
+    async with _ordered(order, key):
         seconds = min(30.0, m.timeout)
-        await attempts(m.provider, partial(_create, order), _create_failure, seconds=seconds)
+        create = partial(_create, order)
+        await attempts(m.provider, create, _create_failure, seconds=seconds, call=call)
         return await _ended(m, order)
 
 # %% ../../nbs/adapters/replicate.ipynb #d5f1ac8f
@@ -483,7 +495,7 @@ def _cost(m: ReplicateImages, tried: list[dict]) -> float | None:
     measured = [p["metrics"] if isinstance(p.get("metrics"), dict) else {} for p in tried]
     times = [each.get("predict_time") for each in measured]
     good = all(isinstance(time, (int, float)) and time >= 0 for time in times)
-    return image_cost(m.name, sum(times) if good else None)
+    return PriceTable().image_cost(m.name, sum(times) if good else None)
 
 
 async def _image(m: ReplicateImages, tried: list[dict], inputs: dict) -> GeneratedImage:
@@ -502,12 +514,13 @@ _REFUSED = re.compile(r"nsfw|flagged|sensitive|safety|moderat|content.polic|proh
 _PASSING = re.compile("interrupted|try again later|temporar|unavailable|high demand|overload", re.I)
 
 
-def _may_work(prediction: dict[str, Any]) -> bool:
+def _may_work(prediction: dict[str, Any], call: Call | None) -> bool:
     """Whether one more prediction of a failed one's kind may succeed."""
     text = str(prediction.get("error") or "")
     failed = prediction["status"] == "failed"
     good = failed and bool(_REFUSED.search(text) or _PASSING.search(text))
-    return good and (not (asked := approve.get()) or asked(_why(prediction)))
+    asked = call and call.may_retry
+    return good and (not asked or asked(_why(prediction).paid))
 
 
 def _next_seed(seed: int | None, prediction: dict[str, Any]) -> int | None:
@@ -523,35 +536,39 @@ def _why(prediction: dict[str, Any]) -> Failure:
     return Failure("never", text, paid=prediction["status"] != "aborted")
 
 # %% ../../nbs/adapters/replicate.ipynb #c3f6ed9e
-async def _generate(m: ReplicateImages, request: ImageRequest) -> GeneratedImage:
+async def _generate(
+    m: ReplicateImages, request: ImageRequest, call: Call | None
+) -> GeneratedImage:
     """The picture of a request; at most two predictions."""
-    takes, session = await _taken(m), await _session(m)
+    takes, session = await _taken(m, call), await _session(m)
     draft = partial(
         fill, takes, prompt=request.prompt, aspect_ratio=request.aspect_ratio,
         negative_prompt=request.negative_prompt, more=m.inputs,
     )  # fmt: skip
     draft(seed=request.seed, references=[""] * len(request.references))
-    urls = [await _uploaded(m, session, path) for path in request.references]
+    urls = [await _uploaded(m, session, path, call) for path in request.references]
     seed, tried = request.seed, []
     for more in (True, False):
         inputs = draft(seed=seed, references=urls)
-        tried.append(prediction := await _predict(m, session, inputs))
+        tried.append(prediction := await _predict(m, session, inputs, call))
         if prediction["status"] == "succeeded":
             return await _image(m, tried, inputs)
-        if not more or not _may_work(prediction):
+        if not more or not _may_work(prediction, call):
             break
         _logger.info("%s; one more", log_line(_why(prediction).text))
         seed = _next_seed(seed, prediction)
     raise ProviderError(m.provider, _why(prediction))
 
 # %% ../../nbs/adapters/replicate.ipynb #01610fe5
-async def _adopt(m: ReplicateImages, number: str) -> GeneratedImage | None:
+async def _adopt(
+    m: ReplicateImages, number: str, call: Call | None
+) -> GeneratedImage | None:
     """The picture of an earlier prediction; None where there is none to be had."""
     session = await _session(m)
     order = _Order(session, "", {}, "", {}, _Book(0.0))
     try:
         ask = partial(order.ask, "GET", f"/v1/predictions/{number}")
-        order.prediction = _prediction(await _free(m, 30, ask))
+        order.prediction = _prediction(await _free(m, 30, ask, call))
         _claimed.add(order.prediction["id"])
         async with _ordered(order, ""):
             prediction = await _ended(m, order)
@@ -573,12 +590,12 @@ async def _page(session: _Session, path: str) -> dict[str, Any]:
     return answer
 
 
-async def _learn(m: ReplicateImages) -> None:
+async def _learn(m: ReplicateImages, call: Call | None) -> None:
     """None; the model's schema is read."""
     name, _, version = m.model.partition(":")
     path = f"/v1/models/{name}" + (f"/versions/{version}" if version else "")
     session = await _session(m)
-    answer, known = await _free(m, 30, partial(_page, session, path)), KNOWN.get(name)
+    answer, known = await _free(m, 30, partial(_page, session, path), call), KNOWN.get(name)
     latest = answer if version else _dict(answer.get("latest_version"))
     schema = latest.get("openapi_schema")
     m.takes = read_schema(schema, known=known, reference_input=m.reference_input)
@@ -588,10 +605,10 @@ async def _learn(m: ReplicateImages) -> None:
         _logger.warning("%s has no input for the aspect ratio: it decides by itself", m.name)
 
 # %% ../../nbs/adapters/replicate.ipynb #c2a88f67
-async def _load(m: ReplicateImages) -> None:
+async def _load(m: ReplicateImages, call: Call | None = None) -> None:
     """None; the model's schema is read, or the table stands in for it on a bad day."""
     try:
-        await _learn(m)
+        await _learn(m, call)
     except (ProviderError, ValueError) as error:
         down = isinstance(error, ProviderError) and error.failure.kind == "down"
         if m.takes is None or down:
@@ -607,10 +624,10 @@ def _known(m: ReplicateImages) -> Takes:
     return m.takes
 
 
-async def _taken(m: ReplicateImages) -> Takes:
+async def _taken(m: ReplicateImages, call: Call | None) -> Takes:
     """What the model takes, asked for where it is not known."""
     if m.takes is None:
-        await _load(m)
+        await _load(m, call)
     return m.takes
 
 # %% ../../nbs/adapters/replicate.ipynb #692fd85b
@@ -663,6 +680,8 @@ def _by_heart(model: str, reference_input: str | None) -> Takes | None:
 # %% ../../nbs/adapters/replicate.ipynb #e428b40f
 class ReplicateImages:
     """An image model of Replicate, or of a server that speaks its protocol."""
+
+    takes_call = True
 
     def __init__(
         self,
@@ -733,13 +752,17 @@ class ReplicateImages:
     async def generate(
         self,
         request: ImageRequest,  # what to draw
+        *,
+        call: Call | None = None,  # from the run
     ) -> GeneratedImage:
         """The picture; a ProviderError where none was to be had."""
-        return await _generate(self, request)
+        return await _generate(self, request, call)
 
     async def adopt(
         self,
         prediction_id: str,  # the `provider_id` of a prediction that was begun before
+        *,
+        call: Call | None = None,  # from the run
     ) -> GeneratedImage | None:
         """Its picture, waited for if it still runs; None where there is none to be had."""
-        return await _adopt(self, prediction_id)
+        return await _adopt(self, prediction_id, call)

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Literal, TypeVar
 from weakref import WeakKeyDictionary
 
+from ..engine.protocols import Call
 from ..storage.secrets import log_line
 
 # %% auto #0
-__all__ = ['started', 'approve', 'Failure', 'ProviderError', 'RunLimits', 'run_limits', 'attempts']
+__all__ = ['Failure', 'ProviderError', 'RunLimits', 'attempts']
 
 # %% ../../nbs/adapters/retry.ipynb #329b4cb2
 _logger = logging.getLogger(__name__)
@@ -56,41 +55,29 @@ class ProviderError(RuntimeError):
         self.failure = replace(failure, text=log_line(failure.text)[:500])
         super().__init__(self.provider, self.failure)
 
+    @property
+    def paid(self) -> bool:
+        """Whether the call may be billed all the same; a budget asks."""
+        return self.failure.paid
+
     def __str__(self) -> str:
         return f"{self.provider}: {self.failure.text}"
 
 # %% ../../nbs/adapters/retry.ipynb #82faf86b
-@dataclass
 class RunLimits:
-    """What the calls of one run share."""
+    """What the calls of one run share: retries, and the providers that are down."""
 
-    tokens: int  # retries that are left; below 0: some were refused
-    down: dict[str, Failure] = field(default_factory=dict)  # providers that are not asked again
+    def __init__(
+        self,
+        planned_calls: int | None = None,  # of the run if nothing goes wrong; None: one call alone
+    ):
+        self.tokens = _ALONE if planned_calls is None else max(8, planned_calls // 5)
+        self.down: dict[str, Failure] = {}  # by provider: why it is not asked again
 
     def take(self) -> bool:
-        """Whether there was a token left; it is gone."""
+        """Take one retry; False where none is left."""
         self.tokens -= 1
         return self.tokens >= 0
-
-# %% ../../nbs/adapters/retry.ipynb #6e1cefff
-_limits: ContextVar[RunLimits | None] = ContextVar("refimg_run_limits", default=None)
-
-# %% ../../nbs/adapters/retry.ipynb #1f7c52f1
-@contextmanager
-def run_limits(
-    planned: int,  # calls of the run if nothing goes wrong
-) -> Iterator[RunLimits]:
-    """The limits of one run, for every call that is made within."""
-    limits = RunLimits(max(8, planned // 5))
-    before = _limits.set(limits)
-    try:
-        yield limits
-    finally:
-        _limits.reset(before)
-
-# %% ../../nbs/adapters/retry.ipynb #fb56c578
-started: ContextVar[Callable[[str], None] | None] = ContextVar("refimg_started", default=None)
-approve: ContextVar[Callable[[Failure], bool] | None] = ContextVar("refimg_approve", default=None)
 
 # %% ../../nbs/adapters/retry.ipynb #03bdbd7c
 @dataclass
@@ -103,39 +90,39 @@ class _Pace:
     streak: int = 0  # successes since
 
     async def turn(self, gone: Callable[[], bool]) -> None:
-        """Returns when a call may start, or when it need not."""
+        """Return when a call may start, or when it need not."""
         clock = asyncio.get_running_loop().time
         while not gone() and (wait := self.free_at - clock()) > 0:
             await asyncio.sleep(wait)
         self.free_at = max(self.free_at, clock() + self.gap)
 
     def narrow(self, hint: float | None, sent: float) -> None:
-        """After a 429 to a call that was sent then: wait, and keep a distance from now on."""
+        """Wait, and keep a distance from now on, after a 429 to a call that was sent then."""
         now, fresh = asyncio.get_running_loop().time(), sent >= self.narrowed
         hint = min(hint, _LONGEST) if hint and hint > 0 else _GAP[0]
         self.gap = min(_GAP[1], max(hint, self.gap * (2 if fresh else 1)))
         self.free_at, self.narrowed, self.streak = max(self.free_at, now + hint), now, 0
 
     def widen(self) -> None:
-        """After a success: after enough of them, half the distance."""
+        """Count a success; enough of them halve the distance."""
         self.streak += 1
         if self.gap and self.streak >= _STREAK:
             self.gap, self.streak = (self.gap / 2 if self.gap > 0.1 else 0.0), 0
 
-# %% ../../nbs/adapters/retry.ipynb #5f2faa81
+
 _paces: WeakKeyDictionary = WeakKeyDictionary()  # event loop -> provider -> its pace
 
 
 def _pace(provider: str) -> _Pace:
-    """The provider's pace in the running event loop."""
+    """Return the provider's pace in the running event loop."""
     own = _paces.setdefault(asyncio.get_running_loop(), {})
     return own.setdefault(provider, _Pace())
 
 # %% ../../nbs/adapters/retry.ipynb #f9ffb103
 async def _attempt(
-    provider: str, call: Callable, read: Callable, seconds: float, limits: RunLimits
+    provider: str, call_once: Callable, read: Callable, seconds: float, limits: RunLimits
 ) -> object:
-    """The answer of one attempt."""
+    """Return the answer of one attempt."""
     pace, loop = _pace(provider), asyncio.get_running_loop()
     await pace.turn(lambda: provider in limits.down)
     if provider in limits.down:
@@ -143,7 +130,7 @@ async def _attempt(
     sent = loop.time()
     try:
         async with asyncio.timeout(seconds) as limit:
-            answer = await call()
+            answer = await call_once()
         pace.widen()
         return answer
     except ProviderError as error:
@@ -157,38 +144,39 @@ async def _attempt(
         pace.narrow(failure.wait, sent)
     raise ProviderError(provider, failure)
 
-# %% ../../nbs/adapters/retry.ipynb #d088a624
-def _again(error: Exception, limits: RunLimits, tried: int) -> bool | float:
-    """Whether to try again; a number is the seconds to wait first."""
-    good = isinstance(error, ProviderError) and error.failure.kind == "again"
-    if not good or tried >= _TRIES or not limits.take():
-        return False
-    if (asked := approve.get()) and not asked(error.failure):
-        return False
-    _logger.info("%s; trying again, %d retries left", error, limits.tokens)
-    wait = error.failure.wait
-    return min(wait, _LONGEST) if wait and wait > 0 else True
-
 # %% ../../nbs/adapters/retry.ipynb #4d1dfbcd
 async def attempts(
     provider: str,  # who is asked: one name for one account at one host
-    call: Callable[[], Awaitable[_T]],  # makes the call once
-    read: Callable[[Exception], Failure],  # says what an exception of the call means
+    call_once: Callable[[], Awaitable[_T]],  # makes one attempt
+    read: Callable[[Exception], Failure],  # says what an exception of the attempt means
     *,
     seconds: float,  # in total, for each attempt
+    call: Call | None = None,  # from the run: its limits, and who is asked before a retry
 ) -> _T:
-    """What the call gives, in the end; a ProviderError where it gives nothing."""
+    """Return what an attempt gives; a ProviderError where none gives anything."""
     import stamina
 
-    limits, tried = _limits.get() or RunLimits(_ALONE), count(1)
-    again = stamina.retry_context(
-        on=lambda error: _again(error, limits, next(tried)),
+    call, tried = call or Call(), count(1)
+    limits = call.limits or RunLimits()
+
+    def again(error: Exception) -> bool | float:
+        """Say whether to try again; a number is the seconds to wait first."""
+        passing = isinstance(error, ProviderError) and error.failure.kind == "again"
+        if not passing or next(tried) >= _TRIES or not limits.take():
+            return False
+        if call.may_retry and not call.may_retry(error.paid):
+            return False
+        _logger.info("%s; trying again, %d retries left", error, limits.tokens)
+        wait = error.failure.wait
+        return min(wait, _LONGEST) if wait and wait > 0 else True
+
+    async for attempt in stamina.retry_context(
+        on=again,
         attempts=None,
         timeout=None,
         wait_initial=_BACKOFF[0],
         wait_max=_BACKOFF[1],
         wait_jitter=_BACKOFF[0],
-    )
-    async for attempt in again:
+    ):
         with attempt:
-            return await _attempt(provider, call, read, seconds, limits)
+            return await _attempt(provider, call_once, read, seconds, limits)

@@ -9,340 +9,32 @@ import asyncio
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
-from functools import lru_cache
-from typing import NamedTuple
+from collections.abc import Sequence
 
 from pydantic import BaseModel
 
-from ..enhance import Message, Reply, lost_intent, read_fences
-from .world import VOCABULARY, plural, read_prompt
+from ..engine.protocols import Message, Reply
+from ..enhance import lost_intent, read_fences
+from .aspects import ASPECTS, covered, tones
+from .sentences import FINISHES, MOODS, PALETTES, Brief
 
 # %% auto #0
-__all__ = ['ASPECTS', 'TONES', 'Aspect', 'covered', 'tones', 'Brief', 'compose', 'open_aspects', 'asked_for', 'write', 'Director',
-           'rate', 'wishes', 'Critic']
-
-# %% ../../nbs/sandbox/agents.ipynb #205be956
-class Aspect(NamedTuple):
-    """One thing that a prompt can say about a picture."""
-
-    words: str  # a regular expression, matched in lower case, that shows the aspect is there
-    wish: str  # what the critic asks for where it is missing
-
-# %% ../../nbs/sandbox/agents.ipynb #ed792667
-def _vocabulary(attribute: str) -> str:
-    """A regular expression for all phrases of one attribute of the sandbox world."""
-    phrases = {phrase for group in VOCABULARY[attribute].values() for phrase in group}
-    if attribute == "subject":
-        phrases |= {plural(p) for p in phrases}
-    return "|".join(re.escape(p) for p in sorted(phrases, key=lambda p: (-len(p), p)))
-
-
-_MORE_SUBJECTS = "person|people|figure|family|crowd|bird|tree|house|tower|building|ship|train"
-_MORE_SUBJECTS += "|knight|dragon|samurai|astronaut|dancer|chef|teacher|doctor|soldier|queen|king"
-_MORE_SUBJECTS += "|bear|wolf|rabbit|elephant|whale|flower|cup|book|bottle|lighthouse|painter"
-_MORE_SUBJECTS += "|sailor|baby|robot"
-_MORE_PLACES = "room|kitchen|bridge|garden|park|river|island|village|road|market|station|valley"
-_MORE_PLACES += "|field|hall|studio|surroundings|courtyard|rooftop|library|cafe|cave|ruins"
-_ACTIONS = "stands|sits|walks|runs|reads|holds|waits|looks|leans|rests|sleeps|drifts|sails|plays"
-_ACTIONS += "|rides|climbs|watches|crosses|carries|pose|stance|gesture|movement|outline"
-_NO_ACTIONS = "during|morning|evening|setting|something|nothing|anything|everything|lighting"
-
-# %% ../../nbs/sandbox/agents.ipynb #06851bd0
-ASPECTS = {
-    "subject": Aspect(f"{_vocabulary('subject')}|{_MORE_SUBJECTS}", "name the subject"),
-    "pose": Aspect(rf"{_ACTIONS}|(?!{_NO_ACTIONS})[a-z]{{3,}}ing", "add a pose"),
-    "place": Aspect(f"{_vocabulary('setting')}|{_MORE_PLACES}", "say where: the surroundings"),
-    "time": Aspect(f"{_vocabulary('time')}|hour|sunlit|evenings?|o'clock|season", "say the time"),
-    "light": Aspect(
-        r"(candle|sun|moon|day|lamp|star|fire)?light|lights|lighting|\w*lit|glow\w*|shadows?|sun",
-        "add the light",
-    ),
-    "framing": Aspect(rf"{_vocabulary('framing')}|framed|portrait|full length", "add the framing"),
-    "lens": Aspect(r"\d+ ?mm|\w*lens|telephoto|macro|fisheye", "name the lens, in mm"),
-    "composition": Aspect(
-        r"compos\w+|cent(re|er)d|off-centre|thirds|symmetr\w+|eye level|low angle|high angle"
-        r"|from (above|below)|bird's-eye|aerial|diagonal",
-        "describe the composition",
-    ),
-    "depth": Aspect(r"depth|foreground|background|layers|bokeh|distance|horizon", "add depth"),
-    "palette": Aspect(r"palette|tones?|hues?|colou?rs|monochrome|black and white", "add a palette"),
-    "texture": Aspect(
-        r"textur\w+|grain\w*|weathered|worn|rough|smooth|surfaces?|brushwork|wool\w*|wood\w*|stone"
-        r"|metal\w*|rust\w*|wet|dusty|knitted|leather",
-        "add textures and materials",
-    ),
-    "mood": Aspect(
-        r"mood|atmosphere|calm|quiet|peaceful|tense|dramatic|lonely|hopeful|joyful|melancholy"
-        r"|nostalgic|serene|mysterious|dreamy|tender|ominous|playful|cosy",
-        "set a mood",
-    ),
-    "finish": Aspect(r"finish|consistent\w*|throughout|coherent|handling", "keep one finish"),
-}
-
-# %% ../../nbs/sandbox/agents.ipynb #8682ad70
-@lru_cache(maxsize=64)
-def covered(
-    text: str,  # a prompt
-) -> frozenset[str]:
-    """The aspects that the text speaks about."""
-    plain = text.lower().replace("close up", "close-up").replace("\u2019", "'")
-    found = (name for name, a in ASPECTS.items() if re.search(rf"\b(?:{a.words})\b", plain))
-    return frozenset(found)
-
-# %% ../../nbs/sandbox/agents.ipynb #1133fcb5
-TONES = {
-    "warm": r"warm\w*|golden|amber|honey\w*|earthen|cosy|ochre|terracotta|copper|autumn\w*",
-    "cool": r"cool\w*|cold|icy|blue|teal|slate|steel|mineral|wintry|frost\w*|nordic",
-    "muted": r"muted|subdued|restrained|desaturated|faded|pale|pastel\w*",
-    "vivid": r"vivid\w*|saturated|bright|bold|vibrant|neon|colou?rful",
-    "mono": r"mono\w*|noir|black and white|greyscale|grayscale",
-    "calm": r"calm\w*|quiet\w*|serene|peaceful|gentle|tranquil|slow",
-    "tense": r"tense|tension|dramatic|ominous|brooding|gritty|suspense\w*|noir|thriller",
-    "hopeful": r"hope\w*|optimis\w+|joy\w*|playful|cheer\w*|uplifting|friendly|happy",
-    "tender": r"tender\w*|intimate|melanchol\w+|nostalgi\w+|wistful|lonely|dream\w*|romantic",
-    "clean": r"minimal\w*|clean|simple|modern|sleek|elegant|premium|luxur\w+|precise",
-    "crafted": r"hand-?(made|drawn|painted|built)|craft\w*|organic|rustic|natural|vintage",
-}
-
-# %% ../../nbs/sandbox/agents.ipynb #e68fb508
-def tones(
-    text: str,  # a prompt or a context
-) -> set[str]:
-    """The families of tone that the text belongs to."""
-    return {name for name, words in TONES.items() if re.search(rf"\b(?:{words})\b", text.lower())}
-
-# %% ../../nbs/sandbox/agents.ipynb #4f458c88
-class Brief(NamedTuple):
-    """What the director knows when it chooses its words."""
-
-    original: str  # the author's prompt, the root of every choice
-    stated: dict[str, str]  # what the original and the context say, in the sandbox's words
-    tones: list[str]  # what the context, and then the original, sounds like
-
-    def pick(self, what: str, options: Sequence[str]) -> str:
-        """One of the options, always the same for this prompt."""
-        digest = hashlib.sha256(f"{what}/{self.original}".encode()).digest()
-        return options[int.from_bytes(digest[:4], "big") % len(options)]
-
-    def tone(self, what: str, options: Sequence[str]) -> str:
-        """The option that the tones ask for, else one by choice."""
-        return next((t for t in self.tones if t in options), None) or self.pick(what, options)
-
-# %% ../../nbs/sandbox/agents.ipynb #b997e795
-_FRAMINGS = {
-    "wide": ("framed as a wide shot", "held in a wide shot"),
-    "medium": ("framed as a medium shot", "held in a medium shot"),
-    "close-up": ("framed as a close-up", "drawn in to a close-up"),
-}
-_LENSES = {"wide": ("24 mm", "28 mm", "35 mm"), "medium": ("40 mm", "50 mm")}
-_LENSES["close-up"] = ("85 mm", "100 mm")
-_COMPOSITIONS = (
-    "composed off-centre, with open space to breathe",
-    "composed on the lower third, under open space",
-    "composed along a long diagonal that leads the eye inwards",
-    "composed at eye level, balanced and uncrowded",
-    "composed from slightly below, which lends it weight",
-)
-
-
-def _framing(brief: Brief) -> str:
-    """The framing that is stated, else one that suits what is shown."""
-    wide = "wide" if "setting" in brief.stated else "close-up"
-    return brief.stated.get("framing") or brief.pick("framing", ["medium", wide, "wide"])
-
-
-def _camera(brief: Brief, wanted: set[str]) -> str:
-    """The sentence of framing, lens and composition."""
-    framing = _framing(brief)
-    lens = brief.pick("lens", _LENSES[framing])
-    parts = {"framing": brief.pick("frame", _FRAMINGS[framing])}
-    parts["lens"] = f"seen through {'an' if lens[0] == '8' else 'a'} {lens} lens"
-    parts["composition"] = brief.pick("composition", _COMPOSITIONS)
-    said = [part for name, part in parts.items() if name in wanted]
-    opener = brief.pick("opener", ["The scene is", "The picture is", "The moment is"])
-    return f"{opener} {', '.join(said[:-1])}{' and ' if said[1:] else ''}{said[-1]}."
-
-# %% ../../nbs/sandbox/agents.ipynb #81e4f502
-_LIGHT = {
-    "dawn": "thin light slants in low and picks out every edge",
-    "day": "clear light falls from high on the side and keeps the shadows short and open",
-    "sunset": "low light rakes across the forms and draws their shadows long",
-    "dusk": "the late light grows soft while shadows gather at the edges",
-    "night": "a few pools of light hold back the dark, and the shadows stay deep but readable",
-    "veiled": "soft, diffuse light wraps the forms and leaves hardly a shadow",
-    "open": "soft light from the side models the forms and leaves the shadows open",
-}
-_HOURS = {
-    "dawn": "At dawn",
-    "day": "In the afternoon",
-    "sunset": "In the golden hour",
-    "dusk": "At dusk",
-    "night": "At night",
-}
-
-
-def _hour(brief: Brief) -> str:
-    """A time of day that agrees with the weather and with the tone."""
-    hours = ["dawn", "day", "sunset", "dusk", "night"]
-    if "hopeful" in brief.tones or brief.stated.get("weather") == "clear":
-        hours = hours[:3]
-    if {"cool", "mono"} & set(brief.tones):
-        hours.remove("sunset")
-    return brief.pick("hour", hours)
-
-
-def _light(brief: Brief, wanted: set[str]) -> str:
-    """The sentence of light, and of the hour where it is wanted."""
-    hour = _hour(brief) if "time" in wanted else brief.stated.get("time", "open")
-    veiled = brief.stated.get("weather", "clear") != "clear" and hour != "night"
-    light = _LIGHT["veiled" if veiled else hour]
-    return f"{_HOURS[hour]}, {light}." if "time" in wanted else f"{light[0].upper()}{light[1:]}."
-
-# %% ../../nbs/sandbox/agents.ipynb #07744c57
-_PALETTES = {
-    "warm": "The palette stays warm, in honeyed and earthen tones with a few small accents.",
-    "cool": "The palette stays cool, in slate and mineral tones with a few small accents.",
-    "muted": "The palette is muted, a handful of related tones that never compete.",
-    "vivid": "The palette is vivid yet disciplined, clear tones against a neutral ground.",
-    "mono": "The tones are a full greyscale, from the darkest dark to bare paper.",
-}
-_MOODS = {
-    "calm": ("The mood is calm and unhurried.", "A calm, settled mood keeps it together."),
-    "tense": (
-        "The mood is tense, as though something were about to happen.",
-        "The mood is tense, like a breath that is held.",
-    ),
-    "hopeful": ("The mood is hopeful, with a sense of good things to come.",),
-    "tender": ("The mood is tender and a little wistful.", "The mood is tender and close."),
-}
-_FINISHES = {
-    "clean": "A clean, simple finish stays the same throughout, as if for a series.",
-    "crafted": "A natural, unpolished finish stays the same throughout, as if for a series.",
-}
-
-
-def _palette(brief: Brief, wanted: set[str]) -> str:
-    """The sentence of the palette, by style and tone."""
-    if brief.stated.get("style") == "noir" or "mono" in brief.tones:
-        return _PALETTES["mono"]
-    return _PALETTES[brief.tone("palette", ["warm", "cool", "muted", "vivid"])]
-
-
-def _mood(brief: Brief, wanted: set[str]) -> str:
-    """The sentence of the mood, by tone."""
-    return brief.pick("mood words", _MOODS[brief.tone("mood", [*_MOODS])])
-
-# %% ../../nbs/sandbox/agents.ipynb #d5d98895
-_TEXTURES = {
-    "watercolour": ("Soft edges and visible paper grain give the surfaces their texture.",),
-    "flat": ("Surfaces are smooth, with crisp edges and only a hint of grain.",),
-    "ink": ("Confident lines of different weight give the surfaces their texture.",),
-    "pastel": ("A soft, powdery grain gives the surfaces their texture.",),
-    "noir": ("Fine grain and hard edges give the surfaces their texture.",),
-    "oil": ("Visible brushwork gives the surfaces a rich texture.",),
-    "open": (
-        "Surfaces show honest texture, with fine grain, worn edges and small irregularities.",
-        "Fine texture rewards a second look, most of all where the eye comes to rest.",
-        "Every surface has a texture of its own, some of them smooth, some worn by use.",
-    ),
-}
-
-
-def _texture(brief: Brief, wanted: set[str]) -> str:
-    """The sentence of texture, by style."""
-    return brief.pick("texture", _TEXTURES[brief.stated.get("style", "open")])
-
-# %% ../../nbs/sandbox/agents.ipynb #50d46a57
-_POSES = {
-    "person": (
-        "The pose is unforced, as if caught in the middle of a movement.",
-        "The pose is easy and unposed, the weight settled, the attention elsewhere.",
-    ),
-    "animal": (
-        "The stance is alert and easy, as if caught in the middle of a movement.",
-        "The stance is watchful, every muscle ready.",
-    ),
-    "thing": (
-        "The main form rests with believable weight, its outline clear at a glance.",
-        "Its outline reads at a glance, solid and well placed.",
-    ),
-}
-_ANIMALS = {"dog", "cat", "fox", "horse"}
-_THINGS = {"boat", "bicycle", "lantern", "car", "balloon", None}
-
-
-def _pose(brief: Brief, wanted: set[str]) -> str:
-    """The sentence of the pose, by what is shown."""
-    subject = brief.stated.get("subject")
-    kind = "animal" if subject in _ANIMALS else "thing" if subject in _THINGS else "person"
-    return brief.pick("pose", _POSES[kind])
-
-# %% ../../nbs/sandbox/agents.ipynb #5a682763
-_DEPTHS = {
-    "wide": (
-        "Layer upon layer, each a little softer than the nearer, draws the eye into depth.",
-        "Near, middle and far are set apart in soft steps, which gives the view its depth.",
-    ),
-    "medium": ("Measured depth sets the main form apart from what lies near and far.",),
-    "close-up": ("The depth is shallow, so that all but the essential dissolves.",),
-}
-_PLACES = (
-    "The surroundings are only suggested, in plain shapes that leave the eye at rest.",
-    "The surroundings stay spare and legible, just enough of them to place the moment.",
-)
-
-# %% ../../nbs/sandbox/agents.ipynb #dcb3b3d6
-_SENTENCES: dict[str, Callable[[Brief, set[str]], str]] = {
-    "framing lens composition": _camera,
-    "pose": _pose,
-    "place": lambda brief, wanted: brief.pick("place", _PLACES),
-    "depth": lambda brief, wanted: brief.pick("depth", _DEPTHS[_framing(brief)]),
-    "light time": _light,
-    "palette": _palette,
-    "texture": _texture,
-    "mood": _mood,
-    "finish": lambda brief, wanted: _FINISHES[brief.tone("finish", [*_FINISHES])],
-}
-
-# %% ../../nbs/sandbox/agents.ipynb #7d51bf0d
-def compose(
-    brief: Brief,  # what the words are chosen by
-    wanted: set[str],  # the aspects to add
-) -> str:
-    """The original, followed by a sentence for what is wanted."""
-    said = [
-        sentence(brief, wanted)
-        for aspects, sentence in _SENTENCES.items()
-        if not wanted.isdisjoint(aspects.split())
-    ]
-    text = brief.original.rstrip()
-    bare = text.rstrip("\"'\u201d\u2019)»*")
-    gap = "\n" if "\n" in text or bare[-1:] in ",;:-\u2013\u2014" else " "
-    stop = "" if bare[-1:] in ".!?…,;:-\u2013\u2014" else "."
-    return f"{text}{stop}{gap if said else ''}{' '.join(said)}" if said else brief.original
-
-# %% ../../nbs/sandbox/agents.ipynb #fc3ba769
-_TONED = {
-    "palette": {"warm", "cool", "muted", "vivid", "mono"},
-    "mood": set(_MOODS),
-    "finish": set(_FINISHES),
-}
-
-
-@lru_cache(maxsize=64)
-def _brief(original: str, context: str) -> Brief:
-    """What can be known before a word is chosen."""
-    stated = read_prompt(context) | read_prompt(original)
-    return Brief(original, stated, sorted(tones(context)) + sorted(tones(original)))
+__all__ = ['open_aspects', 'asked_for', 'write', 'Director', 'rate', 'wishes', 'Critic']
 
 # %% ../../nbs/sandbox/agents.ipynb #128af75b
+_TONED = {
+    "palette": set(PALETTES),
+    "mood": set(MOODS),
+    "finish": set(FINISHES),
+}
+
+
 def open_aspects(
     original: str,  # the author's prompt
     context: str = "",  # markers, notes and brand, one a line
 ) -> list[str]:
-    """What the director may add, in an order of this prompt's own."""
-    brief = _brief(original, context)
+    """Return what the director may add, in an order of this prompt's own."""
+    brief = Brief.read(original, context)
     toned = {name for name, names in _TONED.items() if tones(context) & names}
     closed = {"subject", *brief.stated, *covered(original), *(covered(context) - toned)}
     if "light" in closed:
@@ -352,43 +44,43 @@ def open_aspects(
         key=lambda name: hashlib.sha256(f"{name}/{original}".encode()).digest(),
     )
 
-# %% ../../nbs/sandbox/agents.ipynb #cfb833b2
+# %% ../../nbs/sandbox/agents.ipynb #793f86fd
 def asked_for(
-    improvements: list[str],  # what a critic wants
+    improvements: Sequence[str],  # what a critic wants
 ) -> set[str]:
-    """The aspects that the improvements are about."""
+    """Return the aspects that the improvements are about."""
     text = " ".join(improvements).lower()
     return {*covered(text), *(name for name in ASPECTS if name in text)}
 
-# %% ../../nbs/sandbox/agents.ipynb #793f86fd
+
 def write(
     original: str,  # the author's prompt
     context: str = "",  # markers, notes and brand
     last_version: str = "",  # what was written before
-    improvements: list[str] = (),  # what the critic wants
+    improvements: Sequence[str] = (),  # what the critic wants
 ) -> str:
-    """The next version of the prompt."""
-    brief, may = _brief(original, context), open_aspects(original, context)
+    """Write the next version of the prompt."""
+    brief, may = Brief.read(original, context), open_aspects(original, context)
     said = set(may) & covered(last_version.removeprefix(original)) if last_version else set()
     new = [name for name in may if name not in said]
     asked = [name for name in new if name in asked_for(improvements)]
-    many = int(brief.pick("many", ["2", "3", "4"])) if not last_version else 3
+    many = int(brief.select("many", ["2", "3", "4"])) if not last_version else 3
     for name in (asked or new)[:many]:
-        if len(compose(brief, said | {name}).split()) <= max(150, len(original.split()) + 60):
+        if len(brief.compose(said | {name}).split()) <= max(150, len(original.split()) + 60):
             said.add(name)
-    return compose(brief, said)
+    return brief.compose(said)
 
-# %% ../../nbs/sandbox/agents.ipynb #8fbc1e4f
+# %% ../../nbs/sandbox/agents.ipynb #096d61e9
 _DEFECTS = "blur, noise, low contrast, harsh exposure, text, watermark, border, cropped subject"
 
 
 def _material(messages: list[Message]) -> dict[str, str]:
-    """What the user messages hold, by slot; a message without fences is an original."""
+    """Return what the user messages hold by slot; a message without fences is an original."""
     said = [message.content for message in messages if message.role == "user"]
     found = {slot: text for item in reversed(said) for slot, text in read_fences(item).items()}
     return found or {"original": said[-1] if said else ""}
 
-# %% ../../nbs/sandbox/agents.ipynb #096d61e9
+
 class Director:
     """A chat model that enhances prompts by rule."""
 
@@ -399,7 +91,7 @@ class Director:
         messages: list[Message],  # as `enhance` sends them to a director
         schema: type[BaseModel] | None = None,  # not used
     ) -> Reply:
-        """The next version of the prompt, or a negative prompt."""
+        """Answer with the next version of the prompt, or with a negative prompt."""
         given = _material(messages)
         if "original" not in given:
             return Reply(text=_DEFECTS)
@@ -407,7 +99,7 @@ class Director:
         context, last = given.get("context", ""), given.get("last_version", "")
         return Reply(text=await asyncio.to_thread(write, given["original"], context, last, asked))
 
-# %% ../../nbs/sandbox/agents.ipynb #f54c5799
+# %% ../../nbs/sandbox/agents.ipynb #86b6f58d
 _WEIGHTS = {
     "completeness": {"subject": 20, "pose": 15, "place": 20, "time": 20, "light": 25},
     "specificity": {"texture": 25, "palette": 15, "place": 15, "lens": 10, "depth": 10},
@@ -422,25 +114,17 @@ _WEIGHTS = {
     "brand_alignment": {"finish": 50, "palette": 25, "mood": 25},
 }
 _RICHNESS = 25
+_CHARMS = r"\b(masterpiece|trending|artstation|award[- ]winning|best quality|[48]k|hyper\w*)\b"
+_CLASHES = (("warm", "cool"), ("muted", "vivid"), ("calm", "tense"), ("mono", "vivid"))
 
 
 def _share(weights: dict[str, int], have: set[str]) -> float:
-    """The share of the weights that is there, 0 to 1."""
+    """Return the share of the weights that is there, 0 to 1."""
     return sum(w for name, w in weights.items() if name in have) / sum(weights.values())
 
 
-def _specificity(text: str, have: set[str]) -> float:
-    """Concrete aspects, and how many different words there are, 0 to 1."""
-    richness = min(1.0, len(set(re.findall(r"\w{3,}", text.lower()))) / 60)
-    weights = _WEIGHTS["specificity"]
-    return (_share(weights, have) * sum(weights.values()) + _RICHNESS * richness) / 100
-
-# %% ../../nbs/sandbox/agents.ipynb #c8b4a2f9
-_CHARMS = r"\b(masterpiece|trending|artstation|award[- ]winning|best quality|[48]k|hyper\w*)\b"
-
-
 def _form(text: str) -> float:
-    """How well the text is written as a text, 0 to 1."""
+    """Return how well the text is written as a text, 0 to 1."""
     words = text.split()
     sentences = [s for s in re.split(r"[.!?]+(?:\s|$)", text) if len(s.split()) > 2]
     commas = text.count(",") / max(1, len(words))
@@ -448,19 +132,16 @@ def _form(text: str) -> float:
     good += 0.15 * (commas < 0.15) + 0.05 * (len(words) <= 200)
     return good + 0.10 * (not re.search(_CHARMS, text.lower()) and not text.isupper())
 
-# %% ../../nbs/sandbox/agents.ipynb #6c17885f
-_CLASHES = (("warm", "cool"), ("muted", "vivid"), ("calm", "tense"), ("mono", "vivid"))
-
 
 def _clashing(text: str, context: str) -> list[str]:
-    """The tones of the prompt that stand against the context."""
+    """Return the tones of the prompt that stand against the context."""
     wanted, have = tones(context), tones(text)
     both = [*_CLASHES, *(pair[::-1] for pair in _CLASHES)]
     return [bad for good, bad in both if good in wanted and bad in have - wanted]
 
 
 def _alignment(text: str, context: str, have: set[str]) -> float:
-    """Agreement with the context, or with itself where there is none, 0 to 1."""
+    """Return the agreement with the context, or with itself where there is none, 0 to 1."""
     own = _share(_WEIGHTS["brand_alignment"], have)
     wanted = tones(context)
     if not wanted:
@@ -468,31 +149,34 @@ def _alignment(text: str, context: str, have: set[str]) -> float:
     agreed = len(wanted & tones(text)) / len(wanted)
     return max(0.0, 0.6 * agreed + 0.4 * own - 0.3 * len(_clashing(text, context)))
 
-# %% ../../nbs/sandbox/agents.ipynb #86b6f58d
+
 def rate(
-    text: str,  # the prompt to judge
+    text: str,  # the prompt to rate
     original: str = "",  # the author's prompt
     context: str = "",  # markers, notes and brand
 ) -> dict[str, float]:
-    """The five scores, 20 to 95; what was lost of the original costs 10 each."""
+    """Return the five scores, 20 to 95; what was lost of the original costs 10 each."""
     have = covered(text) | covered(context)
     lost = min(3, len(lost_intent(original, text)))
+    richness = min(1.0, len(set(re.findall(r"\w{3,}", text.lower()))) / 60)
+    concrete = _WEIGHTS["specificity"]
+    detail = (_share(concrete, have) * sum(concrete.values()) + _RICHNESS * richness) / 100
     shares = {
         "completeness": _share(_WEIGHTS["completeness"], have) - lost / 7.5,
-        "specificity": _specificity(text, have) - lost / 7.5,
+        "specificity": detail - lost / 7.5,
         "professionalism": _form(text),
         "cinematography": _share(_WEIGHTS["cinematography"], have),
         "brand_alignment": _alignment(text, context, have),
     }
     return {name: round(20 + 75 * max(0.0, share), 1) for name, share in shares.items()}
 
-# %% ../../nbs/sandbox/agents.ipynb #b67313b0
+# %% ../../nbs/sandbox/agents.ipynb #232bfd3b
 def wishes(
-    text: str,  # the prompt to judge
+    text: str,  # the prompt to rate
     original: str = "",  # the author's prompt
     context: str = "",  # markers, notes and brand
 ) -> list[str]:
-    """Up to four improvements, the most useful first."""
+    """Return up to four improvements, the most useful first."""
     have = covered(text) | covered(context)
     gain = dict.fromkeys(ASPECTS, 0)
     for weights in _WEIGHTS.values():
@@ -503,17 +187,9 @@ def wishes(
     clashes = [f"less {tone}: the context asks otherwise" for tone in _clashing(text, context)]
     return (lost + clashes + [ASPECTS[name].wish for name in missing])[:4]
 
-# %% ../../nbs/sandbox/agents.ipynb #8a3674db
-def _critique(text: str, original: str, context: str) -> str:
-    """The critique of a prompt as JSON."""
-    scores, wanted = rate(text, original, context), wishes(text, original, context)
-    weakest = min(scores, key=scores.get).replace("_", " ")
-    said = f"Weakest in {weakest}." if wanted else "Nothing that a rule would miss."
-    return json.dumps(scores | {"critique": said, "improvements": wanted}, ensure_ascii=False)
 
-# %% ../../nbs/sandbox/agents.ipynb #232bfd3b
 class Critic:
-    """A chat model that judges prompts by rule."""
+    """A chat model that rates prompts by rule."""
 
     name = "sandbox-critic"
 
@@ -522,8 +198,20 @@ class Critic:
         messages: list[Message],  # as `enhance` sends them to a critic
         schema: type[BaseModel] | None = None,  # not used: the answer has one form
     ) -> Reply:
-        """A critique as JSON."""
+        """Answer with a critique as JSON."""
         given = _material(messages)
         original, context = given.get("original", ""), given.get("context", "")
         text = given.get("prompt", original)
-        return Reply(text=await asyncio.to_thread(_critique, text, original, context))
+        return Reply(text=await asyncio.to_thread(self.critique, text, original, context))
+
+    def critique(
+        self,
+        text: str,  # the prompt to rate
+        original: str,  # the author's prompt
+        context: str,  # markers, notes and brand
+    ) -> str:
+        """Return the critique of a prompt as JSON."""
+        scores, wanted = rate(text, original, context), wishes(text, original, context)
+        weakest = min(scores, key=scores.get).replace("_", " ")
+        said = f"Weakest in {weakest}." if wanted else "Nothing that a rule would miss."
+        return json.dumps(scores | {"critique": said, "improvements": wanted}, ensure_ascii=False)

@@ -17,7 +17,7 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,15 @@ from typing import Any
 from platformdirs import user_cache_path
 from pydantic import BaseModel
 
-from ..adapters.retry import started
-from ..enhance import ChatModel, Message, Reply
-from ..generate import GeneratedImage, ImageModel, ImageRequest
+from refimg.engine.protocols import (
+    Call,
+    ChatModel,
+    GeneratedImage,
+    ImageModel,
+    ImageRequest,
+    Message,
+    Reply,
+)
 
 # %% auto #0
 __all__ = ['default_folder', 'Journal']
@@ -207,16 +213,12 @@ async def _thread(function: Callable, *args: Any) -> Any:
         raise
 
 
-async def _paid(database: _Database, call: _Call, pay: Callable[[], Awaitable]) -> Any:
+async def _paid(database: _Database, call: _Call, pay: Callable[[Callable], Awaitable]) -> Any:
     """The model's answer, written down before it is returned."""
     loop = asyncio.get_running_loop()
     await _thread(_begin, database, call)
     note = partial(_note, database, call)
-    before = started.set(lambda prediction: loop.run_in_executor(None, note, prediction))
-    try:
-        answer = await pay()
-    finally:
-        started.reset(before)
+    answer = await pay(lambda prediction: loop.run_in_executor(None, note, prediction))
     await _thread(_keep, database, call, answer)
     return answer
 
@@ -272,6 +274,8 @@ async def _fly(place: tuple[Path, str], flight: Future, work: Awaitable) -> Any:
 class _Recorded:
     """A model whose other attributes are those of the model inside."""
 
+    takes_call = True
+
     def __init__(self, journal: Journal, model: Any, output_dir: str | Path, generation_id: str):
         self._journal, self._model = journal, model
         self._run = str(Path(output_dir).resolve()), generation_id
@@ -280,6 +284,10 @@ class _Recorded:
         if name == "_model":
             raise AttributeError(name)
         return getattr(self._model, name)
+
+    def _passed(self, call: Call | None) -> dict[str, Call]:
+        """Return the call as a keyword, where the model inside takes it."""
+        return {"call": call} if getattr(self._model, "takes_call", False) else {}
 
 # %% ../../nbs/storage/journal.ipynb #32453765
 class _RecordedChat(_Recorded):
@@ -290,28 +298,41 @@ class _RecordedChat(_Recorded):
         self._place, self._calls = place, 0
 
     async def reply(
-        self, messages: list[Message], schema: type[BaseModel] | None = None
+        self,
+        messages: list[Message],
+        schema: type[BaseModel] | None = None,
+        *,
+        call: Call | None = None,
     ) -> Reply:
-        """The model's answer, of now or of an earlier run."""
+        """Return the model's answer, of now or of an earlier run."""
         self._calls += 1
         slot, request = f"{self._place}/{self._calls}", _chat_request(messages, schema)
-        call = _Call(*self._run, slot, self._model.name, request)
-        pay = partial(self._model.reply, messages, **({"schema": schema} if schema else {}))
-        return await _once(self._journal, call, Reply, pay, None)
+        ask = partial(self._model.reply, messages, **({"schema": schema} if schema else {}))
+
+        async def pay(started: Callable) -> Reply:
+            return await ask(**self._passed(replace(call or Call(), started=started)))
+
+        known = _Call(*self._run, slot, self._model.name, request)
+        return await _once(self._journal, known, Reply, pay, None)
 
 
 class _RecordedImages(_Recorded):
     """An image model that gives from the journal what it has drawn before."""
 
-    async def generate(self, request: ImageRequest) -> GeneratedImage:
-        """The model's image, of now or of an earlier run."""
+    async def generate(self, request: ImageRequest, *, call: Call | None = None) -> GeneratedImage:
+        """Return the model's image, of now or of an earlier run."""
         if not request.slot:
             raise ValueError("slot is '': a journal must know which image of the run this is")
         digest = await _thread(_image_request, request)
-        call = _Call(*self._run, request.slot, self._model.name, digest)
-        pay = partial(self._model.generate, request)
+        known = _Call(*self._run, request.slot, self._model.name, digest)
         adopt = getattr(self._model, "adopt", None)
-        return await _once(self._journal, call, GeneratedImage, pay, adopt)
+        adopt = adopt and partial(adopt, **self._passed(call))
+
+        async def pay(started: Callable) -> GeneratedImage:
+            passed = self._passed(replace(call or Call(), started=started))
+            return await self._model.generate(request, **passed)
+
+        return await _once(self._journal, known, GeneratedImage, pay, adopt)
 
 # %% ../../nbs/storage/journal.ipynb #90af9841
 class Journal:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from refimg.adapters.clip import _open_clip
+from refimg.adapters.towers import import_open_clip
 from refimg.sandbox.painter import PAINTER_VERSION
 
 from .captions import FILLERS, caption
@@ -32,7 +32,7 @@ STORIES = (
 
 def tokenizer(folder: Path):
     """open_clip's tokenizer on the shortened list of merges in a folder."""
-    kind = _open_clip().tokenizer.SimpleTokenizer
+    kind = import_open_clip().tokenizer.SimpleTokenizer
     return kind(bpe_path=str(folder / "bpe.txt.gz"), context_length=CONTEXT)
 
 
@@ -46,7 +46,7 @@ def _words() -> set[str]:
 
 def cut_vocabulary(folder: Path) -> int:
     """Writes CLIP's merges less those that no word here needs; the number of tokens."""
-    tokens = _open_clip().tokenizer
+    tokens = import_open_clip().tokenizer
     whole = tokens.SimpleTokenizer()
     merges = sorted(whole.bpe_ranks, key=whole.bpe_ranks.get)
     pieces = {p for word in _words() for p in whole.bpe(word.strip(".;:-")).split(" ")}
@@ -77,7 +77,7 @@ def open_clip_config(vocabulary: int) -> dict:
 def make_open_clip(vocabulary: int):
     """The untrained model of clip_score."""
     config = open_clip_config(vocabulary)["model_cfg"]
-    return _open_clip().model.CLIP(**config)
+    return import_open_clip().model.CLIP(**config)
 
 
 def make_transformers(vocabulary: int):
