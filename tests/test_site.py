@@ -18,6 +18,7 @@ import yaml
 import refimg
 
 from .browser import Trouble, barriers, opened, served
+from .fakes import FakeScorer
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
@@ -128,7 +129,8 @@ def test_parameters_has_every_setting_and_its_default(site):
 def test_trace_files_are_those_of_a_run(site, tmp_path):
     from refimg.sandbox.painter import Painter
 
-    settings = {"num_variations": 1, "keep_traces": True, "image_model": Painter(width=64)}
+    settings = {"num_variations": 1, "keep_traces": True, "image_model": Painter(width=64),
+                "scorers": [FakeScorer()]}  # fmt: skip
     pipeline = refimg.Pipeline.from_env(score_threshold=100, **settings)
     story = refimg.Story(scenes=[refimg.Scene(prompt="a fox in the snow")])
     pipeline.run_sync(story, output_dir=tmp_path / "images", generation_id="x")
