@@ -141,7 +141,7 @@ def retry_limits(
 
 # %% ../nbs/06_defaults.ipynb #a1b1f242
 def journal() -> Journal:
-    """The journal of paid calls in its usual place, see `storage/journal`."""
+    """Open the journal of paid calls in its usual place, see `storage/journal`."""
     from refimg.storage.journal import Journal
 
     return Journal()

@@ -22,7 +22,7 @@ from refimg.engine.decisions import (
 )
 from .engine.many import ManyProgress, ManyRuns, StoryFailure, check_many
 from .engine.prompts import compose_prompt, scene_context
-from .engine.protocols import Call, ChatModel, ImageModel, Scorer, Usage
+from .engine.protocols import Call, ChatModel, ImageModel, Scorer
 from .engine.results import Event, SceneResult, StoryResult, Variation
 from refimg.engine.run import (
     RunAgent,
@@ -34,6 +34,7 @@ from refimg.engine.run import (
 from .engine.settings import Settings, check_folder, check_story, settings_of
 from .engine.story import Scene, Story
 from .engine.tasks import GenerationCancelled, Progress, ProgressReporter, run_blocking
+from .engine.usage import story_usage
 from .enhance import ImagePromptEnhancementResult
 from .storage.files import TraceTree, check_id
 
@@ -99,19 +100,12 @@ class Pipeline:
         """Estimate the price of a run in USD: one iteration per scene, and all of them."""
         from refimg import defaults
 
-        from refimg.adapters.prices import enhancement_usage
-
-        settings = self._checked(story)
-        negative = self.image_model.takes_negative_prompt
-        scenes = [(s.prompt, scene_context(story, n)) for n, s in enumerate(story.scenes, start=1)]
-
-        def used(iterations: int) -> list[tuple[Usage, Usage]]:
-            return [enhancement_usage(*scene, iterations, negative=negative) for scene in scenes]
-
-        most = settings.max_enhancement_iterations
+        settings, negative = self._checked(story), self.image_model.takes_negative_prompt
+        scenes, most = len(story.scenes), settings.max_enhancement_iterations
+        used = (story_usage(story, n, negative=negative) for n in (min(1, most), most))
         return defaults.estimate(
-            used(min(1, most)), used(most), images=len(scenes) * settings.num_variations,
-            chat_calls=len(scenes) * (2 * most + (negative and most > 0)),
+            *used, images=scenes * settings.num_variations,
+            chat_calls=scenes * (2 * most + (negative and most > 0)),
             director=settings.director, critic=settings.critic, image_model=settings.image_model)
 
     async def enhance(

@@ -206,7 +206,7 @@ def left(folder: Path) -> list[str]:
     files = [path for path in folder.rglob("*") if path.is_file()]
     pictures = {path for path in files if path.suffix == ".png" and not path.name.startswith(".")}
     journal = {path for path in files if path.is_relative_to(folder / "journal")}
-    parts = {path for path in journal if path.suffix == ".part"}
+    parts = {path for path in journal if path.name.startswith(".refimg-")}
     return [str(path.relative_to(folder)) for path in {*files} - pictures - (journal - parts)]
 
 

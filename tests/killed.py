@@ -59,8 +59,9 @@ def main() -> None:
 
         return both
 
-    for module, name in ((journal, "_run"), (journal, "_write"), (generate, "save_numbered")):
-        setattr(module, name, stepped(getattr(module, name)))
+    database = journal._Database
+    for owner, name in ((database, "_execute"), (database, "_write"), (generate, "save_numbered")):
+        setattr(owner, name, stepped(getattr(owner, name)))
     folder, (key, token) = Path(options.folder), keys(options.name)
     chat = OpenAIChat("gpt", base_url=options.llm, api_key=key)
     images = ReplicateImages(

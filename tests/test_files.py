@@ -60,7 +60,8 @@ HOSTILE = [
 def test_hostile_ids_are_refused_with_field_value_and_rule(name):
     with pytest.raises(ValueError) as refusal:
         check_id(name)
-    assert f"generation_id={name!r}"[:120] in str(refusal.value)
+    assert "generation_id must be" in str(refusal.value)
+    assert f"got {name!r:.120}" in str(refusal.value)
     assert "{0,63}" in str(refusal.value)
 
 
@@ -71,9 +72,9 @@ def test_ordinary_ids_pass_unchanged(name):
 
 @pytest.mark.parametrize("stem", [*HOSTILE, "a" * 201], ids=ascii)
 def test_hostile_stems_write_nothing(stem, tmp_path):
-    with pytest.raises(ValueError, match="stem="):
+    with pytest.raises(ValueError, match="stem must be"):
         check_stem(stem)
-    with pytest.raises(ValueError, match="stem="):
+    with pytest.raises(ValueError, match="stem must be"):
         save_numbered(b"x", tmp_path / "new", stem)
     assert list(tmp_path.iterdir()) == []
 

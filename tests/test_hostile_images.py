@@ -163,7 +163,7 @@ def test_pillows_warning_is_an_error_here_even_where_warnings_are_errors():
 def test_max_pixels_is_the_callers():
     data = saved(NOISE, "PNG")
     assert decode_image(data, max_pixels=256 * 256).size == (256, 256)
-    with pytest.raises(ValueError, match="256x256 pixels are too many"):
+    with pytest.raises(ValueError, match="got 256x256"):
         decode_image(data, max_pixels=256 * 256 - 1)
 
 

@@ -14,7 +14,6 @@ import sys
 import textwrap
 import threading
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -195,7 +194,7 @@ async def test_other_words_or_another_schema_are_another_call(tmp_path):
 
 async def test_no_slot_no_call(tmp_path):
     model = Paid()
-    with pytest.raises(ValueError, match="slot is ''"):
+    with pytest.raises(ValueError, match="slot must be the place"):
         await images(tmp_path, model).generate(request(""))
     assert model.calls == 0
 
@@ -275,12 +274,14 @@ async def test_without_a_journal_nothing_is_paid(tmp_path):
 
 async def test_old_parts_are_swept_and_new_ones_are_not(tmp_path):
     await images(tmp_path, Paid()).generate(request())
-    old, new = (tmp_path / "results" / f"{name}.part" for name in ("old", "new"))
-    for path in (old, new):
+    names = ("old.part", ".refimg-old.tmp", "new.part", ".refimg-new.tmp")
+    parts = [tmp_path / "results" / name for name in names]
+    for path in parts:
         path.touch()
-    os.utime(old, (0, 0))
+    for path in parts[:2]:
+        os.utime(path, (0, 0))
     await images(tmp_path, Paid()).generate(request())
-    assert new.exists() and not old.exists()
+    assert [path.exists() for path in parts] == [False, False, True, True]
 
 
 # where it is, and what it says
@@ -324,14 +325,20 @@ async def test_no_prompt_and_no_key_is_written(tmp_path):
     assert secret.encode() not in written and b"pickle" not in written
 
 
+def noting(threads: set[int], inner):
+    """The function, with the thread of every call put down."""
+    def spy(*args):
+        threads.add(threading.get_ident())
+        return inner(*args)
+
+    return spy
+
+
 async def test_the_event_loop_never_touches_the_disk(tmp_path, monkeypatch):
     threads = set()
-    for name in ("_find", "_begin", "_note", "_keep", "_image_request"):
-        def spy(inner, *args):
-            threads.add(threading.get_ident())
-            return inner(*args)
-
-        monkeypatch.setattr(module, name, partial(spy, getattr(module, name)))
+    methods = ((module._Database, name) for name in ("find", "begin", "note", "keep"))
+    for owner, name in (*methods, (module, "_image_request")):
+        monkeypatch.setattr(owner, name, noting(threads, getattr(owner, name)))
     await images(tmp_path, Remote()).generate(request())
     assert threads and threading.get_ident() not in threads
 
@@ -540,12 +547,13 @@ CHILD = """
             return GeneratedImage(data=f"a harbour {seed}".encode() * 1000, seed=seed,
                                   provider_id=prediction)
 
-    if point == "before begin": around(module, "_begin", before=die)
-    if point == "after begin": around(module, "_begin", after=die)
-    if point == "before keep": around(module, "_keep", before=die)
+    database = module._Database
+    if point == "before begin": around(database, "begin", before=die)
+    if point == "after begin": around(database, "begin", after=die)
+    if point == "before keep": around(database, "keep", before=die)
     if point == "before rename": around(module.os, "replace", before=die)
     if point == "after rename": around(module.os, "replace", after=die)
-    if point == "after done": around(module, "_keep", after=die)
+    if point == "after done": around(database, "keep", after=die)
 
     async def main():
         log("ready", "")

@@ -20,11 +20,11 @@ from refimg.adapters.prices import (
     PRICES,
     Price,
     PriceTable,
-    enhancement_usage,
 )
 from refimg.adapters.retry import Failure, ProviderError, RunLimits, attempts
 from refimg.engine.costs import Budget, BudgetSpent, estimate
 from refimg.engine.protocols import Call
+from refimg.engine.usage import expected_usage
 from refimg.enhance import Message, Reply, Usage, read_fences
 from refimg.generate import GeneratedImage, ImageRequest
 from refimg.pipeline import Pipeline, Scene, Story
@@ -378,7 +378,7 @@ def test_an_estimate_without_agents_is_the_images():
 
 def test_what_is_read_grows_with_rounds_prompt_and_context():
     def read(*args, **options):
-        return sum(usage.input_tokens for usage in enhancement_usage(*args, **options))
+        return sum(usage.input_tokens for usage in expected_usage(*args, **options))
 
     one = read("a cat", "", 1)
     assert read("a cat", "", 0) == 0 and read("a cat", "", 2) > 2 * one
@@ -395,5 +395,5 @@ def test_the_reservation_is_an_upper_bound_of_what_is_read():
 
 
 def test_an_unpriced_row_cannot_be_made():
-    with pytest.raises(ValueError, match="a price is input and output, or image, or second"):
+    with pytest.raises(ValueError, match="a price must be input and output, image or second"):
         Price(date="2026-11-23")

@@ -21,6 +21,7 @@ import refimg
 
 ROOT = Path(__file__).resolve().parent.parent
 NBDEV = {"nbdev", "execnb", "fastcore", "ghapi"}
+EXTRAS = ("score", "notebook", "validate")
 HOST = re.compile(r"\b(?:pypi|pythonhosted|npmjs|anaconda|conda)\.(?:org|com|io)\b", re.I)
 INDEX = re.compile(r"--(?:extra-)?index-url|--find-links|download\.pytorch\.", re.I)
 PLACE = re.compile(r"(?<![\w.:/])/(?:work|root|Users|home/\w+)/|/opt/(?:wheels|pypi)")
@@ -80,7 +81,9 @@ def found(pattern: re.Pattern) -> list[str]:
 
 
 def test_every_requirement_is_pinned_to_a_version_it_allows():
-    for name, asked in (named("requirements") | named("dev_requirements")).items():
+    kinds = ("", *(f"{extra}_" for extra in (*EXTRAS, "backend", "dev")))
+    every = [asked for kind in kinds for asked in named(f"{kind}requirements").items()]
+    for name, asked in every:
         assert pins().get(canonical(name)) is not None, f"{name} is not in constraints.txt"
         assert asked.specifier.contains(pins()[canonical(name)]), f"{asked}: {pins()[name]}"
 
@@ -99,8 +102,9 @@ def test_everything_the_requirements_pull_in_is_pinned():
     assert sorted(wanted) == sorted(pins())
 
 
-def test_users_need_no_nbdev():
-    assert not NBDEV & set(named("requirements"))
+def test_users_need_no_nbdev_and_the_base_is_small():
+    big = {name for extra in EXTRAS for name in named(f"{extra}_requirements")}
+    assert not (NBDEV | big) & set(named("requirements"))
     assert set(named("dev_requirements")) >= NBDEV
 
 
@@ -222,3 +226,13 @@ def test_the_wheel_asks_for_what_settings_say(wheel):
     name = next(n for n in wheel.namelist() if n.endswith("/METADATA"))
     asked = re.findall(r"^Requires-Dist: ([\w.-]+)[^;\n]*$", wheel.read(name).decode(), re.M)
     assert {a.lower() for a in asked} == set(named("requirements"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extra", [*EXTRAS, "backend", "all"])
+def test_an_extra_of_the_wheel_asks_for_what_settings_say(wheel, extra):
+    name = next(n for n in wheel.namelist() if n.endswith("/METADATA"))
+    line = re.compile(rf"^Requires-Dist: ([\w.-]+)[^;\n]*; extra == .{extra}.$", re.M)
+    kinds = EXTRAS if extra == "all" else (extra,)
+    wanted = {n for kind in kinds for n in named(f"{kind}_requirements")}
+    assert {a.lower() for a in line.findall(wheel.read(name).decode())} == wanted

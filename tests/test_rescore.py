@@ -272,8 +272,8 @@ async def test_a_sandbox_judge_is_said(tmp_path):
     ({"scorers": [BRIGHT, BRIGHT]}, "twice"),
     ({"scorers": [object()]}, "a text as `name`"),
     ({"scorers": [FakeScorer("seed")]}, "none of the columns"),
-    ({"scorers": [DARK], "weights": {"pickscore": 1}}, "weights are for"),
-    ({"weights": {"clip_score": 1}}, "weights are for"),
+    ({"scorers": [DARK], "weights": {"pickscore": 1}}, "weights must be for"),
+    ({"weights": {"clip_score": 1}}, "weights must be for"),
     ({"weights": {"pickscore": -1}}, ">= 0"),
 ])  # fmt: skip
 async def test_what_is_refused(tmp_path, arguments, said):

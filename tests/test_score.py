@@ -358,19 +358,19 @@ def test_own_weights_have_any_scale_and_win_over_the_names():
 @pytest.mark.parametrize(
     ("names", "weights", "says"),
     [
-        (("a", "b", "a"), None, "'a' is there twice"),
+        (("a", "b", "a"), None, "got 'a' twice"),
         (("overall",), None, "'overall'"),
         (("a",), {"a": 1, "b": 1}, "['a', 'b']"),
         (("a", "b"), {"a": 1}, "['a', 'b']"),
         (("a", "b"), {}, "['a', 'b']"),
         ((), {"a": 1}, "['a']"),
-        (("a", "b"), {"a": -1, "b": 2}, "weights['a'] is -1"),
-        (("a", "b"), {"a": float("nan"), "b": 1}, "weights['a'] is nan"),
-        (("a", "b"), {"a": float("inf"), "b": 1}, "weights['a'] is inf"),
-        (("a", "b"), {"a": "1", "b": 1}, "weights['a'] is '1'"),
-        (("a", "b"), {"a": None, "b": 1}, "weights['a'] is None"),
-        (("a", "b"), {"a": 0, "b": 0}, "sum must be above 0"),
-        (("a", "b"), {"a": 1e308, "b": 1e308}, "sum must be above 0 and finite"),
+        (("a", "b"), {"a": -1, "b": 2}, "weights['a'] must be a finite number >= 0, got -1"),
+        (("a", "b"), {"a": float("nan"), "b": 1}, "weights['a'] must be a finite number >= 0, got nan"),
+        (("a", "b"), {"a": float("inf"), "b": 1}, "weights['a'] must be a finite number >= 0, got inf"),
+        (("a", "b"), {"a": "1", "b": 1}, "weights['a'] must be a finite number >= 0, got '1'"),
+        (("a", "b"), {"a": None, "b": 1}, "weights['a'] must be a finite number >= 0, got None"),
+        (("a", "b"), {"a": 0, "b": 0}, "sum of the weights must be above 0"),
+        (("a", "b"), {"a": 1e308, "b": 1e308}, "sum of the weights must be above 0 and finite"),
     ],
 )
 async def test_names_and_weights_that_are_refused(names, weights, says, tmp_path):

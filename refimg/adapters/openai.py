@@ -27,13 +27,15 @@ from ..engine.protocols import Call, Message, Reply, Usage
 from ..storage.secrets import log_line, remember
 
 if TYPE_CHECKING:
-    from openai import APIStatusError, AsyncOpenAI
+    from openai import AsyncOpenAI
     from openai.types.chat import ChatCompletion as Completion
 
 # %% auto #0
-__all__ = ['DEFAULT_MODELS', 'read_completion', 'failure', 'response_format', 'OpenAIChat']
+__all__ = ['DEFAULT_MODELS', 'failure', 'response_format', 'OpenAIChat']
 
 # %% ../../nbs/adapters/openai.ipynb #69498754
+_logger = logging.getLogger(__name__)
+
 DEFAULT_MODELS = {"director": "gpt-5.5", "critic": "gpt-5.4-mini"}  # as of 2026-11-22: no end known
 
 # %% ../../nbs/adapters/openai.ipynb #d7c63046
@@ -41,48 +43,30 @@ _OPENAI = "https://api.openai.com/v1"
 
 
 def _origin(url: str) -> str:
-    """Scheme, host and port of an address; a ValueError says what is wrong with it."""
+    """Return scheme, host and port of an address; a ValueError says what is wrong with it."""
     parts = urlsplit(url)
     if parts.username is not None or parts.password is not None:
-        raise ValueError("base_url holds a user or a password: pass the key as api_key")
+        raise ValueError("base_url must be an address without a user and a password, got one with "
+                         "them: pass the key as api_key")
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"base_url is {url!r}: it must be http://host/path or https://host/path")
+        raise ValueError(f"base_url must be http://host/path or https://host/path, got {url!r}")
     return f"{parts.scheme}://{parts.hostname}:{parts.port or (443, 80)[parts.scheme == 'http']}"
 
 
 def _environment_url() -> str:
-    """The address that the environment asks for."""
+    """Return the address that the environment asks for."""
     return os.environ.get("OPENAI_BASE_URL", "").strip() or _OPENAI
 
 
 def _foreign(url: str) -> bool:
-    """Whether the address is another than that of the environment."""
+    """Return whether the address is another than that of the environment."""
     return _origin(url) != _origin(_environment_url())
 
-
-def _key(url: str, given: str | None) -> str:
-    """The key for an address; "none" for a server that may not need one."""
-    known = None if _foreign(url) else os.environ.get("OPENAI_API_KEY")
-    key = (given or known or "").strip()
-    if not key and _origin(url) == _origin(_OPENAI):
-        raise ValueError("no key for api.openai.com: set OPENAI_API_KEY, or pass api_key; "
-                         "a server of your own, in OPENAI_BASE_URL or base_url, needs none")
-    return key or "none"
-
-# %% ../../nbs/adapters/openai.ipynb #b89c4ed8
-def _usage(completion: Completion) -> Usage | None:
-    """The tokens of a completion; None where the server did not count them."""
-    used = getattr(completion, "usage", None)
-    found = [getattr(used, f"{name}_tokens", None) for name in ("prompt", "completion")]
-    if any(type(number) is not int or number < 0 for number in found):
-        return None
-    return Usage(input_tokens=found[0], output_tokens=found[1])
-
 # %% ../../nbs/adapters/openai.ipynb #3c9f7fa5
-def read_completion(
+def _read_completion(
     completion: Completion,  # what the SDK made of the server's answer
 ) -> Reply:
-    """The text and the tokens; an error where there is no answer in it."""
+    """Return text and tokens; an error where there is no answer in it."""
     choices = getattr(completion, "choices", None)
     first = choices[0] if isinstance(choices, list) and choices else None
     message = getattr(first, "message", None)
@@ -96,14 +80,18 @@ def read_completion(
     text = "" if message.content is None else message.content
     if not isinstance(text, str):
         raise ValueError(f"the answer is no text but a {type(text).__name__}")
-    return Reply(text=text, usage=_usage(completion))
+    used = getattr(completion, "usage", None)
+    tokens = [getattr(used, f"{name}_tokens", None) for name in ("prompt", "completion")]
+    if any(type(number) is not int or number < 0 for number in tokens):
+        return Reply(text=text)
+    return Reply(text=text, usage=Usage(input_tokens=tokens[0], output_tokens=tokens[1]))
 
-# %% ../../nbs/adapters/openai.ipynb #9f0a6c08
+# %% ../../nbs/adapters/openai.ipynb #4fc902a9
 _HINT = re.compile(r"again in (?:(\d+)m)? ?(\d+(?:\.\d+)?) ?(ms|s)\b")
 
 
 def _asked_wait(headers: Any, message: str) -> float | None:
-    """The seconds that a server asks for, in a header or in its message; None: it does not."""
+    """Return the seconds that a server asks for, in a header or its message, if it does."""
     after, hint = headers.get("retry-after", ""), _HINT.search(message)
     with suppress(ValueError):
         return float(headers.get("retry-after-ms", "")) / 1000
@@ -116,12 +104,30 @@ def _asked_wait(headers: Any, message: str) -> float | None:
         return 60 * int(minutes or 0) + float(number) / (1000 if unit == "ms" else 1)
     return None
 
-# %% ../../nbs/adapters/openai.ipynb #b2490b57
+
 _NO_MONEY = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
 
 
-def _refused(error: APIStatusError, text: str) -> Failure:
-    """The failure behind an answer with a status of 300 or more."""
+def _line(error: Exception) -> str:
+    """Return the error in one line, with its cause, or the body where the SDK saw no message."""
+    body = None if " - " in str(error) else getattr(error, "body", None)
+    behind = f" ({error.__cause__ or body!r})" if error.__cause__ or body else ""
+    return log_line(f"{type(error).__name__}: {error}{behind}")[:1000]
+
+
+def failure(
+    error: Exception,  # what a call raised
+) -> Failure:
+    """Return what the error means for the next attempt."""
+    import openai
+
+    text = _line(error)
+    if not isinstance(error, openai.APIStatusError):
+        garbled = JSONDecodeError, UnicodeDecodeError
+        passing = openai.APIConnectionError, ConnectionError, TimeoutError, *garbled
+        cause = type(error.__cause__).__name__
+        unsent = cause in ("ConnectError", "ConnectTimeout", "PoolTimeout")
+        return Failure("again" if isinstance(error, passing) else "never", text, paid=not unsent)
     status = error.status_code
     if status in (401, 402) or _NO_MONEY & {str(error.code), str(error.type)}:
         return Failure("down", text)
@@ -133,38 +139,16 @@ def _refused(error: APIStatusError, text: str) -> Failure:
         return Failure("again", text, wait=wait, throttled=status == 429)
     return Failure("never", text)
 
-
-def _line(error: Exception) -> str:
-    """The error in one line, with its cause, or the body in which the SDK saw no message."""
-    body = None if " - " in str(error) else getattr(error, "body", None)
-    behind = f" ({error.__cause__ or body!r})" if error.__cause__ or body else ""
-    return log_line(f"{type(error).__name__}: {error}{behind}")[:1000]
-
-# %% ../../nbs/adapters/openai.ipynb #4fc902a9
-def failure(
-    error: Exception,  # what a call raised
-) -> Failure:
-    """What the error means for the next attempt."""
-    import openai
-
-    if isinstance(error, openai.APIStatusError):
-        return _refused(error, _line(error))
-    garbled = JSONDecodeError, UnicodeDecodeError
-    passing = openai.APIConnectionError, ConnectionError, TimeoutError, *garbled
-    unsent = type(error.__cause__).__name__ in ("ConnectError", "ConnectTimeout", "PoolTimeout")
-    kind = "again" if isinstance(error, passing) else "never"
-    return Failure(kind, _line(error), paid=not unsent)
-
-# %% ../../nbs/adapters/openai.ipynb #7ea282f4
+# %% ../../nbs/adapters/openai.ipynb #2f4048ae
 _FORMS = ("json_schema", "json_object", "words")
 _steps: dict[tuple[str, str], int] = {}  # address and model: the form that it knows
 
-# %% ../../nbs/adapters/openai.ipynb #2f4048ae
+
 def response_format(
     schema: type[BaseModel],  # the shape of the answer
     form: Literal["json_schema", "json_object", "words"],  # how it is asked for
 ) -> dict[str, Any]:
-    """The arguments of the request that ask for a JSON answer."""
+    """Return the arguments of the request that ask for a JSON answer."""
     if form == "words":
         return {}
     if form == "json_object":
@@ -175,75 +159,44 @@ def response_format(
     strict = {"name": tool["name"], "strict": True, "schema": tool["parameters"]}
     return {"response_format": {"type": form, "json_schema": strict}}
 
-# %% ../../nbs/adapters/openai.ipynb #7fceb0b1
-def _step_down(server: tuple[str, str], step: int, error: APIStatusError) -> bool:
-    """True where the server does not know that form, and the next one is to be tried."""
-    named = re.search(r"response.?format|json_schema|json_object", _line(error), re.I)
-    if error.status_code not in (400, 422) or not named or step + 1 == len(_FORMS):
-        return False
-    _steps[server] = max(step + 1, _steps.get(server, 0))
-    told = "%s refuses %s, %s is next: %s"
-    logging.getLogger(__name__).info(told, server[1], *_FORMS[step : step + 2], _line(error))
-    return True
-
-# %% ../../nbs/adapters/openai.ipynb #28ea72a3
-def _headers(url: str, key: str) -> dict[str, Any]:
-    """What keeps the headers of the environment from an address that is not its own."""
-    from openai import Omit
-
-    if not _foreign(url):
-        return {}
-    lines = os.environ.get("OPENAI_CUSTOM_HEADERS", "").split("\n")
-    names = ["OpenAI-Organization", "OpenAI-Project", *(line.split(":")[0] for line in lines)]
-    return {name.strip(): Omit() for name in names} | {"Authorization": f"Bearer {key}"}
-
-
-def _connect(url: str, key: str, timeout: float) -> AsyncOpenAI:
-    """A client that neither retries nor follows a redirect."""
-    import openai.resources.chat
-
-    http = openai.DefaultAsyncHttpxClient(follow_redirects=False, timeout=timeout)
-    options = {"max_retries": 0, "timeout": timeout, "http_client": http}
-    headers = _headers(url, key)
-    return openai.AsyncOpenAI(base_url=url, api_key=key, default_headers=headers, **options)
-
 # %% ../../nbs/adapters/openai.ipynb #20d7a178
-async def _held(clients: dict, client: AsyncOpenAI) -> AsyncIterator[AsyncOpenAI]:
-    """The client, once; it is closed and forgotten when the running loop shuts down."""
-    loop = asyncio.get_running_loop()
-    try:
-        yield client
-    finally:
-        clients.pop(loop, None)
-        await client.close()
+class _Clients:
+    """The clients of one address, one for each event loop, closed when their loop shuts down."""
 
+    def __init__(self, url: str, key: str, timeout: float):
+        self.url, self.key, self.timeout = url, key, timeout
+        self.open: dict[asyncio.AbstractEventLoop, tuple[AsyncIterator, AsyncOpenAI]] = {}
 
-async def _client_here(clients: dict, *where: Any) -> AsyncOpenAI:
-    """The client of the running loop, made where there is none."""
-    loop = asyncio.get_running_loop()
-    if loop not in clients:
-        client = await asyncio.to_thread(_connect, *where)
-        if loop not in clients:
-            clients[loop] = holder, client = _held(clients, client), client
-            await anext(holder)
-    return clients[loop][1]
+    async def here(self) -> AsyncOpenAI:
+        """Return the client of the running loop, made where there is none."""
+        loop = asyncio.get_running_loop()
 
-# %% ../../nbs/adapters/openai.ipynb #a6ba3771
-async def _ask(chat: OpenAIChat, messages: list[Message], schema: type[BaseModel] | None) -> Reply:
-    """One attempt: the reply to the messages, in the best form that the server knows."""
-    client, server = await chat.load(), (chat.base_url, chat.model)
-    from openai import APIStatusError
+        async def held(client: AsyncOpenAI) -> AsyncIterator[AsyncOpenAI]:
+            try:
+                yield client
+            finally:
+                self.open.pop(loop, None)
+                await client.close()
 
-    said = {"model": chat.model, "messages": [message.model_dump() for message in messages]}
-    while True:
-        step = _steps.get(server, 0)
-        form = response_format(schema, _FORMS[step]) if schema else {}
-        try:
-            reply = read_completion(await client.chat.completions.create(**said, **form))
-            return reply.model_copy(update={"cost": chat.prices.chat_cost(chat.name, reply.usage)})
-        except APIStatusError as error:
-            if not form or not _step_down(server, step, error):
-                raise
+        if loop not in self.open:
+            client = await asyncio.to_thread(self._connect)
+            if loop not in self.open:
+                self.open[loop] = holder, client = held(client), client
+                await anext(holder)
+        return self.open[loop][1]
+
+    def _connect(self) -> AsyncOpenAI:
+        """Make a client that does not retry, follow a redirect, or hand on foreign headers."""
+        import openai.resources.chat
+
+        http = openai.DefaultAsyncHttpxClient(follow_redirects=False, timeout=self.timeout)
+        options = {"max_retries": 0, "timeout": self.timeout, "http_client": http}
+        if _foreign(self.url):
+            lines = os.environ.get("OPENAI_CUSTOM_HEADERS", "").split("\n")
+            names = ["OpenAI-Organization", "OpenAI-Project", *(x.split(":")[0] for x in lines)]
+            dropped = {name.strip(): openai.Omit() for name in names}
+            options["default_headers"] = dropped | {"Authorization": f"Bearer {self.key}"}
+        return openai.AsyncOpenAI(base_url=self.url, api_key=self.key, **options)
 
 # %% ../../nbs/adapters/openai.ipynb #e0f4715a
 class OpenAIChat:
@@ -261,26 +214,29 @@ class OpenAIChat:
         timeout: float = 60.0,  # seconds for one attempt, from the first byte to the last
     ):
         if not 0 < timeout < math.inf:
-            raise ValueError(f"timeout is {timeout!r}: it must be a number of seconds above 0")
+            raise ValueError(f"timeout must be a number of seconds above 0, got {timeout!r}")
         if client and (base_url or api_key):
-            raise ValueError("client has an address and a key: pass no base_url and no api_key")
+            raise ValueError("client must be the only address and key, got base_url or api_key too")
         url = str(client.base_url) if client else base_url or _environment_url()
+        known = None if _foreign(url) else os.environ.get("OPENAI_API_KEY")
+        key = client.api_key if client else (api_key or known or "").strip()
+        if not key and _origin(url) == _origin(_OPENAI):
+            raise ValueError("OPENAI_API_KEY is not set, and api.openai.com needs a key: set it, "
+                             "or pass api_key; a server of your own needs none")
+        remember(key)
         self.model, self.base_url = model or DEFAULT_MODELS["director"], url.rstrip("/")
-        self.timeout, self._clients, self.prices = timeout, {}, PriceTable()
-        self._own = client and client.with_options(max_retries=0, timeout=timeout)
-        self._key = client.api_key if client else _key(url, api_key)
-        remember(self._key)
-        self.host = urlsplit(url).netloc
+        self.timeout, self.host = timeout, urlsplit(url).netloc
         at = "" if _origin(url) == _origin(_OPENAI) else f" @ {self.host}"
         self.provider, self.name = f"openai{at}", f"openai:{self.model}{at}"
+        self._own = client and client.with_options(max_retries=0, timeout=timeout)
+        self._clients, self._prices = _Clients(self.base_url, key or "none", timeout), PriceTable()
 
     def __repr__(self) -> str:
         return f"OpenAIChat({self.name!r})"
 
     async def load(self) -> AsyncOpenAI:
-        """The client of the running event loop, made where there is none."""
-        where = self.base_url, self._key, self.timeout
-        return self._own or await _client_here(self._clients, *where)
+        """Return the client of the running event loop, made where there is none."""
+        return self._own or await self._clients.here()
 
     async def reply(
         self,
@@ -290,5 +246,28 @@ class OpenAIChat:
         call: Call | None = None,  # from the run: its limits, and who is asked before a retry
     ) -> Reply:
         """Return the model's next message; a ProviderError where none was to be had."""
-        once = partial(_ask, self, messages, schema)
+        once = partial(self._reply_once, messages, schema)
         return await attempts(self.provider, once, failure, seconds=self.timeout, call=call)
+
+    async def _reply_once(self, messages: list[Message], schema: type[BaseModel] | None) -> Reply:
+        """Return the reply to one attempt, in the best form that the server knows."""
+        client, server = await self.load(), (self.base_url, self.model)
+        from openai import APIStatusError
+
+        said = {"model": self.model, "messages": [message.model_dump() for message in messages]}
+        while True:
+            step = _steps.get(server, 0)
+            form = response_format(schema, _FORMS[step]) if schema else {}
+            try:
+                reply = _read_completion(await client.chat.completions.create(**said, **form))
+                cost = self._prices.chat_cost(self.name, reply.usage)
+                return reply.model_copy(update={"cost": cost})
+            except APIStatusError as error:
+                line = _line(error)
+                named = re.search(r"response.?format|json_schema|json_object", line, re.I)
+                last = not form or step + 1 == len(_FORMS)
+                if last or not named or error.status_code not in (400, 422):
+                    raise
+                _steps[server] = max(step + 1, _steps.get(server, 0))
+                told = "%s refuses %s, %s is next: %s"
+                _logger.info(told, self.model, *_FORMS[step : step + 2], line)

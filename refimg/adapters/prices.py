@@ -5,7 +5,6 @@
 # %% ../../nbs/adapters/prices.ipynb #1908a6cf
 from __future__ import annotations
 
-import math
 import os
 import re
 from functools import lru_cache
@@ -14,10 +13,9 @@ from pathlib import Path
 from pydantic import BaseModel, Field, TypeAdapter, model_validator
 
 from ..engine.protocols import Message, Usage
-from ..enhance import Critique, Iteration, critic_messages, director_messages
 
 # %% auto #0
-__all__ = ['PRICES', 'MAX_COMPLETION', 'MAX_SECONDS', 'Price', 'PriceTable', 'enhancement_usage']
+__all__ = ['PRICES', 'MAX_COMPLETION', 'MAX_SECONDS', 'Price', 'PriceTable']
 
 # %% ../../nbs/adapters/prices.ipynb #0d297938
 _Usd = Field(default=None, ge=0, allow_inf_nan=False)
@@ -38,7 +36,8 @@ class Price(BaseModel, frozen=True, extra="forbid"):
         by = [(self.input, self.output), (self.image,), (self.second,)]
         given = [prices for prices in by if prices != (None,) * len(prices)]
         if len(given) != 1 or None in given[0]:
-            raise ValueError("a price is input and output, or image, or second")
+            named = sorted(self.model_fields_set - {"date", "source"})
+            raise ValueError(f"a price must be input and output, image or second, got {named}")
         return self
 
 # %% ../../nbs/adapters/prices.ipynb #cb617d6c
@@ -163,37 +162,3 @@ class PriceTable:
             raise ValueError(f"budget_usd needs prices, and {name} has none by {by}: add a row to "
                              "the file that REFIMG_PRICES names, or use a model of the table")
         return price
-
-# %% ../../nbs/adapters/prices.ipynb #d732a0ba
-_VERSION = "a lens " * 90  # 60 to 150 words are asked for
-_SCORES = dict.fromkeys(
-    ("completeness", "specificity", "professionalism", "cinematography", "brand_alignment"), 70
-)
-_CRITIQUE = Critique(**_SCORES, critique="a lens " * 25, improvements=["a lens " * 9] * 4)
-
-
-def _tokens(text: str) -> int:
-    """About how many tokens a text has."""
-    return math.ceil(len(text.encode("utf-8", "replace")) / 4)
-
-
-def _sum(asked: list[list[Message]], answer: str) -> Usage:
-    """The usage of calls that all get an answer of that length."""
-    read = sum(_tokens(message.content) + 4 for messages in asked for message in messages)
-    return Usage(input_tokens=read, output_tokens=len(asked) * _tokens(answer))
-
-# %% ../../nbs/adapters/prices.ipynb #c6896396
-def enhancement_usage(
-    prompt: str,  # of the scene
-    context: str,  # of the scene, as the agents get it
-    rounds: int,  # of the two agents, 0 or more
-    *,
-    negative: bool = False,  # True: the director also writes a negative prompt
-) -> tuple[Usage, Usage]:
-    """About what the director and the critic read and write for one scene."""
-    last = Iteration(number=1, enhanced_prompt=_VERSION, critique=_CRITIQUE, seconds=0)
-    asked = [director_messages(prompt, last if k else None, context) for k in range(rounds)]
-    if negative and rounds:
-        asked.append(director_messages(_VERSION, None, context))
-    judged = [critic_messages(_VERSION, prompt, context)] * rounds
-    return _sum(asked, _VERSION), _sum(judged, _CRITIQUE.model_dump_json())
