@@ -239,7 +239,7 @@ def score_table(
                     style="caption-side:top;text-align:left;color:inherit;padding:.2em 0")
     table = element("table", title, element("thead", head), element("tbody", *rows),
                     style="border-collapse:collapse;margin:0;font-size:.9em")
-    return root_html(scroll_html(table, "Scores"), _below(notes, _origins(scenes)))
+    return root_html(scroll_html("Scores", table), _below(notes, _origins(scenes)))
 
 # %% ../../nbs/view/tables.ipynb #1f9c6c47
 def _sources(result: StoryResult) -> dict[Path, str]:
