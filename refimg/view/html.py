@@ -9,7 +9,7 @@ import base64
 import html
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import lru_cache
@@ -293,7 +293,7 @@ def sandbox_models(
 
 
 def badge_html(
-    names: list[str],  # of the stand-ins
+    names: Sequence[str],  # of the stand-ins
 ) -> Html | None:
     """Show the word sandbox and the names; None where everything is real."""
     if not names:
