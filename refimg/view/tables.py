@@ -279,7 +279,8 @@ def strip_html(
 ) -> Html:
     """Show the user's image and the reference of every scene."""
     image = result.story.initial_reference_image if result.story else None
-    names = {s.reference: f"scene {s.scene}" for s in result.scenes if s.reference_from != "carried"}
+    names = {scene.reference: f"scene {scene.scene}" for scene in result.scenes
+             if scene.reference_from != "carried"}
     names |= {image: "the user's image"} if image else {}
     cards, before = [], image
     if image:
