@@ -107,7 +107,9 @@ def _scene_html(g: Gallery, scene: SceneResult) -> Html:
     """The scene's prompt, what the agents changed, what was sent, and what to know."""
     head = f"Scene {scene.scene} of {len(g.result.scenes)}"
     told = [w for w in scene.warnings if not g.blind or w == ALL_VETOED]
-    shown = scene.model_copy(update={"warnings": told})
+    if scene.stale and not g.blind:
+        told.append(f"stale: {scene.stale}")
+    shown = scene.model_copy(update={"warnings": told, "stale": None})
     sent = folded_html("the prompt that was sent", lines_html(scene.sent_prompt))
     return element("div", element("strong", head),
                    element("div", diff_html(scene.prompt, scene.enhancement.final_prompt)),
