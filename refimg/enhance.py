@@ -213,7 +213,7 @@ async def _call(
     bill.append(None)
     reply = await model.reply(messages, **shape)
     if not isinstance(reply, Reply):
-        raise TypeError(f"{type(reply).__name__} is no Reply")
+        raise TypeError(f"the reply must be a Reply, got {type(reply).__name__}")
     bill[-1] = reply
     return reply
 
