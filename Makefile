@@ -6,16 +6,19 @@ BIN := .venv/bin
 
 unexport PYTHONPATH PYTHONHOME MPLBACKEND
 NO_KEYS := env -u OPENAI_API_KEY -u OPENAI_BASE_URL -u REPLICATE_API_TOKEN -u REFIMG_SANDBOX
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 FIRST := nbs/03_pipeline.ipynb
 AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 export JUPYTER_PATH := $(CURDIR)/.venv/share/jupyter
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo test lab bench bench-long docs readme clean
+.PHONY: help setup demo lint notebooks checks test test-all lab bench bench-long docs readme clean
 
 help:
 	@echo "make demo   a story through the whole pipeline, offline, into output/demo/"
-	@echo "make test   lint, notebooks and modules in step, notebooks run, pytest with coverage"
+	@echo "make test   lint, types, notebooks and modules in step, notebooks run, pytest: five minutes"
+	@echo "make test-all the same with the long tests and coverage"
 	@echo "make lab    JupyterLab on 03_pipeline, the other notebooks beside it"
 	@echo "make bench  the short benchmarks; make bench-long the rest"
 	@echo "make docs   the documentation site in _docs/, offline; with Quarto the published one"
@@ -28,11 +31,22 @@ setup:
 demo: setup
 	@$(BIN)/python tools/demo.py
 
-test: setup
+lint: setup
 	$(BIN)/ruff check .
+	$(BIN)/pyright
 	$(BIN)/python tools/check_sync.py
+
+notebooks: setup
 	$(NO_KEYS) $(BIN)/nbdev_test --n_workers 2
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov=refimg --cov-report=term --cov-fail-under=90
+
+checks: setup
+	@$(MAKE) --no-print-directory -j 2 lint notebooks
+
+test: checks
+	$(PYTEST)
+
+test-all: checks
+	REFIMG_TEST_ALL=1 $(PYTEST) --cov=refimg --cov-report=term --cov-fail-under=90
 
 lab: setup
 	$(BIN)/jupyter lab $(AS_ROOT) --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/$(FIRST)

@@ -18,6 +18,7 @@ from typing import ClassVar
 import pytest
 from PIL import Image
 
+from refimg.engine import tasks
 from refimg.engine.candidates import CandidateGroup
 from refimg.engine.run import StoryRun
 from refimg.enhance import Reply
@@ -29,11 +30,13 @@ from .fakes import FakeChat, FakeImages, FakeScorer, critique, picture
 ROOT = Path(__file__).resolve().parent.parent
 CANCEL_SECONDS, STOP_SECONDS, MARGIN, TRIES = 0.5, 1.0, 5, 3
 TRACES = "reference_image_traces"
+OWN_TICK = tasks.TICK
 pytestmark = [  # a coroutine that is made and never awaited is lost work
     pytest.mark.filterwarnings("error::RuntimeWarning"),
     pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning"),
 ]
-QUIET = 0.3  # seconds in which nothing more may happen: three looks of `cancellation_check`
+TICK = 0.02  # seconds between two looks of `cancellation_check`, where no contract is timed
+QUIET = 0.1  # seconds in which nothing more may happen: five of those looks
 
 
 class Hanging(FakeChat):
@@ -210,6 +213,7 @@ PLACES = ("director", "critic", "generate", "some drawn", "between scenes", "sco
 def short_grace(monkeypatch):
     """Five seconds for a clean-up are too long for a test; what needs longer says so."""
     monkeypatch.setattr("refimg.engine.tasks.GRACE", 1.0)
+    monkeypatch.setattr("refimg.engine.tasks.TICK", TICK)
     yield
     BlockingScorer.release_all()
 
@@ -645,8 +649,9 @@ async def seconds_to_cancel(root: Path) -> tuple[float, float]:
     return time.monotonic() - turned[0], max(begun) - turned[0]
 
 
-async def test_the_cancel_contract(tmp_path):
+async def test_the_cancel_contract(tmp_path, monkeypatch):
     """No new call starts 0.5 s after, and the run ends then."""
+    monkeypatch.setattr("refimg.engine.tasks.TICK", OWN_TICK)
     best = []
     while len(best) < TRIES and (not best or min(best) > CANCEL_SECONDS * MARGIN):
         best.append(max(await seconds_to_cancel(tmp_path / str(len(best)))))

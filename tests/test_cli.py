@@ -534,6 +534,7 @@ def installed(wheel, tmp_path_factory) -> Path:  # noqa: F811
     return folder
 
 
+@pytest.mark.all
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="the layout of an environment")
 def test_the_command_from_the_wheel_in_a_clean_environment(installed, tmp_path):

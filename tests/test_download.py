@@ -113,7 +113,7 @@ PRIVATE = ("127.0.0.1", "10.1.2.3", "192.168.0.1", "169.254.169.254", "100.64.0.
 async def test_a_name_that_leads_inside_is_not_followed(monkeypatch, address):
     resolve_to(monkeypatch, [PUBLIC, address])
     monkeypatch.setattr(download, "_answer", None)  # any request would be a TypeError
-    with pytest.raises(ValueError, match="not public"):
+    with pytest.raises(ValueError, match="must be public"):
         await fetch(f"https://{NAME}/1.png")
 
 
@@ -209,7 +209,7 @@ async def test_redirects_elsewhere_are_not(own, other, to):
     host = other.base_url.partition("//")[2]
     to = to.format(other=other.base_url, host=host, port=host.rpartition(":")[2])
     url = output_with(own, "redirect", url=to)
-    with pytest.raises(ValueError, match=r"not asked|not allowed"):
+    with pytest.raises(ValueError, match="url must be"):
         await fetch(url, own=own.base_url)
     assert other.requests() == [] and len(own.requests("output")) == 1
 
@@ -241,7 +241,7 @@ async def test_what_is_no_picture_is_an_error(own, fault):
 
 
 async def test_an_endless_picture_is_not_read_to_its_end(own):
-    with pytest.raises(ValueError, match="more than 1000000 bytes"):
+    with pytest.raises(ValueError, match="at most 1000000 bytes"):
         await fetch(output_with(own, "endless"), own=own.base_url, most=1_000_000)
 
 

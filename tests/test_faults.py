@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 import logging
+import os
 import random
 import tempfile
 from collections.abc import Callable
@@ -364,7 +365,10 @@ def runner():
     logging.disable(logging.NOTSET)
 
 
-@settings(max_examples=1000, deadline=None, derandomize=True, database=None,
+EXAMPLES = 1000 if os.environ.get("REFIMG_TEST_ALL") == "1" else 200
+
+
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None,
           suppress_health_check=list(HealthCheck))
 @given(pattern=PATTERNS)
 @example(pattern=Pattern(scenes=4, variations=3, images=("raises",)))

@@ -132,11 +132,15 @@ def test_no_host_in_notebooks():
 # workflows, docs, licence
 
 
-@pytest.mark.parametrize(("name", "command"), [("test", ".ci/run"), ("docs", "make docs")])
-def test_workflows_do_what_a_person_does(name, command):
+@pytest.mark.parametrize(("name", "commands"), [
+    ("test", {"test": ".ci/run", "all": "make test-all"}), ("docs", {"docs": "make docs"}),
+])
+def test_workflows_do_what_a_person_does(name, commands):
     text = (ROOT / ".github" / "workflows" / f"{name}.yml").read_text("utf-8")
-    (job,) = yaml.safe_load(text)["jobs"].values()
-    assert command in [step.get("run") for step in job["steps"]]
+    jobs = yaml.safe_load(text)["jobs"]
+    assert jobs.keys() == commands.keys()
+    for job, command in commands.items():
+        assert command in [step.get("run") for step in jobs[job]["steps"]]
 
 
 def test_the_test_workflow_covers_every_python():

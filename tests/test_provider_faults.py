@@ -21,15 +21,18 @@ CHAT, IMAGE = {"input": 5, "output": 30}, 0.039
 
 
 @pytest.mark.slow
-def test_on_bad_days_every_promise_is_kept(capsys):
-    found = bad_days.spend_all(seed=7, stories=500)
+@pytest.mark.parametrize(("stories", "kinds"), [
+    (60, 40), pytest.param(500, 60, marks=pytest.mark.all),
+])
+def test_on_bad_days_every_promise_is_kept(capsys, stories, kinds):
+    found = bad_days.spend_all(seed=7, stories=stories, each=min(stories, 125))
     with capsys.disabled():
         print(f"\n{found.stories} stories, {dict(found.ends)}, {sum(found.faults.values())} faults "
               f"of {len(found.faults)} kinds: {dict(found.faults.most_common())}")
     assert (found.failures, found.leaks, found.orphans) == ([], [], [])
-    assert found.overspend == 0 and found.stories == sum(found.ends.values()) == 500
-    assert set(found.ends) == {"done", "cancelled", "failed"} and found.ends["done"] > 250
-    assert len(found.faults) > 60 and found.pictures > 600
+    assert found.overspend == 0 and found.stories == sum(found.ends.values()) == stories
+    assert set(found.ends) == {"done", "cancelled", "failed"} and found.ends["done"] > stories / 2
+    assert len(found.faults) > kinds and found.pictures > 1.2 * stories
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import os
 import subprocess
 import sys
@@ -365,8 +366,8 @@ def test_own_weights_have_any_scale_and_win_over_the_names():
         (("a", "b"), {}, "['a', 'b']"),
         ((), {"a": 1}, "['a']"),
         (("a", "b"), {"a": -1, "b": 2}, "weights['a'] must be a finite number >= 0, got -1"),
-        (("a", "b"), {"a": float("nan"), "b": 1}, "weights['a'] must be a finite number >= 0, got nan"),
-        (("a", "b"), {"a": float("inf"), "b": 1}, "weights['a'] must be a finite number >= 0, got inf"),
+        (("a", "b"), {"a": math.nan, "b": 1}, "weights['a'] must be a finite number >= 0, got nan"),
+        (("a", "b"), {"a": math.inf, "b": 1}, "weights['a'] must be a finite number >= 0, got inf"),
         (("a", "b"), {"a": "1", "b": 1}, "weights['a'] must be a finite number >= 0, got '1'"),
         (("a", "b"), {"a": None, "b": 1}, "weights['a'] must be a finite number >= 0, got None"),
         (("a", "b"), {"a": 0, "b": 0}, "sum of the weights must be above 0"),

@@ -18,6 +18,7 @@ import yaml
 import refimg
 
 from .browser import Trouble, barriers, opened, served
+from .fakes import FakeScorer
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
@@ -128,7 +129,8 @@ def test_parameters_has_every_setting_and_its_default(site):
 def test_trace_files_are_those_of_a_run(site, tmp_path):
     from refimg.sandbox.painter import Painter
 
-    settings = {"num_variations": 1, "keep_traces": True, "image_model": Painter(width=64)}
+    settings = {"num_variations": 1, "keep_traces": True, "image_model": Painter(width=64),
+                "scorers": [FakeScorer()]}  # fmt: skip
     pipeline = refimg.Pipeline.from_env(score_threshold=100, **settings)
     story = refimg.Story(scenes=[refimg.Scene(prompt="a fox in the snow")])
     pipeline.run_sync(story, output_dir=tmp_path / "images", generation_id="x")
@@ -170,10 +172,13 @@ def test_a_page_opens_without_trouble(base, page, name):
 
 
 WITH_CODE = ("index.html", "storage/secrets.html")  # elsewhere its colours are the same, and many
+KINDS = (*WITH_CODE, "view.html", "pages/parameters.html")  # front, room, results, written page
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", [
+    name if name in KINDS else pytest.param(name, marks=pytest.mark.all) for name in PAGES
+])
 def test_a_page_keeps_nobody_out(base, page, name):
     coloured = None if name in WITH_CODE else "div.highlight"
     page.goto(f"{base}/{name}", wait_until="load")

@@ -200,6 +200,7 @@ def small(folder: Path) -> pd.DataFrame:
     return study.make(2, 1, folder)
 
 
+@pytest.mark.all
 @pytest.mark.slow
 def test_a_killed_study_goes_on_and_makes_the_same_table(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "CHUNK", 1)
@@ -255,12 +256,13 @@ def test_the_shipped_table_is_of_this_painter_these_weights_and_these_texts(ship
                 assert row.sent_prompt == sent
 
 
-def test_a_part_of_the_shipped_table_can_be_made_again(shipped, tmp_path):
-    arm = ARM["stories", "enhanced", 0.08]
+@pytest.mark.parametrize("part", ["prompts", pytest.param("stories", marks=pytest.mark.all)])
+def test_a_part_of_the_shipped_table_can_be_made_again(shipped, tmp_path, part):
+    arm = ARM[part, "enhanced", 0.08]
     path = study.make_part(tmp_path / "part.parquet", arm, range(1))
     made = pd.read_parquet(path)
     same = (shipped.part == arm.part) & (shipped.arm == arm.name) & (shipped.effect == arm.effect)
-    kept = shipped[same & (shipped.story == "stories-000")].reset_index(drop=True)
+    kept = shipped[same & (shipped.story == f"{part}-000")].reset_index(drop=True)
     pd.testing.assert_frame_equal(made, kept, rtol=1e-3, atol=0.05)
 
 

@@ -33,7 +33,7 @@ from refimg.validate import (
 )
 
 from .arms import arm, random_arm
-from .test_view import HOSTILE
+from .test_view import FEW
 
 A, B = random_arm(1), random_arm(2, better=5)
 CHAINED = {"scenes": 3, "chain": "previous"}
@@ -56,19 +56,19 @@ def test_units_that_are_in_one_arm_only():
 
 def test_other_texts():
     other = B.assign(text=B["text"].where(B["story"] != "s5", "something else"))
-    refused("different texts for ('s5', 1)", A, other)
+    refused("a and b must be of the same texts, got others for ('s5', 1)", A, other)
     two = pd.concat([B, other.assign(generation_id="again")])
-    refused("b has several texts for one scene: ('s5', 1)", A, two)
+    refused("got several texts for ('s5', 1)", A, two)
 
 
 def test_texts_of_the_enhanced_prompts():
-    refused("b was scored on the text 'enhanced'", A, B.assign(score_text="enhanced"))
-    refused("b was scored on the text None", A, B.assign(score_text=None))
+    refused("on the same text, got 'enhanced'", A, B.assign(score_text="enhanced"))
+    refused("on the same text, got None", A, B.assign(score_text=None))
 
 
 def test_another_number_of_images():
     single = B[B["selected"]]
-    refused("images a scene: a 4, b 1; the same number is needed", A, single)
+    refused("unless matched=False, got images a scene: a 4, b 1", A, single)
     found = compare(A, single, matched=False)
     assert "images a scene: a 4, b 1" in found.notes
     lost = B.drop(B[(B["story"] == "s2") & ~B["selected"]].index[:1])
@@ -77,12 +77,12 @@ def test_another_number_of_images():
 
 @pytest.mark.parametrize("pair", [5, (1, 5), (5, 1)])
 def test_more_than_there_are(pair):
-    refused("k is 5, but", A, B, k=pair)
+    refused("k must be at most 4, the images that", A, B, k=pair)
 
 
 @pytest.mark.parametrize("k", [0, -1, 2.5, "4", (1, 2, 3), (), True, [1, 4]])
 def test_a_k_that_is_no_number_of_images(k):
-    refused(f"k is {k!r}; allowed: a whole number from 1", A, B, k=k)
+    refused(f"k must be a whole number from 1, a pair of them, or None, got {k!r}", A, B, k=k)
 
 
 def test_chained_scenes_are_no_units_and_cannot_be_drawn_from():
@@ -90,7 +90,7 @@ def test_chained_scenes_are_no_units_and_cannot_be_drawn_from():
     refused("its scenes are not independent", a, b, "prompt")
     refused("its scenes follow other images", a, b, k=2)
     refused("its scenes are not independent", a, b.assign(chain="none"), unit="prompt")
-    refused("chain None", a.assign(chain=None), b.assign(chain=None), unit="prompt")
+    refused("got chain None", a.assign(chain=None), b.assign(chain=None), unit="prompt")
     assert compare(a, b).units == 12
     with pytest.raises(ValueError, match="follow other images"):
         best_of_k(a)
@@ -103,14 +103,15 @@ def test_single_scenes_are_units_whatever_the_chain():
 
 
 def test_the_sandbox_and_the_world():
-    refused("one of a and b comes from the sandbox", A, B.assign(sandbox=True))
+    refused("a and b must be both from the sandbox, or neither", A, B.assign(sandbox=True))
     mixed = B.assign(sandbox=B["story"] == "s1")
-    refused("b holds several arms: sandbox is False, True", A, mixed)
+    refused("b must be one arm, got sandbox False, True", A, mixed)
 
 
 @pytest.mark.parametrize("other", ["pick @ 2 · map", "pick @ 1 · another map"])
 def test_other_judges(other):
-    refused("judged differently: scorer_pickscore is", A, B.assign(scorer_pickscore=other))
+    words = "a and b: scorer_pickscore must be one scorer, got "
+    refused(words, A, B.assign(scorer_pickscore=other))
 
 
 @pytest.mark.parametrize("setting", [
@@ -120,36 +121,38 @@ def test_other_judges(other):
 def test_several_arms_in_one_table(setting):
     before = {"model": "one", "arm": "a", "effect": 0.0}
     both = pd.concat([A.assign(**before), random_arm(3).assign(**before | setting)])
-    refused(f"a holds several arms: {next(iter(setting))} is", both, B)
+    refused(f"a must be one arm, got {next(iter(setting))} ", both, B)
 
 
 def test_the_same_image_twice():
-    refused("a holds the same image twice: ('r1-0', 's0', 1, 1)", pd.concat([A, A]), B)
+    words = "a must be without repeated images, got twice: ('r1-0', 's0', 1, 1)"
+    refused(words, pd.concat([A, A]), B)
 
 
 def test_no_choice_or_two():
-    refused("a needs one selected image a scene", A.assign(selected=False), B)
-    refused("b needs one selected image a scene", A, B.assign(selected=True))
+    refused("a: selected must be true for one image a scene", A.assign(selected=False), B)
+    refused("b: selected must be true for one image a scene", A, B.assign(selected=True))
     assert compare(A.assign(selected=False), B.assign(selected=False), k=2).units == 12
 
 
 def test_no_table_at_all():
-    refused("a has no column generation_id", pd.DataFrame({"overall": [1.0]}), B)
-    refused("a has no rows", A.iloc[:0], B)
-    refused("b has rows without a", A, B.assign(story=B["story"].where(B["story"] != "s1")))
-    refused("results holds a str; allowed: StoryResult", "runs", B)
-    refused("results without an image", [], B)
+    refused("of `runs_table`, got no column generation_id", pd.DataFrame({"overall": [1.0]}), B)
+    refused("a must be at least one row, got none", A.iloc[:0], B)
+    gaps = B.assign(story=B["story"].where(B["story"] != "s1"))
+    refused("b must be complete in generation_id, story, scene, variation, text, got gaps", A, gaps)
+    refused("results must be StoryResult objects, got a str", "runs", B)
+    refused("results must be of at least one image, got 0 without any", [], B)
 
 
 def test_other_words():
-    refused("unit is 'scene'; allowed: story, prompt", A, B, "scene")
-    refused("by is 'beauty'; allowed: overall, pickscore, seen", A, B, k=2, by="beauty")
+    refused("unit must be 'story' or 'prompt', got 'scene'", A, B, "scene")
+    refused("by must be one of overall, pickscore, seen, got 'beauty'", A, B, k=2, by="beauty")
 
 
 @pytest.mark.parametrize("value", [np.inf, -np.inf])
 def test_scores_that_are_no_numbers(value):
     seen = B["seen"].where(B["story"] != "s1", value)
-    refused("b holds an infinite score", A, B.assign(seen=seen))
+    refused("b must be finite in all scores", A, B.assign(seen=seen))
 
 
 # what cannot be told
@@ -330,7 +333,7 @@ OWN_TAGS = {"div", "table", "caption", "thead", "tbody", "tr", "th", "td", "img"
             "figure", "figcaption", "bdi"}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
+@pytest.mark.parametrize("name", FEW)
 def test_names_of_strangers_are_text(name):
     bad = {"seen": name, "raw_seen": f"raw_{name}"}
     a, b = (t.rename(columns=bad).assign(story=name + t["story"], arm=name) for t in (A, B))
@@ -370,7 +373,7 @@ def test_charts_say_in_words_what_they_show():
 @pytest.mark.parametrize("missing", [None, np.nan])
 def test_an_arm_whose_rounds_are_not_known_is_shown_all_the_same(missing):
     unknown = A.assign(max_enhancement_iterations=missing)
-    assert "seen, rounds: unknown: median" in read(distribution_chart(unknown)).alts[0]
+    assert "seen, iterations: unknown: median" in read(distribution_chart(unknown)).alts[0]
     assert len(distributions(unknown)) == len(distributions(A))
 
 
@@ -441,7 +444,7 @@ def test_every_wrong_warning_is_found(change, wrong):
 
 
 def test_a_threshold_must_be_known():
-    with pytest.raises(ValueError, match="12 scenes have no quality_threshold"):
+    with pytest.raises(ValueError, match="got none for 12 scenes"):
         threshold_errors(A.assign(quality_threshold=None))
 
 
@@ -498,7 +501,7 @@ def weighed(table, made: str = "1 pickscore", where=slice(None)):
 
 SOME = A["story"] == "s3"
 MIXED = weighed(A, "1 pickscore", SOME)
-WHY = ("made of other weights or judges in (runs, 's0' scene 1: 0.5 pickscore + 0.5 seen), "
+WHY = ("made of other weights or scorers in (runs, 's0' scene 1: 0.5 pickscore + 0.5 seen), "
        "(runs, 's3' scene 1: 1 pickscore)")
 
 
@@ -507,7 +510,7 @@ def test_overalls_made_in_two_ways_are_not_compared(k):
     found, plain = compare(weighed(A), weighed(B, "1 seen"), k=k), compare(A, B, k=k)
     d = found["overall"]
     assert (d.verdict, d.difference, d.mean_a, d.p_holm) == ("cannot tell", None, None, None)
-    assert d.reason == ("made of other weights or judges in (a, 's0' scene 1: 1 pickscore), "
+    assert d.reason == ("made of other weights or scorers in (a, 's0' scene 1: 1 pickscore), "
                         "(b, 's0' scene 1: 1 seen)")
     assert found["seen"].low == plain["seen"].low and found["seen"].hacking is None
     assert compare(weighed(A), weighed(B), k=k) == plain
@@ -542,7 +545,7 @@ def test_mixed_overalls_agree_with_nothing():
 
 def test_charts_of_a_mixed_overall():
     told = read(forest_chart(compare(MIXED, B))).alts[0]
-    assert "overall: cannot tell, made of other weights or judges in (a, " in told
+    assert "overall: cannot tell, made of other weights or scorers in (a, " in told
     assert "overall" in read(curve_chart(best_of_k(MIXED))).alts[0]
     cells = four_cells(MIXED, B.assign(max_enhancement_iterations=4), 2)
     assert "overall, selection: –;" in read(cells_chart(cells)).alts[0]
@@ -561,7 +564,7 @@ def test_unit_values_say_why_there_is_no_overall():
 ])  # fmt: skip
 def test_two_checkpoints_under_one_name(function):
     other = A["scorer_pickscore"].mask(SOME, "pick @ 2 · map")
-    with pytest.raises(ValueError, match="judged differently: scorer_pickscore is pick @ 1 · map"):
+    with pytest.raises(ValueError, match="scorer_pickscore must be one scorer, got pick @ 1"):
         function(A.assign(scorer_pickscore=other))
 
 
@@ -580,11 +583,11 @@ def test_a_person_chose_some_scenes():
 
 def test_one_name_for_two_stories():
     long = random_arm(5, scenes=2)
-    with pytest.raises(ValueError, match=r"several stories of one name.*s0.*titles of their own"):
+    with pytest.raises(ValueError, match=r"title of one story, got several.*s0"):
         unit_values(pd.concat([random_arm(1), long]))
     assert len(unit_values(pd.concat([random_arm(2, scenes=2), long]))) == 12
     told = random_arm(1).assign(story_id="ink"), random_arm(2).assign(story_id="oil")
-    refused("b has several stories of one name", A, pd.concat(told))
+    refused("b: story must be the title of one story", A, pd.concat(told))
     assert compare(*told).units == 12
     lost = long[(long["story"] != "s1") | (long["scene"] == 1)]
     both = pd.concat([random_arm(2, scenes=2), lost]).assign(story_id="one")
@@ -600,5 +603,5 @@ def test_rounds_may_be_text(plain, sharp, fits):
     if fits:
         assert len(four_cells(a, b, 2))
     else:
-        with pytest.raises(ValueError, match="allowed: 0 in original"):
+        with pytest.raises(ValueError, match="must be 0 in original"):
             four_cells(a, b, 2)

@@ -83,6 +83,10 @@ class ImageServer:
         """Nothing; these models exist too: name -> the schema of its input."""
         self._control("models", inputs)
 
+    def advance(self, seconds: float) -> None:
+        """Set the server's clock ahead; what was made before is older by so much."""
+        self._control("advance", seconds)
+
     def requests(self, kind: str | None = None) -> list[dict[str, Any]]:
         """What arrived since the script was set, in order of arrival; of that kind."""
         return [r for r in self._control("requests") if kind in (None, r["kind"])]
@@ -219,6 +223,7 @@ class Prediction:
         self.id = secrets.token_hex(13)
         self.model, self.wanted, self.number, self.fault = model, wanted, number, fault
         self.born, self.stopped, self.cancel_after = time.time(), None, None
+        self.created = moment(self.born)
         self.seconds = float(fault.get("takes", seconds))
         self.outcome, self.error = OUTCOMES.get(fault.get("fault"), ("succeeded", None))
         self.error, self.expired = fault.get("error", self.error), False
@@ -244,7 +249,7 @@ class Prediction:
         return {
             "id": self.id, "model": self.model, "version": version_of(self.model),
             "input": self.wanted, "output": output if good else None, "logs": "", "status": status,
-            "error": self.error if status == "failed" else None, "created_at": moment(self.born),
+            "error": self.error if status == "failed" else None, "created_at": self.created,
             "metrics": times, "urls": {"get": f"{origin}/v1/predictions/{self.id}"},
             "expired": self.expired,
         }
@@ -321,6 +326,8 @@ class World:
             self.faults, self.requests = [{"on": "create", **item} for item in plain], []
         if name == "models":
             MODELS.update(body)
+        if name == "advance":
+            SKEW[0] += body
         if name == "predictions":
             return [p.json(self.origin) for p in self.predictions.values()]
         return self.requests if name == "requests" else {}
@@ -378,7 +385,12 @@ class World:
         if kind == "upload":
             self.uploads += 1
             url = f"{self.origin}/v1/files/file{self.uploads}"
-            return Answer(201, {"id": f"file{self.uploads}", "urls": {"get": url}})
+            made = {
+                "id": f"file{self.uploads}", "name": "reference.jpg", "content_type": "image/jpeg",
+                "size": request["size"], "etag": "0", "checksums": {}, "metadata": {},
+                "created_at": moment(time.time()), "urls": {"get": url},
+            }  # fmt: skip
+            return Answer(201, made)
         raise problem(404, fault, headers)
 
 

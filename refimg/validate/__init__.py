@@ -1,0 +1,71 @@
+"""Does it help? Two arms, the same texts, the same number of images, and what can be told."""
+
+from refimg.validate.charts import (
+    cells_chart,
+    curve_chart,
+    distribution_chart,
+    distributions,
+    forest_chart,
+)
+from refimg.validate.compare import (
+    Comparison,
+    Difference,
+    aa_check,
+    best_of_k,
+    compare,
+    four_cells,
+)
+from refimg.validate.statistics import (
+    Interval,
+    Wins,
+    agreement,
+    best_weights,
+    critic_agreement,
+    holm,
+    paired_interval,
+    power,
+    unit_values,
+    verifier_error,
+    wilson,
+    win_rate,
+)
+from refimg.validate.tables import (
+    load_runs,
+    pass_rates,
+    runs_table,
+    score_csv,
+    stop_reasons,
+    threshold_errors,
+)
+
+__all__ = [
+    "Comparison",
+    "Difference",
+    "Interval",
+    "Wins",
+    "aa_check",
+    "agreement",
+    "best_of_k",
+    "best_weights",
+    "cells_chart",
+    "compare",
+    "critic_agreement",
+    "curve_chart",
+    "distribution_chart",
+    "distributions",
+    "forest_chart",
+    "four_cells",
+    "holm",
+    "load_runs",
+    "paired_interval",
+    "pass_rates",
+    "power",
+    "runs_table",
+    "score_csv",
+    "stop_reasons",
+    "threshold_errors",
+    "unit_values",
+    "verifier_error",
+    "wilson",
+    "win_rate",
+]
