@@ -109,6 +109,19 @@ class Commands(TyperGroup):
             logger.removeHandler(handler)
         sys.exit(code)
 
+# %% ../nbs/07_cli.ipynb #10dd6478
+def _wait_for(work: Callable[[], Awaitable]) -> Any:
+    """Run the work on an event loop, where SIGTERM cancels it; its prints go to standard error."""
+
+    async def stoppable() -> Any:
+        task = asyncio.ensure_future(work())
+        with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        return await task
+
+    with contextlib.redirect_stdout(sys.stderr):
+        return asyncio.run(stoppable())
+
 # %% ../nbs/07_cli.ipynb #f4e7c79a
 def _standard_input() -> str:
     """Read all of standard input; raise a ValueError where it is closed or not UTF-8."""
@@ -169,19 +182,6 @@ _Aspect = Annotated[str, typer.Option("--aspect-ratio", help="Of the images, wid
 def _examples(*lines: str) -> str:
     """Return the examples that end a command's help."""
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
-
-# %% ../nbs/07_cli.ipynb #10dd6478
-def _wait_for(work: Callable[[], Awaitable]) -> Any:
-    """Run the work on an event loop, where SIGTERM cancels it; its prints go to standard error."""
-
-    async def stoppable() -> Any:
-        task = asyncio.ensure_future(work())
-        with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
-            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-        return await task
-
-    with contextlib.redirect_stdout(sys.stderr):
-        return asyncio.run(stoppable())
 
 # %% ../nbs/07_cli.ipynb #54a94780
 @app.command(epilog=_examples(
@@ -353,7 +353,7 @@ def report(
     """Write one HTML file that shows a run."""
     target = output or result.with_suffix(".html")
     if target.resolve() == result.resolve():
-        raise ValueError(f"output must be another file than the record, got {str(target)!r}")
+        raise ValueError(f"output must be a file other than the record, got {str(target)!r}")
     if target.is_dir():
         raise ValueError(f"output must be a file, got the folder {str(target)!r}")
     shown = StoryResult.load(result)

@@ -20,8 +20,7 @@ from typer.testing import CliRunner
 from refimg import StoryResult, defaults
 from refimg.cli import app
 from refimg.engine.results import Event
-from refimg.gallery import veto
-from refimg.pipeline import choose
+from refimg.pipeline import choose, veto
 
 from .fakes import FakeImages, FakeScorer, critic, director, picture, until
 from .servers.images import start_image_server
