@@ -156,7 +156,8 @@ def _story_of(given: str) -> Story:
             return Story.model_validate(json.loads(text))
         return Story.model_validate(yaml.safe_load(text))
     except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"standard input must be a story in YAML or JSON: {error}") from error
+        raise ValueError("standard input must be a story in YAML or JSON, "
+                         f"got {text!r:.80}: {error}") from error
 
 # %% ../nbs/07_cli.ipynb #ac04f536
 app = typer.Typer(
