@@ -316,9 +316,6 @@ def _result_lines(result: StoryResult, record: Path) -> list[str]:
     return [*map(_scene_line, result.scenes), f"cost {cost}{note}; record {record}"]
 
 # %% ../nbs/07_cli.ipynb #0b626d40
-_DECISIONS = ("choices", "vetoes", "reruns", "rescores")
-
-
 def _taken_by(record: Path, story: Story) -> str | None:
     """What is in that file which a run of the story must not replace; None: nothing."""
     image = story.initial_reference_image
@@ -329,7 +326,7 @@ def _taken_by(record: Path, story: Story) -> str | None:
         return "is no record of a run"
     if kept.story is None or kept.story.model_dump_json() != same.model_dump_json():
         return "is the record of another story"
-    decided = [name for name in _DECISIONS if kept.settings.get(name)]
+    decided = dict.fromkeys(event.kind for event in kept.history)
     return f"holds what was decided since ({', '.join(decided)})" if decided else None
 
 
@@ -464,13 +461,6 @@ def _weights() -> dict[str, str]:
     return {name: why or "ready" for name, why in defaults.available().items()}
 
 
-def _rows() -> int:
-    """How many prices are known."""
-    from refimg.adapters.prices import PriceTable
-
-    return len(PriceTable().rows())
-
-
 def _findings() -> dict[str, Any]:
     """All that `doctor` tells."""
     from refimg.storage.journal import default_folder
@@ -486,7 +476,7 @@ def _findings() -> dict[str, Any]:
         "models": {role: _found(lambda role=role: getattr(defaults, role)().name)
                    for role in roles},
         "weights": _found(_weights),
-        "prices": _found(_rows),
+        "prices": _found(lambda: len(defaults.prices().rows())),
         "journal": _found(lambda: str(default_folder())),
     }
 

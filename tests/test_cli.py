@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 
 from refimg import StoryResult, defaults
 from refimg.cli import app
-from refimg.gallery import veto
-from refimg.pipeline import choose
+from refimg.engine.results import Event
+from refimg.pipeline import choose, veto
 
 from .fakes import FakeImages, FakeScorer, critic, director, picture, until
 from .servers.images import start_image_server
@@ -279,15 +279,15 @@ def named(story: object, folder: Path, **more: str):
 
 def decide(result: StoryResult, kind: str) -> StoryResult:
     """The result, after a person decided something."""
-    if kind == "choices":
+    if kind == "choose":
         return choose(result, 1, 1, "the better light")
-    if kind == "vetoes":
+    if kind == "veto":
         return veto(result, 1, 1, "a third hand")
-    more = {"reruns": {"1": 1}, "rescores": [{"changed": [1]}]}[kind]
-    return result.model_copy(update={"settings": result.settings | {kind: more}})
+    after = {"rerun": {"scenes": [1]}, "rescore": {"changed": [1]}}[kind]
+    return result.model_copy(update={"history": [Event(kind=kind, after=after)]})
 
 
-@pytest.mark.parametrize("kind", ["choices", "vetoes", "reruns", "rescores"])
+@pytest.mark.parametrize("kind", ["choose", "veto", "rerun", "rescore"])
 def test_a_run_never_replaces_what_was_decided(world, story, tmp_path, kind):
     record = tmp_path / "out" / "fox.json"
     assert named(story, record.parent).exit_code == 0
