@@ -6,14 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from ..engine.results import StoryResult
 from ..storage.extras import require_extra
 from .compare import EFFECTS, Comparison, interval_text
 from .tables import Runs
-from ..view.charts import chart_html
+from ..view.frame import chart_html
 from ..view.html import Html
 
 if TYPE_CHECKING:
@@ -39,8 +38,8 @@ def chart(
 ) -> Html:
     """Draw a chart under its title, with its finding in words."""
     require_extra("validate", "matplotlib")
-    marked = SimpleNamespace(scenes=[], story=None, sandbox=sandbox)
-    return chart_html(marked, title, size, draw, alt=alt, caption=caption)
+    marked = ["sandbox"] if sandbox else []
+    return chart_html(title, size, draw, alt=alt, caption=caption, sandbox=marked)
 
 
 def _panels(

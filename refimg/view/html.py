@@ -9,7 +9,7 @@ import base64
 import html
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import lru_cache
@@ -22,27 +22,68 @@ from ..engine.results import SceneResult, StoryResult
 from ..storage.files import read_image
 
 # %% auto #0
-__all__ = ['BOX', 'QUIET', 'BADGE', 'CELL', 'visible', 'Html', 'element', 'clipped', 'note_text', 'thumbnail', 'image_html',
-           'model_names', 'scenes_of', 'sandbox_models', 'sandbox_badge', 'root_html', 'diff_html', 'lines_html',
-           'folded_html', 'counted', 'seconds_text', 'plain_letters', 'title_of', 'scroll_html', 'table_html']
+__all__ = ['QUIET', 'CELL', 'BOX', 'BADGE', 'visible', 'clipped', 'note_text', 'plain_letters', 'counted', 'seconds_text', 'Html',
+           'element', 'root_html', 'lines_html', 'folded_html', 'diff_html', 'scroll_html', 'table_html', 'thumbnail',
+           'image_html', 'scenes_of', 'title_of', 'model_names', 'sandbox_models', 'badge_html', 'sandbox_badge']
 
-# %% ../../nbs/view/html.ipynb #951d0ad4
+# %% ../../nbs/view/html.ipynb #a034aa41
 _UNSEEN = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f"
     "\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e0fff]"
 )
 
 
-def _named(match: re.Match[str]) -> str:
-    """The character's code point in brackets."""
-    return f"[U+{ord(match[0]):04X}]"
-
-# %% ../../nbs/view/html.ipynb #a034aa41
 def visible(
     text: str,  # any text, from anyone
 ) -> str:
-    """The text on one line, with every control and direction character shown by name."""
-    return _UNSEEN.sub(_named, re.sub(r"[ \t\r\n]+", " ", str(text)).strip(" "))
+    """Put the text on one line, with every control and direction character shown by name."""
+    line = re.sub(r"[ \t\r\n]+", " ", str(text)).strip(" ")
+    return _UNSEEN.sub(lambda match: f"[U+{ord(match[0]):04X}]", line)
+
+
+def clipped(
+    text: str,
+    longest: int,  # characters
+) -> str:
+    """Cut a text that is too long, and say how long it was."""
+    if len(text) <= longest:
+        return text
+    return f"{text[:longest].rstrip()} … ({len(text)} characters)"
+
+# %% ../../nbs/view/html.ipynb #9c2b8379
+_FOLDERS = re.compile(r"(?<![\w.:/\\])(?:[A-Za-z]:[\\/]+|\\{2,}|/)(?:[^\s\\/'\"<>|]+[\\/]+)+")
+
+
+def note_text(
+    text: str,  # a warning, or the reason why a score is missing
+) -> str:
+    """Shorten a message of the program for a reader: no folders, at most 400 characters."""
+    return clipped(_FOLDERS.sub("…/", text), 400)
+
+# %% ../../nbs/view/html.ipynb #662954e0
+def plain_letters(
+    text: str,
+) -> str:
+    """Write the text in the letters of Pillow's own font."""
+    split = unicodedata.normalize("NFKD", visible(text).replace("–", "-"))
+    bare = "".join(c for c in split if not unicodedata.combining(c))
+    return re.sub(r"[^\x20-\x7e·]+", "…", bare)
+
+
+def counted(
+    number: int,
+    noun: str,  # in the singular
+) -> str:
+    """Write the number with its noun, in the plural where it is not one."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def seconds_text(
+    value: float,  # seconds
+) -> str:
+    """Write a time with the digits it deserves."""
+    digits = 0 if value >= 100 else 1 if value >= 1 else 2
+    return f"{value:.{digits}f} s"
 
 # %% ../../nbs/view/html.ipynb #840c4206
 @dataclass(frozen=True, repr=False)
@@ -60,53 +101,123 @@ class Html:
     def _repr_html_(self) -> str:
         return self.source
 
-# %% ../../nbs/view/html.ipynb #fc948456
+
 def _escaped(text: str) -> str:
-    """The text as it may stand between tags and between quotation marks."""
+    """Escape the text so that it may stand between tags and between quotation marks."""
     return html.escape(visible(text), quote=True)
 
 
-def _attribute(name: str, value: str) -> str:
-    """One attribute with the space before it; `class_` is `class`, `aria_label` is `aria-label`."""
-    return f' {name.rstrip("_").replace("_", "-")}="{_escaped(value)}"'
-
-# %% ../../nbs/view/html.ipynb #bf08c4ec
 def element(
     tag: str,  # the element's name: a literal of the program, never data
     *children: Html | str | None,  # texts are escaped, None is left out
-    **attributes: str | None,  # values are escaped, None is left out
+    **attributes: str | None,  # the same; `class_` is `class`, `aria_label` is `aria-label`
 ) -> Html:
-    """The element with its children."""
-    given = [_attribute(name, value) for name, value in attributes.items() if value is not None]
+    """Make the element with its children."""
+    given = [f' {name.rstrip("_").replace("_", "-")}="{_escaped(value)}"'
+             for name, value in attributes.items() if value is not None]
     opening = f"<{tag}{''.join(given)}>"
     if tag in ("img", "br", "meta"):
         return Html(opening)
     inner = [str(c) if isinstance(c, Html) else _escaped(c) for c in children if c is not None]
     return Html(f"{opening}{''.join(inner)}</{tag}>")
 
-# %% ../../nbs/view/html.ipynb #9c2b8379
-_FOLDERS = re.compile(r"(?<![\w.:/\\])(?:[A-Za-z]:[\\/]+|\\{2,}|/)(?:[^\s\\/'\"<>|]+[\\/]+)+")
+# %% ../../nbs/view/html.ipynb #0b1a0007
+QUIET = "opacity:.75;font-size:.85em"
+_ROOT = (
+    "font-family:inherit;color:inherit;line-height:1.45;margin:.6em 0 1.2em;text-align:left;"
+    "padding:0 4px;overflow-wrap:break-word"
+)
 
 
-def clipped(text: str, longest: int) -> str:
-    """The text, or its beginning and how long it was."""
-    if len(text) <= longest:
-        return text
-    return f"{text[:longest].rstrip()} … ({len(text)} characters)"
+def root_html(
+    *children: Html | str | None,
+) -> Html:
+    """Make the outermost element of a view, in which no prompt becomes a formula."""
+    return element("div", *children, class_="refimg mathjax_ignore tex2jax_ignore", style=_ROOT)
 
 
-def note_text(text: str) -> str:
-    """A message of the program for a reader: no folders, at most 400 characters."""
-    return clipped(_FOLDERS.sub("…/", text), 400)
+def lines_html(
+    text: str,
+) -> Html:
+    """Show a text that somebody else wrote, whole, line by line."""
+    rows = [element("bdi", line) for line in str(text).splitlines()]
+    return element("div", Html("<br>".join(map(str, rows))))
+
+
+def folded_html(
+    summary: str,  # always shown
+    *children: Html | str | None,  # shown when a reader opens it, and on paper
+) -> Html:
+    """Fold something away."""
+    return element("details", element("summary", summary), *children)
+
+# %% ../../nbs/view/html.ipynb #fddb31ed
+_MARKS = {
+    "ins": "background:rgba(46,160,67,.2);text-decoration:underline",
+    "del": "background:rgba(218,54,51,.18);text-decoration:line-through",
+}
+
+
+def diff_html(
+    old: str,
+    new: str,
+) -> Html:
+    """Show the new text, with the words that were added and those that were dropped."""
+    a, b = visible(old).split(" "), visible(new).split(" ")
+    codes = [("replace", 0, len(a), 0, len(b))]
+    if max(len(a), len(b)) <= 1000:
+        codes = SequenceMatcher(None, a, b, autojunk=False).get_opcodes()
+    parts = []
+    for kind, i, j, k, m in codes:
+        same = kind == "equal"
+        marked = [("span", b[k:m])] if same else [("del", a[i:j]), ("ins", b[k:m])]
+        parts += [element(tag, " ".join(words), style=_MARKS.get(tag))
+                  for tag, words in marked if words]
+    return element("bdi", Html(" ".join(map(str, parts))))
+
+# %% ../../nbs/view/html.ipynb #6e2f5a1c
+CELL = (
+    "padding:.15em .7em;text-align:left;vertical-align:top;white-space:nowrap;"
+    "border-bottom:1px solid rgba(128,128,128,.3)"
+)
+
+
+def scroll_html(
+    name: str,  # what a screen reader says
+    table: Html,
+) -> Html:
+    """Put the table into a box that scrolls."""
+    return element("div", table, class_="scroll", role="region", aria_label=name, tabindex="0",
+                   style="overflow-x:auto")
+
+
+def table_html(
+    caption: str,
+    head: list[str],  # the names of the columns
+    rows: list[list[str]],  # as many texts each; texts beyond 1000 characters are cut
+    wrap: bool = False,  # True: long texts are broken into lines
+) -> Html:
+    """Make a table whose first column names its rows."""
+    style = f"{CELL};white-space:normal;overflow-wrap:anywhere" if wrap else CELL
+    top = element("tr", *(element("th", name, scope="col", style=CELL) for name in head))
+    lines = [
+        element("tr", element("th", row[0], scope="row", style=CELL),
+                *(element("td", clipped(text, 1000), style=style) for text in row[1:]))
+        for row in rows
+    ]
+    title = element("caption", caption, style="caption-side:top;text-align:left;color:inherit")
+    table = element("table", title, element("thead", top), element("tbody", *lines),
+                    style="border-collapse:collapse;margin:0;font-size:.9em")
+    return scroll_html(caption, table)
 
 # %% ../../nbs/view/html.ipynb #7a360957
 def thumbnail(
-    source: str | Path | Image.Image,  # an image file, or a picture in memory
-    width: int = 256,  # pixels, 16 to 2048; a smaller picture keeps its size
+    source: str | Path | Image.Image,  # an image file, or an image in memory
+    width: int = 256,  # pixels, 16 to 2048; a smaller image keeps its size
 ) -> str:
-    """The picture as a data URI (WebP), at most `width` wide and four times as high."""
+    """Make a data URI (WebP) of the image, at most `width` wide and four times as high."""
     if not 16 <= width <= 2048:
-        raise ValueError(f"width is {width!r}; allowed: 16 to 2048")
+        raise ValueError(f"width must be from 16 to 2048, got {width!r}")
     image = source.copy() if isinstance(source, Image.Image) else read_image(Path(source))
     image = image.convert("RGB")
     image.thumbnail((width, 4 * width))
@@ -125,12 +236,16 @@ BOX = (
 
 @lru_cache(maxsize=256)
 def _thumbnail(path: Path, width: int, changed: int) -> str:
-    """The thumbnail of a file as it was at that time."""
+    """Make the thumbnail of a file as it was at that time."""
     return thumbnail(path, width)
 
 
-def image_html(path: Path, alt: str, width: int = 256) -> Html:
-    """The thumbnail of a file, or a box that says what is not there."""
+def image_html(
+    path: Path,
+    alt: str,  # what it shows, for those who cannot see it
+    width: int = 256,  # pixels
+) -> Html:
+    """Show the thumbnail of a file, or a box that says what is missing."""
     try:
         source = _thumbnail(path, width, path.stat().st_mtime_ns)
         return element("img", src=source, alt=alt, style=_IMAGE)
@@ -138,133 +253,57 @@ def image_html(path: Path, alt: str, width: int = 256) -> Html:
         text = f"{path.name} is missing or unreadable"
         return element("div", text, role="img", aria_label=f"{alt} ({text})", style=BOX)
 
-# %% ../../nbs/view/html.ipynb #0aa1f099
-def model_names(scene: SceneResult) -> Iterator[str]:
-    """Every model that had a part in the scene: agents, image models, scorers."""
+# %% ../../nbs/view/html.ipynb #d6acc64c
+BADGE = (
+    "border:1px solid rgba(128,128,128,.8);border-radius:3px;padding:0 .4em;margin-left:.6em"
+)
+
+
+def scenes_of(
+    result: StoryResult | SceneResult,
+) -> list[SceneResult]:
+    """List the scenes of a story, or the one scene."""
+    return list(getattr(result, "scenes", [result]))
+
+
+def title_of(
+    result: StoryResult | SceneResult,
+) -> str:
+    """Return the story's title, "" where it has none."""
+    story = getattr(result, "story", None)
+    return story.title.strip() if story else ""
+
+
+def model_names(
+    scene: SceneResult,
+) -> Iterator[str]:
+    """Name every model that had a part in the scene: agents, image models, scorers."""
     yield from (scene.enhancement.director, scene.enhancement.critic)
     for variation in scene.variations:
         yield variation.image.model_name
         yield from variation.scores.models.values()
 
 
-def scenes_of(result: StoryResult | SceneResult) -> list[SceneResult]:
-    """The scenes of a story, or the one scene."""
-    return list(getattr(result, "scenes", [result]))
-
-# %% ../../nbs/view/html.ipynb #d6acc64c
 def sandbox_models(
     result: StoryResult | SceneResult,  # what is to be shown
 ) -> list[str]:
-    """The names of the stand-ins that made it, sorted; empty where everything is real."""
-    names = {n for scene in scenes_of(result) for n in model_names(scene) if n.startswith("sandbox")}
+    """Name the stand-ins that made it, sorted; empty where everything is real."""
+    names = {n for s in scenes_of(result) for n in model_names(s) if n.startswith("sandbox")}
     return sorted(names) or ["sandbox"] * getattr(result, "sandbox", False)
 
-# %% ../../nbs/view/html.ipynb #92e6f9c6
-QUIET = "opacity:.75;font-size:.85em"
-BADGE = (
-    "border:1px solid rgba(128,128,128,.8);border-radius:3px;padding:0 .4em;margin-left:.6em"
-)
-_ROOT = (
-    "font-family:inherit;color:inherit;line-height:1.45;margin:.6em 0 1.2em;text-align:left;"
-    "padding:0 4px;overflow-wrap:break-word"
-)
 
-
-def sandbox_badge(result: StoryResult | SceneResult) -> Html | None:
-    """The word sandbox and the names of the stand-ins, or None."""
-    names = sandbox_models(result)
+def badge_html(
+    names: Sequence[str],  # of the stand-ins
+) -> Html | None:
+    """Show the word sandbox and the names; None where everything is real."""
     if not names:
         return None
     listed = element("span", ", ".join(names), style=f"{QUIET};margin-left:.5em")
     return element("span", element("span", "sandbox", style=BADGE), listed)
 
 
-def root_html(*children: Html | None) -> Html:
-    """The outermost element of a view; its class keeps formulas from being made of prompts."""
-    return element("div", *children, class_="refimg mathjax_ignore tex2jax_ignore", style=_ROOT)
-
-# %% ../../nbs/view/html.ipynb #fddb31ed
-_MARKS = {
-    "ins": "background:rgba(46,160,67,.2);text-decoration:underline",
-    "del": "background:rgba(218,54,51,.18);text-decoration:line-through",
-}
-
-
-def _marked(tag: str, words: list[str]) -> list[Html]:
-    """The words in that element, or none of it where there are no words."""
-    return [element(tag, " ".join(words), style=_MARKS.get(tag))] if words else []
-
-
-def diff_html(old: str, new: str) -> Html:
-    """The new text, with the words that were added and those that were dropped."""
-    a, b = visible(old).split(" "), visible(new).split(" ")
-    codes = [("replace", 0, len(a), 0, len(b))]
-    if max(len(a), len(b)) <= 1000:
-        codes = SequenceMatcher(None, a, b, autojunk=False).get_opcodes()
-    parts = []
-    for kind, i, j, k, m in codes:
-        dropped, kept = ("span", "span") if kind == "equal" else ("del", "ins")
-        parts += _marked(dropped, a[i:j] if kind != "equal" else []) + _marked(kept, b[k:m])
-    return element("bdi", Html(" ".join(map(str, parts))))
-
-# %% ../../nbs/view/html.ipynb #7ddd7fb9
-def lines_html(text: str) -> Html:
-    """A text of somebody else, whole, line by line."""
-    rows = [element("bdi", line) for line in str(text).splitlines()]
-    return element("div", Html("<br>".join(map(str, rows))))
-
-
-def folded_html(summary: str, *children: Html) -> Html:
-    """Something that is shown when a reader asks for it; paper shows it always."""
-    return element("details", element("summary", summary), *children)
-
-# %% ../../nbs/view/html.ipynb #db191448
-def counted(number: int, noun: str) -> str:
-    """The number with its noun, in the plural where it is not one."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-# %% ../../nbs/view/html.ipynb #4239f247
-def seconds_text(value: float) -> str:
-    """A time with the digits it deserves."""
-    digits = 0 if value >= 100 else 1 if value >= 1 else 2
-    return f"{value:.{digits}f} s"
-
-# %% ../../nbs/view/html.ipynb #662954e0
-def plain_letters(text: str) -> str:
-    """The text in the letters of Pillow's own font."""
-    split = unicodedata.normalize("NFKD", visible(text).replace("–", "-"))
-    bare = "".join(c for c in split if not unicodedata.combining(c))
-    return re.sub(r"[^\x20-\x7e·]+", "…", bare)
-
-# %% ../../nbs/view/html.ipynb #db3f6690
-CELL = (
-    "padding:.15em .7em;text-align:left;vertical-align:top;white-space:nowrap;"
-    "border-bottom:1px solid rgba(128,128,128,.3)"
-)
-
-# %% ../../nbs/view/html.ipynb #18430d1d
-def title_of(result: StoryResult | SceneResult) -> str:
-    """The story's title, "" where it has none."""
-    story = getattr(result, "story", None)
-    return story.title.strip() if story else ""
-
-# %% ../../nbs/view/html.ipynb #17900524
-def scroll_html(table: Html, name: str) -> Html:
-    """The table in a box that scrolls, with the keyboard too."""
-    return element("div", table, class_="scroll", role="region", aria_label=name, tabindex="0",
-                   style="overflow-x:auto")
-
-# %% ../../nbs/view/html.ipynb #6e2f5a1c
-def table_html(caption: str, head: list[str], rows: list[list[str]], wrap: bool = False) -> Html:
-    """A table whose first column names its rows."""
-    style = f"{CELL};white-space:normal;overflow-wrap:anywhere" if wrap else CELL
-    top = element("tr", *(element("th", name, scope="col", style=CELL) for name in head))
-    lines = [
-        element("tr", element("th", row[0], scope="row", style=CELL),
-                *(element("td", clipped(text, 1000), style=style) for text in row[1:]))
-        for row in rows
-    ]
-    title = element("caption", caption, style="caption-side:top;text-align:left;color:inherit")
-    table = element("table", title, element("thead", top), element("tbody", *lines),
-                    style="border-collapse:collapse;margin:0;font-size:.9em")
-    return scroll_html(table, caption)
+def sandbox_badge(
+    result: StoryResult | SceneResult,  # what is to be shown
+) -> Html | None:
+    """Show which stand-ins made it; None where everything is real."""
+    return badge_html(sandbox_models(result))

@@ -20,7 +20,7 @@ from refimg.view.charts import (
     WORK,
     dimension_rise,
     iteration_histogram,
-    rise_words,
+    score_words,
     score_distributions,
     timeline,
 )
@@ -138,7 +138,7 @@ def _pictures(result: StoryResult) -> Html:
 # %% ../../nbs/view/report.ipynb #3c89d45e
 def _round(item: Iteration) -> Html:
     """One round of the agents: the version, its scores, and what the critic said."""
-    scores = " · ".join(f"{rise_words(n)} {number_text(v)}" for n, v in item.critique.scores.items())
+    scores = " · ".join(f"{score_words(n)} {number_text(v)}" for n, v in item.critique.scores.items())
     wishes = [element("li", element("bdi", wish)) for wish in item.critique.improvements]
     return element("div", element("h4", f"Round {item.number}"), lines_html(item.enhanced_prompt),
                    element("p", scores), element("p", element("bdi", item.critique.critique)),

@@ -5,9 +5,7 @@
 # %% ../../nbs/view/sheet.ipynb #864d4372
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
@@ -20,106 +18,75 @@ from .tables import WON, verdict_text
 __all__ = ['contact_sheet']
 
 # %% ../../nbs/view/sheet.ipynb #cdbf6261
-_WIDE, _EDGE, _GAP, _LINE = 1200, 28, 14, 22
+_WIDE, _EDGE, _GAP, _LINE = 1200, 28, 14, 22  # pixels
 _PAPER, _INK, _FAINT, _TILE, _FRAME = "#1b1e24", "#f2f3f5", "#a9afba", "#2b303a", "#5aa7ff"
 
 
-def _write(image: Image.Image, at: tuple[int, int], text: str, wide: int, **style: Any) -> None:
-    """Writes one line of at most `wide` pixels; what does not fit ends in an ellipsis."""
-    font = ImageFont.load_default(style.pop("size", 15))
+def _write(
+    image: Image.Image, at: tuple[int, int], text: str, wide: int, *, size: int = 15,
+    fill: str = _INK,
+) -> None:
+    """Write one line of at most `wide` pixels; what does not fit ends in an ellipsis."""
+    font = ImageFont.load_default(size)
     text = plain_letters(text)[:400]
     while font.getlength(text) > wide and len(text) > 1:
         text = text.rstrip("…")[:-1].rstrip() + "…"
-    ImageDraw.Draw(image).text(at, text, font=font, fill=style.get("fill", _INK))
+    ImageDraw.Draw(image).text(at, text, font=font, fill=fill)
 
-# %% ../../nbs/view/sheet.ipynb #4c022a75
+
 def _band(text: str, high: int, size: int, fill: str = _INK) -> Image.Image:
-    """A line of text across the sheet."""
+    """Draw a line of text across the sheet."""
     band = Image.new("RGB", (_WIDE, high), _PAPER)
     _write(band, (_EDGE, (high - size) // 2), text, _WIDE - 2 * _EDGE, size=size, fill=fill)
     return band
 
 
-def _fitted(path: Path, size: tuple[int, int]) -> Image.Image:
-    """The picture in a tile of that size; a missing one says so."""
-    tile = Image.new("RGB", size, _TILE)
+def _tile(path: Path, size: tuple[int, int], title: str, mark: str | None) -> Image.Image:
+    """Draw one image with its line of text, framed where it has a mark."""
+    tile = Image.new("RGB", (size[0], size[1] + 2 * _LINE), _PAPER)
+    tile.paste(_TILE, (0, 0, *size))
     try:
         image = ImageOps.contain(read_image(path), size)
+        tile.paste(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2))
     except (OSError, ValueError):
         _write(tile, (10, size[1] // 2 - 8), f"missing: {path.name}", size[0] - 20, fill=_FAINT)
-        return tile
-    tile.paste(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2))
-    return tile
-
-# %% ../../nbs/view/sheet.ipynb #e39755c7
-def _tile(path: Path, size: tuple[int, int], title: str, mark: str | None) -> Image.Image:
-    """One picture of the sheet with its line of text, framed where it has a mark."""
-    tile = Image.new("RGB", (size[0], size[1] + 2 * _LINE), _PAPER)
-    tile.paste(_fitted(path, size), (0, 0))
     _write(tile, (2, size[1] + 6), title, size[0] - 2, fill=_INK if mark else _FAINT)
     if mark:
         ImageDraw.Draw(tile).rectangle((0, 0, size[0] - 1, size[1] - 1), outline=_FRAME, width=5)
         _write(tile, (2, size[1] + 6 + _LINE - 3), mark, size[0] - 2, fill=_FRAME)
     return tile
 
-
-def _tiles(scene: SceneResult, size: tuple[int, int]) -> list[Image.Image]:
-    """The tiles of one scene, in generation order."""
-    word = WON[scene.reference_from].removeprefix("★ ")
-    tiles = [
-        _tile(v.image.image_path, size, verdict_text(k, v), word if v.selected else None)
-        for k, v in enumerate(scene.variations, start=1)
-    ]
-    own = any(v.selected for v in scene.variations)
-    return tiles if own else [_tile(scene.reference, size, scene.reference.name, word), *tiles]
-
-# %% ../../nbs/view/sheet.ipynb #db9bf18f
-def _tile_size(scenes: list[SceneResult], columns: int) -> tuple[int, int]:
-    """Width and height of a picture in a sheet of that many columns."""
-    wide = (_WIDE - 2 * _EDGE - (columns - 1) * _GAP) // columns
-    image = next((v.image for s in scenes for v in s.variations), None)
-    ratio = image.height / image.width if image else 9 / 16
-    return wide, round(wide * min(max(ratio, 0.25), 2))
-
-
-def _rows(tiles: list[Image.Image], columns: int) -> Iterator[Image.Image]:
-    """The tiles in lines across the sheet."""
-    for start in range(0, len(tiles), columns):
-        line = tiles[start : start + columns]
-        row = Image.new("RGB", (_WIDE, line[0].height), _PAPER)
-        for place, tile in enumerate(line):
-            row.paste(tile, (_EDGE + place * (tile.width + _GAP), 0))
-        yield row
-
-
-def _stacked(bands: list[Image.Image]) -> Image.Image:
-    """The bands under each other."""
-    sheet = Image.new("RGB", (_WIDE, sum(band.height for band in bands)), _PAPER)
-    top = 0
-    for band in bands:
-        sheet.paste(band, (0, top))
-        top += band.height
-    return sheet
-
-# %% ../../nbs/view/sheet.ipynb #98778f27
-def _foot(result: StoryResult | SceneResult) -> str:
-    """The sheet's last line: where pictures and scores come from."""
-    stand_ins = sandbox_models(result)
-    if stand_ins:
-        return f"sandbox · not from real models, but from {', '.join(stand_ins)}"
-    names = {name for scene in scenes_of(result) for name in model_names(scene)}
-    return f"refimg · {', '.join(sorted(names))}"
-
 # %% ../../nbs/view/sheet.ipynb #4b4b6d02
 def contact_sheet(
     result: StoryResult | SceneResult,  # a whole run, or one scene of it
 ) -> Image.Image:
-    """The run as one picture, 1200 pixels wide: a row a scene, a column a variation."""
+    """Draw the run as one image, 1200 pixels wide: a row per scene, a column per variation."""
     scenes = scenes_of(result)
     columns = min(max(3, *(len(scene.variations) for scene in scenes)), 6)
-    size = _tile_size(scenes, columns)
+    wide = (_WIDE - 2 * _EDGE - (columns - 1) * _GAP) // columns
+    image = next((v.image for s in scenes for v in s.variations), None)
+    ratio = image.height / image.width if image else 9 / 16
+    size = wide, round(wide * min(max(ratio, 0.25), 2))
     bands = [_band(title_of(result) or "refimg", 70, 26)]
     for scene in scenes:
+        word = WON[scene.reference_from].removeprefix("★ ")
+        tiles = [_tile(v.image.image_path, size, verdict_text(k, v), word if v.selected else None)
+                 for k, v in enumerate(scene.variations, start=1)]
+        if not any(v.selected for v in scene.variations):
+            tiles.insert(0, _tile(scene.reference, size, scene.reference.name, word))
         bands.append(_band(f"Scene {scene.scene} · {scene.prompt}", 36, 17))
-        bands += _rows(_tiles(scene, size), columns)
-    return _stacked([*bands, _band(_foot(result), 50, 15, _FAINT)])
+        for start in range(0, len(tiles), columns):
+            row = Image.new("RGB", (_WIDE, tiles[0].height), _PAPER)
+            for place, tile in enumerate(tiles[start : start + columns]):
+                row.paste(tile, (_EDGE + place * (wide + _GAP), 0))
+            bands.append(row)
+    stand_ins = sandbox_models(result)
+    names = sorted({name for scene in scenes for name in model_names(scene)})
+    foot = f"sandbox · not from real models, but from {', '.join(stand_ins)}"
+    foot = foot if stand_ins else f"refimg · {', '.join(names)}"
+    bands.append(_band(foot, 50, 15, _FAINT))
+    sheet, top = Image.new("RGB", (_WIDE, sum(band.height for band in bands)), _PAPER), 0
+    for band in bands:
+        sheet.paste(band, (0, top))
+        top += band.height
+    return sheet

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..engine.results import SceneResult, StoryResult, Variation
 from ..engine.tasks import Progress
-from ..score import ImageScores
 from ..storage.files import write_atomic
 from refimg.view.html import (
     CELL,
@@ -40,9 +39,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['WON', 'ROW', 'number_text', 'verdict_text', 'seed_text', 'figure_html', 'variation_figure', 'borrowed_figure',
-           'text_html', 'warnings_html', 'figures_html', 'variation_grid', 'metric_names', 'score_table', 'strip_html',
-           'chain_strip', 'progress_bar', 'save_table']
+__all__ = ['WON', 'ROW', 'number_text', 'seed_text', 'verdict_text', 'warnings_of', 'figure_html', 'variation_figure',
+           'borrowed_figure', 'text_html', 'warnings_html', 'figures_html', 'variation_grid', 'metric_names',
+           'score_table', 'strip_html', 'chain_strip', 'progress_bar', 'save_table']
 
 # %% ../../nbs/view/tables.ipynb #e15a3f66
 WON = {
@@ -54,32 +53,36 @@ WON = {
 }
 
 
-def number_text(value: float | None) -> str:
-    """One decimal, or a dash."""
+def number_text(
+    value: float | None,  # 0–100
+) -> str:
+    """Write one decimal, or a dash."""
     return "–" if value is None else f"{value:.1f}"
 
 
-def verdict_text(number: int, variation: Variation) -> str:
-    """Which variation it is, its rank and its overall."""
+def seed_text(
+    variation: Variation,
+) -> str:
+    """Write the seed in words."""
+    return "seedless" if variation.image.seed is None else f"seed {variation.image.seed}"
+
+
+def verdict_text(
+    number: int,  # from 1
+    variation: Variation,
+) -> str:
+    """Say which variation it is, its rank and its overall."""
     if variation.scores.overall is None:
         return f"v{number} · unscored"
     rank = f" · rank {variation.rank}" if variation.rank else ""
     return f"v{number}{rank} · overall {number_text(variation.scores.overall)}"
 
-# %% ../../nbs/view/tables.ipynb #583e8e82
-def _reasons(scores: ImageScores) -> list[str]:
-    """What is to be said of the scores: why one is missing, or what to know of it."""
-    missing = [name for name, value in scores.metrics.items() if value is None]
-    notes = dict.fromkeys(missing, "no reason was recorded") | scores.notes
-    if scores.overall is None:
-        notes.setdefault("overall", "no reason was recorded")
-    label = {"overall": "unscored"} if scores.overall is None else {}
-    return [f"{label.get(name, name)}: {note_text(note)}" for name, note in notes.items()]
 
-
-def seed_text(variation: Variation) -> str:
-    """The seed in words."""
-    return "seedless" if variation.image.seed is None else f"seed {variation.image.seed}"
+def warnings_of(
+    scene: SceneResult,
+) -> list[str]:
+    """List what a person should know: the scene's warnings, and why it is stale."""
+    return [*scene.warnings, *([f"stale: {scene.stale}"] if scene.stale else [])]
 
 # %% ../../nbs/view/tables.ipynb #98d10c0d
 _FIGURE = "max-width:300px;min-width:0;margin:0;padding:6px;box-sizing:border-box;"
@@ -88,285 +91,262 @@ _FRAMED = "border:1px solid #2f80d8;outline:3px solid #2f80d8;outline-offset:-1p
 _MARK = "background:#1f66b5;color:#ffffff;border-radius:3px;padding:0 .4em;font-weight:600"
 
 
-def figure_html(picture: Html, title: str, mark: str | None, lines: list[str]) -> Html:
-    """A picture with its caption; one with a mark is framed as well."""
+def figure_html(
+    image: Html,
+    title: str,
+    mark: str | None,  # how the image was selected; None: it was not
+    lines: list[str],  # below the title
+) -> Html:
+    """Show an image with its caption; one with a mark is framed as well."""
     head = element("div", element("strong", title))
     badge = element("div", element("span", mark, style=_MARK)) if mark else None
     rest = [element("div", line, style=QUIET) for line in lines]
     caption = element("figcaption", head, badge, *rest, style="margin-top:.4em;font-size:.92em")
-    return element("figure", picture, caption, style=_FIGURE + (_FRAMED if mark else _PLAIN))
+    return element("figure", image, caption, style=_FIGURE + (_FRAMED if mark else _PLAIN))
 
-# %% ../../nbs/view/tables.ipynb #b376d17f
-def variation_figure(scene: SceneResult, number: int, width: int = 256) -> Html:
-    """One variation with everything that is known of it."""
+
+def variation_figure(
+    scene: SceneResult,
+    number: int,  # of the variation, from 1
+    width: int = 256,  # pixels
+) -> Html:
+    """Show one variation with everything that is known of it."""
     variation = scene.variations[number - 1]
-    alt = f"Scene {scene.scene}, variation {number}: {clipped(scene.prompt, 120)}"
-    values = [f"{name} {number_text(value)}" for name, value in variation.scores.metrics.items()]
-    lines = [" · ".join(values), *_reasons(variation.scores), seed_text(variation)]
+    scores, path = variation.scores, variation.image.image_path
+    missing = [name for name, value in scores.metrics.items() if value is None]
+    notes = dict.fromkeys(missing, "no reason was recorded") | scores.notes
+    if scores.overall is None:
+        notes.setdefault("overall", "no reason was recorded")
+        notes = {"unscored" if name == "overall" else name: note for name, note in notes.items()}
+    values = [f"{name} {number_text(value)}" for name, value in scores.metrics.items()]
+    lines = [" · ".join(values), *(f"{name}: {note_text(note)}" for name, note in notes.items()),
+             seed_text(variation)]
     mark = WON[scene.reference_from] if variation.selected else None
-    picture = image_html(variation.image.image_path, alt, width)
-    return figure_html(picture, verdict_text(number, variation), mark, [line for line in lines if line])
+    alt = f"Scene {scene.scene}, variation {number}: {clipped(scene.prompt, 120)}"
+    return figure_html(image_html(path, alt, width), verdict_text(number, variation), mark,
+                       [line for line in lines if line])
 
 
-def borrowed_figure(scene: SceneResult, width: int = 256) -> Html:
-    """The reference of a scene that has no picture of its own."""
-    alt = f"Scene {scene.scene} has no picture of its own; borrowed: {scene.reference.name}"
-    lines = ["no picture of its own: this one stands in", scene.reference.name]
+def borrowed_figure(
+    scene: SceneResult,  # one that has no image of its own
+    width: int = 256,  # pixels
+) -> Html:
+    """Show the reference that a scene borrows."""
+    alt = f"Scene {scene.scene} has no image of its own; borrowed: {scene.reference.name}"
+    lines = ["no image of its own: this one stands in", scene.reference.name]
     return figure_html(image_html(scene.reference, alt, width), "carried", WON["carried"], lines)
 
-# %% ../../nbs/view/tables.ipynb #b2859825
+# %% ../../nbs/view/tables.ipynb #99584846
 ROW = (
     "display:grid;grid-template-columns:repeat(auto-fill,minmax(212px,1fr));gap:12px;"
     "align-items:start;margin:.5em 0"
 )
 
 
-def text_html(text: str, longest: int = 1500) -> Html:
-    """A text of somebody else, in its own writing direction."""
+def text_html(
+    text: str,
+    longest: int = 1500,  # characters
+) -> Html:
+    """Show a text that somebody else wrote, in its own writing direction."""
     return element("bdi", clipped(visible(text), longest))
 
 
-def warnings_html(scene: SceneResult) -> Html | None:
-    """The scene's warnings as a list, or None."""
-    items = [element("li", element("bdi", note_text(text))) for text in scene.warnings]
+def warnings_html(
+    scene: SceneResult,
+) -> Html | None:
+    """List what a person should know; None where there is nothing."""
+    items = [element("li", element("bdi", note_text(text))) for text in warnings_of(scene)]
     return element("ul", *items, style="margin:.3em 0;padding-left:1.4em") if items else None
 
 
-def _sent(scene: SceneResult) -> Html | None:
-    """The prompt as it was sent, folded; None where nothing was sent."""
-    if not scene.sent_prompt:
-        return None
-    return element("details", element("summary", "the prompt that was sent"),
-                   element("div", text_html(scene.sent_prompt, 4000)), style=QUIET)
-
-# %% ../../nbs/view/tables.ipynb #99584846
-def figures_html(scene: SceneResult, width: int = 256) -> Html:
-    """The scene's variations in generation order, or what stands in for them."""
+def figures_html(
+    scene: SceneResult,
+    width: int = 256,  # pixels
+) -> Html:
+    """Show the variations in the order of generation, and what stands in for them."""
     figures = [variation_figure(scene, k, width) for k in range(1, len(scene.variations) + 1)]
     if not any(v.selected for v in scene.variations):
         figures.insert(0, borrowed_figure(scene, width))
     return element("div", *figures, style=ROW)
 
-# %% ../../nbs/view/tables.ipynb #68b1f4c9
+
 def variation_grid(
     scene: SceneResult,  # one scene of a result
 ) -> Html:
-    """The scene's variations side by side, the chosen one framed and marked by a word."""
+    """Show the scene's variations side by side, the selected one framed and marked by a word."""
     head = element("div", element("strong", f"Scene {scene.scene}"), sandbox_badge(scene))
     prompt = element("div", text_html(scene.prompt), style="margin:.2em 0")
-    warned = element("div", "⚠ warnings") if scene.warnings else None
-    return root_html(head, prompt, figures_html(scene), warned, warnings_html(scene), _sent(scene))
+    warned = element("div", "⚠ warnings") if warnings_of(scene) else None
+    sent = element("details", element("summary", "the prompt that was sent"),
+                   element("div", text_html(scene.sent_prompt, 4000)), style=QUIET)
+    return root_html(head, prompt, figures_html(scene), warned, warnings_html(scene),
+                     sent if scene.sent_prompt else None)
 
 # %% ../../nbs/view/tables.ipynb #628121a9
 _SUP = "font-size:.75em;line-height:0;vertical-align:super;margin-left:.15em"
 
 
-def metric_names(scenes: list[SceneResult]) -> list[str]:
-    """The names of all metrics, in the order in which they first appear."""
+def metric_names(
+    scenes: list[SceneResult],
+) -> list[str]:
+    """Name all metrics, in the order in which they first appear."""
     return list(dict.fromkeys(n for s in scenes for v in s.variations for n in v.scores.metrics))
 
 
-def _cell(text: str, note: str | None, notes: list[str], bold: bool = False) -> Html:
-    """One cell; its note is put in the list, and its number there behind the text."""
-    if note is not None and note not in notes:
-        notes.append(note)
-    sup = None if note is None else element("sup", str(notes.index(note) + 1), style=_SUP)
-    text = clipped(text, 80)
-    return element("td", element("strong", text) if bold else text, sup, style=CELL)
+class _ScoreTable:
+    """The rows of a table of scores, and the notes that they refer to."""
 
-# %% ../../nbs/view/tables.ipynb #eb97a140
-def _value_cell(name: str, scores: ImageScores, notes: list[str], bold: bool) -> Html:
-    """A metric or the overall of one picture, with its note."""
-    value = scores.overall if name == "overall" else scores.metrics.get(name)
-    note = scores.notes.get(name, None if value is not None else "no reason was recorded")
-    return _cell(number_text(value), None if note is None else f"{name}: {note_text(note)}", notes, bold)
+    def __init__(self, scenes: list[SceneResult]) -> None:
+        self.scenes, self.metrics = scenes, metric_names(scenes)
+        self.notes: list[str] = []
+
+    def cell(self, text: str, note: str | None = None, bold: bool = False) -> Html:
+        """Make a cell; the number of its note stands behind the text."""
+        if note is not None and note not in self.notes:
+            self.notes.append(note)
+        sup = None if note is None else element("sup", str(self.notes.index(note) + 1), style=_SUP)
+        text = clipped(text, 80)
+        return element("td", element("strong", text) if bold else text, sup, style=CELL)
+
+    def row(self, scene: SceneResult, number: int) -> Html:
+        """Make the row of one variation."""
+        variation = scene.variations[number - 1]
+        image, scores, bold = variation.image, variation.scores, variation.selected
+        head = [str(scene.scene), f"v{number}", WON[scene.reference_from] if bold else "",
+                "–" if variation.rank is None else str(variation.rank)]
+        cells = [self.cell(text, bold=bold) for text in head]
+        for name in ("overall", *self.metrics):
+            value = scores.overall if name == "overall" else scores.metrics.get(name)
+            note = scores.notes.get(name, None if value is not None else "no reason was recorded")
+            note = None if note is None else f"{name}: {note_text(note)}"
+            cells.append(self.cell(number_text(value), note, bold))
+        tail = [seed_text(variation).removeprefix("seed "), image.model_name, image.image_path.name]
+        return element("tr", *cells, *map(self.cell, tail))
+
+    def rows(self) -> list[Html]:
+        """Make all rows; a scene that selected no image of its own has one for what it borrows."""
+        found = []
+        for scene in self.scenes:
+            found += [self.row(scene, k) for k in range(1, len(scene.variations) + 1)]
+            if not any(v.selected for v in scene.variations):
+                gaps = ["–"] * (1 + len(self.metrics))
+                texts = [str(scene.scene), "–", WON["carried"], "–", *gaps, "–", "–"]
+                cells = [self.cell(text, bold=True) for text in texts]
+                found.append(element("tr", *cells, self.cell(scene.reference.name)))
+        return found
+
+    def below(self) -> Html:
+        """List the notes, and which model and map each metric comes from."""
+        signs = [element("sup", str(i), style=_SUP) for i in range(1, len(self.notes) + 1)]
+        noted = [element("div", s, " ", note) for s, note in zip(signs, self.notes, strict=True)]
+        scores = [v.scores for scene in self.scenes for v in scene.variations]
+        origins = [f"{name} by {model}, mapped by {s.calibrations.get(name, 'an unknown map')}"
+                   for s in scores for name, model in s.models.items()]
+        lines = [element("div", line) for line in dict.fromkeys(origins)]
+        return element("div", *noted, *lines, style=QUIET)
 
 
-def _score_row(scene: SceneResult, number: int, metrics: list[str], notes: list[str]) -> Html:
-    """The row of one variation."""
-    variation = scene.variations[number - 1]
-    image, bold = variation.image, variation.selected
-    head = [str(scene.scene), f"v{number}", WON[scene.reference_from] if bold else ""]
-    head.append("–" if variation.rank is None else str(variation.rank))
-    tail = [seed_text(variation).removeprefix("seed "), image.model_name, image.image_path.name]
-    cells = [_cell(text, None, notes, bold) for text in head]
-    cells += [_value_cell(n, variation.scores, notes, bold) for n in ("overall", *metrics)]
-    return element("tr", *cells, *(_cell(text, None, notes) for text in tail))
-
-# %% ../../nbs/view/tables.ipynb #6fa0daa8
-def _carried_row(scene: SceneResult, metrics: list[str], notes: list[str]) -> Html:
-    """The row of a scene that has no chosen picture of its own."""
-    texts = [str(scene.scene), "–", WON["carried"], "–", *["–"] * (1 + len(metrics)), "–", "–"]
-    cells = [_cell(text, None, notes, bold=True) for text in texts]
-    return element("tr", *cells, _cell(scene.reference.name, None, notes))
-
-
-def _score_rows(scene: SceneResult, metrics: list[str], notes: list[str]) -> list[Html]:
-    """The rows of one scene, in generation order."""
-    rows = [_score_row(scene, k, metrics, notes) for k in range(1, len(scene.variations) + 1)]
-    own = any(v.selected for v in scene.variations)
-    return rows if own else [*rows, _carried_row(scene, metrics, notes)]
-
-# %% ../../nbs/view/tables.ipynb #52c32e03
-def _origins(scenes: list[SceneResult]) -> list[str]:
-    """One line a metric: its name, model and calibration."""
-    scores = [v.scores for scene in scenes for v in scene.variations]
-    lines = [
-        f"{name} by {model}, mapped by {s.calibrations.get(name, 'an unknown map')}"
-        for s in scores for name, model in s.models.items()
-    ]
-    return list(dict.fromkeys(lines))
-
-
-def _below(notes: list[str], origins: list[str]) -> Html:
-    """The numbered notes and the origin of the metrics, under the table."""
-    signs = [element("sup", str(i), style=_SUP) for i in range(1, len(notes) + 1)]
-    lines = [element("div", sign, " ", note) for sign, note in zip(signs, notes, strict=True)]
-    lines += [element("div", line) for line in origins]
-    return element("div", *lines, style=QUIET)
-
-# %% ../../nbs/view/tables.ipynb #dc4af451
 def score_table(
     result: StoryResult | SceneResult,  # a whole run, or one scene of it
 ) -> Html:
-    """One row a variation with rank, overall and every metric; the reasons of gaps below."""
-    scenes, notes = scenes_of(result), []
-    metrics = metric_names(scenes)
-    names = ["scene", "variation", "", "rank", "overall", *metrics, "seed", "model", "file"]
+    """Tabulate the rank, overall and metrics of every variation, with the reasons of gaps below."""
+    made = _ScoreTable(scenes_of(result))
+    names = ["scene", "variation", "", "rank", "overall", *made.metrics, "seed", "model", "file"]
     head = element("tr", *(element("th", name, scope="col", style=CELL) for name in names))
-    rows = [row for scene in scenes for row in _score_rows(scene, metrics, notes)]
     title = element("caption", "Scores, 0–100, of every variation", sandbox_badge(result),
                     style="caption-side:top;text-align:left;color:inherit;padding:.2em 0")
-    table = element("table", title, element("thead", head), element("tbody", *rows),
+    table = element("table", title, element("thead", head), element("tbody", *made.rows()),
                     style="border-collapse:collapse;margin:0;font-size:.9em")
-    return root_html(scroll_html(table, "Scores"), _below(notes, _origins(scenes)))
+    return root_html(scroll_html("Scores", table), made.below())
 
-# %% ../../nbs/view/tables.ipynb #1f9c6c47
-def _sources(result: StoryResult) -> dict[Path, str]:
-    """What each picture that can be a reference is called."""
-    own = [scene for scene in result.scenes if scene.reference_from != "carried"]
-    named = {scene.reference: f"scene {scene.scene}" for scene in own}
-    image = _users_image(result)
-    return named | ({image: "the user's image"} if image else {})
-
-
-def _users_image(result: StoryResult) -> Path | None:
-    """The image that the story came with."""
-    return result.story.initial_reference_image if result.story else None
-
-# %% ../../nbs/view/tables.ipynb #b087033c
-def _drawn_from(scene: SceneResult) -> list[Path]:
-    """The images that were sent with the scene's prompt, or that it borrows."""
-    own = [v for v in scene.variations if v.selected]
-    return list(own[0].image.references) if own else [scene.reference]
-
-
-def _origin(scene: SceneResult, before: Path | None, sources: dict[Path, str]) -> tuple[bool, str]:
-    """Whether an arrow leads here from the card before, and where the picture comes from."""
-    used = _drawn_from(scene)
-    verb = "drawn" if scene.reference_from != "carried" else "borrowed"
-    if not used:
-        return False, "drawn without a reference"
-    if before in used:
-        return True, ""
-    return False, f"{verb} from {sources.get(used[0], 'an image that is no longer chosen')}"
-
-# %% ../../nbs/view/tables.ipynb #2fcf5600
+# %% ../../nbs/view/tables.ipynb #384084c4
 _LINK = "flex:0 0 1.1em;text-align:center;font-size:1.2em;margin-top:2em"
 _CARD = "display:flex;align-items:flex-start;gap:4px;max-width:300px;min-width:0"
 
 
-def _card(picture: Html, title: str, lines: list[str], arrow: bool) -> Html:
-    """One picture of the strip, with an arrow before it where one leads there."""
+def _card(image: Html, title: str, lines: list[str], arrow: bool) -> Html:
+    """Show one image of the strip, with an arrow before it where one leads there."""
     rest = [element("div", line, style=QUIET) for line in lines]
     caption = element("figcaption", element("strong", title), *rest, style="margin-top:.3em")
-    body = element("figure", picture, caption, style="flex:1;min-width:0;margin:0;font-size:.92em")
+    body = element("figure", image, caption, style="flex:1;min-width:0;margin:0;font-size:.92em")
     return element("div", element("span", "→" if arrow else "", style=_LINK), body, style=_CARD)
 
 
-def _scene_card(
-    scene: SceneResult, before: Path | None, sources: dict[Path, str], width: int
+def strip_html(
+    result: StoryResult,
+    width: int,  # pixels of an image
 ) -> Html:
-    """The card of one scene's reference."""
-    arrow, origin = _origin(scene, before, sources)
-    overall = [v.scores.overall for v in scene.variations if v.selected]
-    score = "" if not overall else "unscored" if overall[0] is None else f"overall {overall[0]:.1f}"
-    told = " · ".join(filter(None, [scene.reference_from, score]))
-    warned = f"⚠ {len(scene.warnings)}: {note_text(scene.warnings[0])}" if scene.warnings else ""
-    alt = f"Reference of scene {scene.scene}: {clipped(scene.prompt, 120)}"
-    lines = [line for line in (told, origin, warned) if line]
-    return _card(image_html(scene.reference, alt, width), f"Scene {scene.scene}", lines, arrow)
-
-# %% ../../nbs/view/tables.ipynb #384084c4
-def strip_html(result: StoryResult, width: int) -> Html:
-    """The cards of the user's image and of every scene."""
-    image, sources = _users_image(result), _sources(result)
-    before = [image, *(scene.reference for scene in result.scenes)]
-    pairs = zip(result.scenes, before, strict=False)
-    cards = [_scene_card(scene, last, sources, width) for scene, last in pairs]
+    """Show the user's image and the reference of every scene."""
+    image = result.story.initial_reference_image if result.story else None
+    names = {s.reference: f"scene {s.scene}" for s in result.scenes if s.reference_from != "carried"}
+    names |= {image: "the user's image"} if image else {}
+    cards, before = [], image
     if image:
-        alt = "The user's image"
-        cards.insert(0, _card(image_html(image, alt, width), alt, [], arrow=False))
+        cards.append(_card(image_html(image, "The user's image", width), "The user's image", [],
+                           arrow=False))
+    for scene in result.scenes:
+        own = next((v for v in scene.variations if v.selected), None)
+        used = list(own.image.references) if own else [scene.reference]
+        arrow = before in used
+        verb = "borrowed" if scene.reference_from == "carried" else "drawn"
+        origin = "" if arrow else f"{verb} without a reference"
+        if used and not arrow:
+            origin = f"{verb} from {names.get(used[0], 'an image that is no longer selected')}"
+        overall = own.scores.overall if own else None
+        score = "unscored" if overall is None else f"overall {overall:.1f}"
+        told = " · ".join([scene.reference_from, *([score] if own else [])])
+        notes = warnings_of(scene)
+        warned = f"⚠ {len(notes)}: {note_text(notes[0])}" if notes else ""
+        alt = f"Reference of scene {scene.scene}: {clipped(scene.prompt, 120)}"
+        cards.append(_card(image_html(scene.reference, alt, width), f"Scene {scene.scene}",
+                           [line for line in (told, origin, warned) if line], arrow))
+        before = scene.reference
     return element("div", *cards, style=ROW)
 
-# %% ../../nbs/view/tables.ipynb #f9c0f238
+
 def chain_strip(
     result: StoryResult,  # a whole run
 ) -> Html:
-    """The references in story order, the user's image first, with arrows along the chain."""
+    """Show the references in story order, the user's image first, with arrows along the chain."""
     title = element("strong", text_html(title_of(result) or "References", 200))
     return root_html(element("div", title, sandbox_badge(result)), strip_html(result, 224))
 
-# %% ../../nbs/view/tables.ipynb #b64284b2
-def _line(step: Progress) -> str:
-    """One report in words."""
-    told = f"{step.message}: scene {step.scene} of {step.scenes}"
-    return told if step.cost is None else f"{told}, {step.cost:.4f} USD so far"
-
-
-def _summary(step: Progress, seconds: float) -> str:
-    """What stays when a run is through."""
-    told = f"{counted(step.scenes, 'scene')} in {seconds_text(seconds)}"
-    return told if step.cost is None else f"{told}, {step.cost:.4f} USD"
-
 # %% ../../nbs/view/tables.ipynb #36488674
 def progress_bar() -> Callable[[Progress], None]:
-    """A function for `on_progress=`: a bar that leaves one line at its end."""
+    """Make a function for `on_progress=`: a bar that leaves one line at its end."""
     from tqdm.auto import tqdm
 
     form = "{desc} |{bar}| {percentage:.0f} % {elapsed}"
     bar, began = tqdm(total=100, bar_format=form, leave=False), time.perf_counter()
 
     def show(step: Progress) -> None:
+        cost = None if step.cost is None else f"{step.cost:.4f} USD"
+        told = f"{step.message}: scene {step.scene} of {step.scenes}"
         bar.n = step.percent
-        bar.set_description_str(_line(step))
+        bar.set_description_str(told if cost is None else f"{told}, {cost} so far")
         if step.percent >= 100 and not bar.disable:
             bar.close()
-            tqdm.write(_summary(step, time.perf_counter() - began))
+            done = f"{counted(step.scenes, 'scene')} in {seconds_text(time.perf_counter() - began)}"
+            tqdm.write(done if cost is None else f"{done}, {cost}")
 
     return show
 
-# %% ../../nbs/view/tables.ipynb #101388e5
-_FORMULA = re.compile(r"^[\s\0\ufeff]*[=+\-@\t\r\n|%＝＋－＠]")
+# %% ../../nbs/view/tables.ipynb #1468d7e4
+_FORMULA = re.compile(r"^[\s\0\ufeff]*[=+\-@\t\r\n|%＝＋－＠]")  # OWASP, CSV Injection
 
 
 def _harmless(value: Any) -> Any:
-    """The value; a text that could be taken for a formula has an apostrophe before it."""
+    """Put an apostrophe before a text that a spreadsheet could take for a formula."""
     return f"'{value}" if isinstance(value, str) and _FORMULA.match(value) else value
-
-# %% ../../nbs/view/tables.ipynb #196bd31c
-def _indexed(frame: pd.DataFrame) -> pd.DataFrame:
-    """The table with its index as columns; bare row numbers are left out."""
-    bare = list(frame.index.names) == [None] and frame.index.dtype.kind in "iu"
-    return frame if bare else frame.reset_index()
 
 
 def _as_json(value: Any, column: Any) -> Any:
-    """The value as JSON holds it: arrays are lists, and no number is NaN or infinite."""
+    """Turn a value into what JSON holds: arrays become lists, and no number is NaN or infinite."""
     import pandas as pd
 
     if isinstance(value, (bytes, bytearray, memoryview)):
-        raise ValueError(f"column {column!r} holds bytes; allowed: texts, numbers, lists, dicts")
+        allowed = "texts, numbers, lists or dicts"
+        raise ValueError(f"column {column!r} must be {allowed}, got {type(value).__name__}")
     if isinstance(value, dict):
         return {str(key): _as_json(item, column) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
@@ -376,17 +356,20 @@ def _as_json(value: Any, column: Any) -> Any:
     infinite = isinstance(value, float) and not math.isfinite(value)
     return None if infinite or value is pd.NA or value is pd.NaT else value
 
-# %% ../../nbs/view/tables.ipynb #1468d7e4
+
 def save_table(
     frame: pd.DataFrame,  # any table of results
     path: str | Path,  # ends in .csv, .json or .parquet
 ) -> None:
-    """Nothing; the table is on disk, in a CSV without anything that runs."""
-    path, frame = Path(path), _indexed(frame)
+    """Write a table to disk, in a CSV without anything that runs."""
+    path = Path(path)
     if path.suffix not in (".csv", ".json", ".parquet"):
-        raise ValueError(f"path is {str(path)!r}; allowed: one that ends in .csv, .json, .parquet")
+        raise ValueError(
+            f"path must be one that ends in .csv, .json or .parquet, got {str(path)!r}")
     if path.is_dir():
         raise ValueError(f"path must be a file, got the folder {str(path)!r}")
+    bare = list(frame.index.names) == [None] and frame.index.dtype.kind in "iu"
+    frame = frame if bare else frame.reset_index()
     if path.suffix == ".csv":
         safe = frame.map(_harmless).rename(columns=_harmless)
         data = safe.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC).encode()
