@@ -10,6 +10,7 @@ import os
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from refimg.adapters.prices import PriceTable
     from refimg.adapters.retry import RunLimits
     from refimg.engine.costs import Budget, Estimate
     from refimg.enhance import ChatModel
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from refimg.storage.journal import Journal
 
 # %% auto #0
-__all__ = ['world', 'director', 'critic', 'image_model', 'real_scorers', 'scorers', 'available', 'budget', 'estimate',
+__all__ = ['world', 'director', 'critic', 'image_model', 'real_scorers', 'scorers', 'available', 'prices', 'budget', 'estimate',
            'retry_limits', 'journal', 'announce']
 
 # %% ../nbs/06_defaults.ipynb #fa2b1aea
@@ -110,14 +111,20 @@ def available() -> dict[str, str | None]:
     return {scorer.name: scorer.missing() for scorer in real_scorers()}
 
 # %% ../nbs/06_defaults.ipynb #2e261f35
+def prices() -> PriceTable:
+    """Return the price table, with the rows of the file that REFIMG_PRICES names."""
+    from refimg.adapters.prices import PriceTable
+
+    return PriceTable()
+
+
 def budget(
     limit_usd: float,  # above 0
 ) -> Budget:
     """Return a budget that pays by the price table, see `engine/costs`."""
-    from refimg.adapters.prices import PriceTable
     from refimg.engine.costs import Budget
 
-    return Budget(limit_usd, PriceTable())
+    return Budget(limit_usd, prices())
 
 # %% ../nbs/06_defaults.ipynb #4bccd1ef
 def estimate(
@@ -125,10 +132,9 @@ def estimate(
     **plan: Any,  # the same, but for `prices`
 ) -> Estimate:
     """Return about what a run will cost by the price table."""
-    from refimg.adapters.prices import PriceTable
     from refimg.engine import costs
 
-    return costs.estimate(*args, prices=PriceTable(), **plan)
+    return costs.estimate(*args, prices=prices(), **plan)
 
 # %% ../nbs/06_defaults.ipynb #142b207b
 def retry_limits(

@@ -57,6 +57,7 @@ def _score(value: Any) -> float:
 
 _Score = Annotated[float, Field(ge=0, le=100), BeforeValidator(_score)]
 
+
 class Critique(BaseModel, frozen=True):
     """What a critic thinks of a prompt: five scores, an overall, and what would make it better."""
 
@@ -212,7 +213,7 @@ async def _call(
     bill.append(None)
     reply = await model.reply(messages, **shape)
     if not isinstance(reply, Reply):
-        raise TypeError(f"{type(reply).__name__} is no Reply")
+        raise TypeError(f"the reply must be a Reply, got {type(reply).__name__}")
     bill[-1] = reply
     return reply
 
@@ -323,6 +324,11 @@ class Enhancement:
     iterations: list[Iteration] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
+    @property
+    def best(self) -> Iteration | None:
+        """The iteration of the highest overall so far, the earlier of two that are equal."""
+        return max(self.iterations, key=lambda done: done.critique.overall, default=None)
+
     async def _ask(self, role: str, messages: list[Message], read: Callable, **shape: Any) -> Any:
         try:
             return await ask_with_repair(
@@ -369,13 +375,10 @@ class Enhancement:
                 return reason
         return "skipped"
 
-    async def negative_prompt(
-        self,
-        prompt: str,  # the final one
-    ) -> str | None:
-        """Ask the director what the image should not show; None where that fails."""
+    async def negative_prompt(self) -> str | None:
+        """Ask the director what the best version should not show; None where that fails."""
         try:
-            asked = _talk(NEGATIVE, prompt=prompt, context=self.context)
+            asked = _talk(NEGATIVE, prompt=self.best.enhanced_prompt, context=self.context)
             reply = await _call(self.director, asked, self.bill)
             return parse_prompt(reply.text)
         except Exception as error:
@@ -388,8 +391,8 @@ class Enhancement:
         seconds: float,  # from the first call to the last
         negative: str | None = None,  # the negative prompt, if there is one
     ) -> ImagePromptEnhancementResult:
-        """Make the record; the best iteration wins, the earlier of two that are equal."""
-        best = max(self.iterations, key=lambda done: done.critique.overall, default=None)
+        """Make the record; the best iteration wins."""
+        best = self.best
         final = best.enhanced_prompt if best else self.original
         costs = [reply and reply.cost for reply in self.bill]
         known = [cost for cost in costs if cost is not None]
@@ -435,8 +438,7 @@ async def enhance_prompt_iterative(
     going = Enhancement(user_prompt, notes, director, critic, trace)
     started = time.monotonic()
     reason = await going.run(max_iterations, score_threshold)
-    best = max(going.iterations, key=lambda done: done.critique.overall, default=None)
-    unwanted = await going.negative_prompt(best.enhanced_prompt) if negative and best else None
+    unwanted = await going.negative_prompt() if negative and going.best else None
     seconds = time.monotonic() - started
     result = await asyncio.to_thread(going.result, reason, seconds, unwanted)
     trace.finish(result)

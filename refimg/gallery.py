@@ -8,29 +8,32 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 from hashlib import sha256
 from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .enhance import ImagePromptEnhancementResult
-from refimg.pipeline import (
-    Pipeline,
-    SceneResult,
-    Story,
-    StoryResult,
+from refimg.engine.decisions import (
+    ALL_VETOED,
+    choice,
     choose,
+    dependents,
+    human_agreement,
+    preference_rows,
+    preferences,
+    veto,
+    vetoes,
 )
-from .engine.decisions import dependents as _dependents
-from .score import ImageScores
+from .enhance import ImagePromptEnhancementResult
+from .pipeline import Pipeline, SceneResult, Story, StoryResult
 from .storage.files import check_id
 from refimg.view.html import (
     BADGE,
-    Html,
     QUIET,
+    Html,
     clipped,
     counted,
     diff_html,
@@ -54,136 +57,11 @@ from refimg.view.tables import (
     warnings_html,
 )
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 # %% auto #0
-__all__ = ['veto', 'preferences', 'human_agreement', 'Gallery']
+__all__ = ['Gallery', 'human_agreement', 'preferences', 'veto']
 
-# %% ../nbs/05b_gallery.ipynb #dc2cc05b
-def _vetoes(result: StoryResult, scene: int) -> dict[int, dict[str, Any]]:
-    """The vetoes of a scene, by variation."""
-    return {v["variation"]: v for v in result.settings.get("vetoes", []) if v["scene"] == scene}
-
-
-def _lifted(result: StoryResult, scene: int, variation: int) -> StoryResult:
-    """The result without vetoes of that picture, and without the warning that all are vetoed."""
-    if variation not in _vetoes(result, scene):
-        return result
-    kept = [v for v in result.settings["vetoes"]
-            if (v["scene"], v["variation"]) != (scene, variation)]
-    scenes, old = list(result.scenes), result.scenes[scene - 1]
-    warnings = [w for w in old.warnings if w != _ALL_VETOED]
-    scenes[scene - 1] = old.model_copy(update={"warnings": warnings})
-    settings = result.settings | {"vetoes": kept}
-    return result.model_copy(update={"scenes": scenes, "settings": settings})
-
-
-def _choice(result: StoryResult, scene: int) -> dict[str, Any]:
-    """The scene's last choice; {} where nobody made it, or a veto did or took it back."""
-    last = next((c for c in reversed(result.settings.get("choices", [])) if c["scene"] == scene),
-                {"vetoed": None})
-    return {} if "vetoed" in last or last["variation"] in _vetoes(result, scene) else last
-
-
-def _best_left(result: StoryResult, scene: int) -> int | None:
-    """The variation of the best rank without a veto; None where none is left."""
-    made, out = result.scenes[scene - 1].variations, _vetoes(result, scene)
-    left = [k for k in range(1, len(made) + 1) if k not in out]
-    return min(left, key=lambda k: made[k - 1].rank or len(made) + k, default=None)
-
-
-def _noted(result: StoryResult, **more: Any) -> StoryResult:
-    """The result with more said of its last choice."""
-    *before, last = result.settings["choices"]
-    return result.model_copy(
-        update={"settings": result.settings | {"choices": [*before, last | more]}})
-
-# %% ../nbs/05b_gallery.ipynb #de619d29
-_ALL_VETOED = "vetoed: every variation of this scene; it should be drawn again"
-
-# %% ../nbs/05b_gallery.ipynb #14a96796
-def veto(
-    result: StoryResult,  # is not changed
-    scene: int,  # from 1
-    variation: int,  # of that scene, from 1, in generation order
-    reason: str,  # kept in the settings, under "vetoes"
-    *,
-    blind: bool = False,  # True: the person saw no models, scores and ranks
-) -> StoryResult:
-    """The result without that picture as a reference, where another one is left."""
-    choose(result, scene, variation, reason)
-    said = {"scene": scene, "variation": variation, "reason": reason, "blind": blind}
-    settings = result.settings | {"vetoes": [*result.settings.get("vetoes", []), said]}
-    new, old = result.model_copy(update={"settings": settings}), result.scenes[scene - 1]
-    best = _best_left(new, scene)
-    if best is None:
-        warnings = list(dict.fromkeys([*old.warnings, _ALL_VETOED]))
-        scenes = list(new.scenes)
-        scenes[scene - 1] = old.model_copy(update={"warnings": warnings})
-        return new.model_copy(update={"scenes": scenes})
-    if not old.variations[variation - 1].selected:
-        return new
-    return _noted(choose(new, scene, best, f"v{variation} was vetoed: {reason}"), vetoed=variation)
-
-# %% ../nbs/05b_gallery.ipynb #ebf1d562
-def _preferred(result: StoryResult, scene: SceneResult) -> Iterator[tuple[int, int, str, dict]]:
-    """Every pair of the scene: preferred, other, by which kind of decision, and its record."""
-    numbers, out = range(1, len(scene.variations) + 1), _vetoes(result, scene.scene)
-    choice = _choice(result, scene.scene)
-    won = choice.get("variation")
-    yield from ((won, k, "choice", choice) for k in numbers if won not in (None, k))
-    yield from ((k, lost, "veto", said) for lost, said in out.items()
-                for k in numbers if k not in out and k != won)
-
-
-def _margins(better: ImageScores, other: ImageScores) -> dict[str, float | None]:
-    """Each verifier's score of the one less that of the other; None where it lacks one."""
-    a, b = ({"overall": scores.overall, **scores.metrics} for scores in (better, other))
-    gaps = {name: (a[name], b.get(name)) for name in a}
-    return {f"margin_{n}": None if None in pair else pair[0] - pair[1] for n, pair in gaps.items()}
-
-
-def _preference_rows(result: StoryResult) -> list[dict[str, Any]]:
-    """The rows of `preferences` for the pictures that the result has."""
-    rows = []
-    for scene in result.scenes:
-        for k, m, kind, said in _preferred(result, scene):
-            better, other = scene.variations[k - 1], scene.variations[m - 1]
-            rows.append({
-                "generation_id": result.generation_id, "scene": scene.scene,
-                "preferred": better.image.image_path.name, "other": other.image.image_path.name,
-                "by": kind, "reason": said["reason"], "blind": said.get("blind", False),
-            } | _margins(better.scores, other.scores))
-    return rows
-
-# %% ../nbs/05b_gallery.ipynb #fd0c7cff
-_PREFERENCE_COLUMNS = ["generation_id", "scene", "preferred", "other", "by", "reason", "blind"]
-
-# %% ../nbs/05b_gallery.ipynb #61401daa
-def preferences(
-    result: StoryResult,  # with choices or vetoes
-) -> pd.DataFrame:
-    """One row a pair of pictures that a person has ordered, with each verifier's margin."""
-    import pandas as pd
-
-    rows = [*result.settings.get("earlier_preferences", []), *_preference_rows(result)]
-    return pd.DataFrame(rows) if rows else pd.DataFrame(columns=_PREFERENCE_COLUMNS)
-
-# %% ../nbs/05b_gallery.ipynb #07774305
-def human_agreement(
-    result: StoryResult,  # with choices or vetoes
-) -> pd.DataFrame:
-    """One row a verifier: pairs, and the share of them it orders as the person did."""
-    import pandas as pd
-
-    table, rows = preferences(result), []
-    for name in (column for column in table if column.startswith("margin_")):
-        margins = table[name].dropna()
-        share = ((margins > 0) + 0.5 * (margins == 0)).mean() if len(margins) else None
-        rows.append({"verifier": name.removeprefix("margin_"), "pairs": len(margins),
-                     "agreement": share})
-    return pd.DataFrame(rows, columns=["verifier", "pairs", "agreement"])
+# %% ../nbs/05b_gallery.ipynb #f0f0a001
+_all_ = ["human_agreement", "preferences", "veto"]
 
 # %% ../nbs/05b_gallery.ipynb #6803cf60
 def _order(g: Gallery, scene: SceneResult) -> list[int]:
@@ -200,17 +78,18 @@ def _order(g: Gallery, scene: SceneResult) -> list[int]:
 
 def _picture_html(g: Gallery, scene: SceneResult, number: int, width: int = 256) -> Html:
     """One variation with what may be known of it."""
-    variation, out = scene.variations[number - 1], _vetoes(g.result, scene.scene)
+    variation, out = scene.variations[number - 1], vetoes(g.result, scene.scene)
     if not g.blind:
         figure = variation_figure(scene, number, width)
     else:
         alt = f"Scene {scene.scene}, variation {number}: {clipped(scene.prompt, 120)}"
-        mine = _choice(g.result, scene.scene).get("variation") == number
+        made = choice(g.result, scene.scene)
+        mine = made is not None and made.variation == number
         picture = image_html(variation.image.image_path, alt, width)
         figure = figure_html(picture, f"v{number}", WON["human"] if mine else None, [])
     if number not in out:
         return figure
-    reason = text_html(out[number]["reason"], 200)
+    reason = text_html(out[number].reason, 200)
     return element("div", figure, element("div", "✕ vetoed:", Html(" "), reason))
 
 
@@ -227,8 +106,10 @@ def _closer_html(g: Gallery, scene: SceneResult) -> Html:
 def _scene_html(g: Gallery, scene: SceneResult) -> Html:
     """The scene's prompt, what the agents changed, what was sent, and what to know."""
     head = f"Scene {scene.scene} of {len(g.result.scenes)}"
-    told = [w for w in scene.warnings if not g.blind or w == _ALL_VETOED]
-    shown = scene.model_copy(update={"warnings": told})
+    told = [w for w in scene.warnings if not g.blind or w == ALL_VETOED]
+    if scene.stale and not g.blind:
+        told.append(f"stale: {scene.stale}")
+    shown = scene.model_copy(update={"warnings": told, "stale": None})
     sent = folded_html("the prompt that was sent", lines_html(scene.sent_prompt))
     return element("div", element("strong", head),
                    element("div", diff_html(scene.prompt, scene.enhancement.final_prompt)),
@@ -253,18 +134,21 @@ def _head_html(g: Gallery) -> Html:
 
 
 def _decided_html(g: Gallery) -> Html:
-    """What the person has decided, and, unless blind, how far each verifier agrees."""
-    rows = [[f"scene {c['scene']}", f"v{c['variation']}", kind, c["reason"]]
-            for kind, name in (("chosen", "choices"), ("vetoed", "vetoes"))
-            for c in g.result.settings.get(name, []) if "vetoed" not in c]
+    """What the person has decided, and, unless blind, how far each scorer agrees."""
+    result = g.result
+    decided = [("chosen", e) for e in result.history
+               if e.kind == "choose" and e in result.events_since_drawn(e.scene)]
+    decided += [("vetoed", e) for s in result.scenes for e in vetoes(result, s.scene).values()]
+    rows = [[f"scene {e.scene}", f"v{e.variation}", kind, e.reason] for kind, e in decided]
     if not rows:
         return element("div", "Nothing is decided yet.", style=QUIET)
     table = table_html("Your decisions", ["", "variation", "", "reason"], rows)
     shares = [] if g.blind else human_agreement(g.result).to_dict("records")
-    agreed = [[a["verifier"], f"{a['pairs']}", "–" if not a["pairs"] else f"{a['agreement']:.0%}"]
+    agreed = [[a["scorer"], f"{a['pairs']}", "–" if not a["pairs"] else f"{a['agreement']:.0%}"]
               for a in shares]
-    head = ["verifier", "pairs", "agrees with you"]
-    return element("div", table, table_html("The verifiers and you", head, agreed) if agreed else None)
+    head = ["scorer", "pairs", "agrees with you"]
+    told = table_html("The scorers and you", head, agreed) if agreed else None
+    return element("div", table, told)
 
 # %% ../nbs/05b_gallery.ipynb #92327a2e
 def _price(g: Gallery, story: Story, rounds: int | None = None) -> str:
@@ -281,7 +165,7 @@ def _price(g: Gallery, story: Story, rounds: int | None = None) -> str:
 
 def _again(g: Gallery, scene: int) -> list[int]:
     """The scenes that are drawn when that one is drawn again."""
-    return [scene, *_dependents(g.pipeline.chain, scene, len(g.result.scenes))]
+    return [scene, *dependents(g.pipeline.chain, scene, len(g.result.scenes))]
 
 
 def _price_again(g: Gallery, scene: int) -> str:
@@ -309,16 +193,6 @@ def _edited(made: ImagePromptEnhancementResult, text: str) -> ImagePromptEnhance
         "warnings": list(dict.fromkeys([*made.warnings, _EDITED]))})
 
 # %% ../nbs/05b_gallery.ipynb #296f98eb
-def _archived(result: StoryResult, again: list[int]) -> StoryResult:
-    """The result, what was decided about scenes that will be drawn again kept as plain rows."""
-    gone = [row for row in _preference_rows(result) if row["scene"] in again]
-    left = [v for v in result.settings.get("vetoes", []) if v["scene"] not in again]
-    more = {"earlier_preferences": [*result.settings.get("earlier_preferences", []), *gone],
-            "vetoes": left}
-    kept = {name: rows for name, rows in more.items() if rows or name in result.settings}
-    return result.model_copy(update={"settings": result.settings | kept})
-
-
 def _with_prompt(result: StoryResult, scene: int, text: str | None) -> StoryResult:
     """The result with that enhanced prompt for the scene."""
     if text is None:
@@ -363,8 +237,7 @@ def _to_decide(g: Gallery) -> StoryResult:
 
 def _choose_gallery(g: Gallery, scene: int, variation: int, reason: str) -> None:
     """Nothing; that picture is the reference, a veto of it is lifted, and the result is kept."""
-    new = _noted(choose(_to_decide(g), scene, variation, reason), blind=g.blind)
-    _keep(g, _lifted(new, scene, variation))
+    _keep(g, choose(_to_decide(g), scene, variation, reason, blind=g.blind))
 
 # %% ../nbs/05b_gallery.ipynb #06fce37c
 async def _run_gallery(g: Gallery) -> None:
@@ -386,7 +259,7 @@ async def _run_gallery(g: Gallery) -> None:
 async def _rerun_gallery(g: Gallery, scene: int, prompt: str | None) -> None:
     """Nothing; that scene and those that depend on it are drawn again."""
     _check_file(g)
-    old = _archived(_with_prompt(g.result, scene, prompt), _again(g, scene))
+    old = _with_prompt(g.result, scene, prompt)
     g.closer = []
     _keep(g, await g.pipeline.rerun(old, scene))
 
@@ -400,40 +273,41 @@ _APART = (
 )
 
 
-def _history(result: StoryResult, but: Iterable[int]) -> dict[str, list]:
-    """What was drawn, decided and judged again, as a file holds it; of some scenes nothing."""
-    settings = json.loads(result.model_dump_json(include={"settings"}))["settings"]
-    rows = {name: [row for row in settings.get(name, []) if row["scene"] not in but]
-            for name in ("choices", "vetoes")}
-    judged = [row | {"seconds": None} for row in settings.get("rescores", [])]
-    pictures = [[v.image.sha256 for v in s.variations] for s in result.scenes if s.scene not in but]
-    return rows | {"rescores": judged, "pictures": pictures,
-                   "earlier": settings.get("earlier_preferences", [])}
+def _history(result: StoryResult, but: Iterable[int]) -> list[dict[str, Any]]:
+    """List what was decided, drawn and scored again, without times; of some scenes nothing."""
+    events = []
+    for event in result.history:
+        if event.scene not in but:
+            plain = json.loads(event.model_dump_json(exclude={"at"}))
+            plain["after"].pop("seconds", None)
+            events.append(plain)
+    return events
+
+
+def _images(result: StoryResult, but: Iterable[int]) -> list[list[str]]:
+    """List the hashes of the images of all scenes but those."""
+    return [[v.image.sha256 for v in s.variations] for s in result.scenes if s.scene not in but]
 
 # %% ../nbs/05b_gallery.ipynb #10c32044
 def _drawn_since(new: StoryResult, old: StoryResult) -> list[int]:
-    """The scenes that the new result has drawn more often than the old one."""
-    more, less = (result.settings.get("reruns", {}) for result in (new, old))
-    return [int(scene) for scene in more if more[scene] > less.get(scene, 0)]
+    """List the scenes that the new result has drawn more often than the old one."""
+    return [s.scene for s in new.scenes
+            if new.times_rerun(s.scene) > (old.times_rerun(s.scene))]
 
 
 def _forgets(new: StoryResult, old: StoryResult) -> bool:
-    """Whether the new result lacks what was decided about pictures that it has no more."""
-    again, earlier = _drawn_since(new, old), new.settings.get("earlier_preferences", [])
-    return any(row not in earlier for row in _preference_rows(old) if row["scene"] in again)
+    """Tell whether the new result lacks what was decided about images that it has no more."""
+    again = _drawn_since(new, old)
+    earlier = [row for event in new.history for row in event.before.get("preferences", [])]
+    return any(row not in earlier for row in preference_rows(old) if row["scene"] in again)
 
 
 def _goes_on(new: StoryResult, old: StoryResult) -> bool:
-    """Whether the new result has all that the old one has, but for scenes drawn again since."""
+    """Tell whether the new result has all that the old one has, but for scenes drawn since."""
     again = _drawn_since(new, old)
     a, b = _history(new, again), _history(old, again)
-    chosen = [(c["scene"], c["variation"]) for c in a["choices"][len(b["choices"]):]]
-    return (
-        not _drawn_since(old, new)
-        and a["pictures"] == b["pictures"]
-        and all(a[n][:len(b[n])] == b[n] for n in ("choices", "rescores", "earlier"))
-        and all(v in a["vetoes"] or (v["scene"], v["variation"]) in chosen for v in b["vetoes"])
-    )
+    same = _images(new, again) == _images(old, again)
+    return not _drawn_since(old, new) and same and a[:len(b)] == b
 
 # %% ../nbs/05b_gallery.ipynb #596ec980
 def _with_kept(result: StoryResult, path: Path | None) -> StoryResult:

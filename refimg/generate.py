@@ -116,7 +116,7 @@ class Candidate:
         """Write the image, once, also if the caller is cancelled meanwhile."""
         async def work() -> ImageGenerationResult:
             await self.decode()
-            where = Path(output_dir).resolve(), stem, first, again
+            where = Path(output_dir), stem, first, again
             self.image = await _in_thread(self._write, *where)
             return self.image
 
@@ -128,7 +128,7 @@ class Candidate:
         seed = request.seed if answer.seed is None else answer.seed
         notes = {"prompt": request.prompt, "model": self.model_name}
         png = encode_png(self.pixels, notes if seed is None else notes | {"seed": str(seed)})
-        path = save_numbered(png, folder, stem, first, again)
+        path = save_numbered(png, folder.resolve(), stem, first, again)
         return ImageGenerationResult(
             image_path=path,
             model_name=self.model_name,
@@ -228,12 +228,16 @@ class GenerationFailed(RuntimeError):
 
 # %% ../nbs/01_generate.ipynb #e845876a
 async def _attempt(model: ImageModel, request: ImageRequest) -> Candidate | BaseException:
-    """Return the decoded image of one call, or the exception that it ended in."""
+    """Return the image of one call, or the exception that it ended in."""
+    candidate = None
     try:
-        return await (await request_image(model, request)).decode()
+        candidate = await request_image(model, request)
+        return await candidate.decode()
     except (Exception, asyncio.CancelledError) as error:
         if asyncio.current_task().cancelling():
-            raise
+            if candidate is None:
+                raise
+            return candidate  # paid for: it is decoded to the end, and written
         _logger.warning("%s of %s failed: %r", request.slot, model.name, error)
         return error
 
@@ -284,15 +288,20 @@ async def generate_images(
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
         raise ValueError(f"seed must be a whole number or None, got {seed!r}")
     given = (references,) if isinstance(references, (str, Path)) else tuple(references)
-    stem, folder = check_stem(stem), Path(output_dir).resolve()
+    stem = check_stem(stem)
     check_model(model, num_variations=num_variations, aspect_ratio=aspect_ratio,
                 references=len(given))
-    paths = await _in_thread(check_references, given)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"output_dir must be a writable folder, got {str(output_dir)!r}: {error}") from error
+
+    def look_at_files() -> tuple[tuple[Path, ...], Path]:
+        paths, folder = check_references(given), Path(output_dir).resolve()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            got = f"{str(output_dir)!r}: {error}"
+            raise ValueError(f"output_dir must be a writable folder, got {got}") from error
+        return paths, folder
+
+    paths, folder = await _in_thread(look_at_files)
     unwanted = clean_text(negative_prompt) if negative_prompt else None
     seed = _if_taken(model, model.takes_seed, "seed", seed)
     unwanted = _if_taken(model, model.takes_negative_prompt, "negative prompt", unwanted)

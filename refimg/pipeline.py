@@ -178,11 +178,10 @@ class Pipeline:
     ) -> StoryResult:
         """Make that scene, and those after it in the chain, again."""
         plan = Rerun.plan(result, scene, self.chain, prompt)
-        settings = settings_of(self._filled())
         new = await self._run(
             plan.story, result.generation_id, plan.output_dir, plan.given, kept=plan.kept,
             times_rerun=plan.times_rerun, spent=result.cost)
-        return plan.finish(new, settings.model_dump())
+        return plan.finish(new, settings_of(self).model_dump())
 
     def _filled(self) -> Pipeline:
         """Fill in every model that is missing, and return the pipeline itself."""
@@ -234,11 +233,7 @@ class Pipeline:
         director, critic, images = self._paid()
         if self.journal is not None:
             images = self.journal.images(images, output_dir=folder, generation_id=name)
-        try:
-            traces = TraceTree.open(output_dir, name)
-        except OSError as error:
-            raise ValueError("output_dir must be a folder beside which traces can be written, "
-                             f"got {str(output_dir)!r}: {error}") from error
+        traces = TraceTree.open(output_dir, name)
         try:
             kept, scenes = rerun.get("kept", {}), len(story.scenes)
             reporter = ProgressReporter(scenes, scenes - len(kept), on_progress)

@@ -260,9 +260,9 @@ async def score_images(
     def score_files() -> list[ImageScores]:
         used = scorers
         if used is None:
-            from refimg import defaults
+            from refimg.defaults import scorers as default_scorers
 
-            used = defaults.scorers()
+            used = default_scorers()
         check_weights([scorer.name for scorer in used], weights)
         opened: list[Image.Image | str] = []
         for path in paths:

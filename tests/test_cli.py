@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 
 from refimg import StoryResult, defaults
 from refimg.cli import app
-from refimg.gallery import veto
-from refimg.pipeline import choose
+from refimg.engine.results import Event
+from refimg.pipeline import choose, veto
 
 from .fakes import FakeImages, FakeScorer, critic, director, picture, until
 from .servers.images import start_image_server
@@ -94,7 +94,7 @@ MISTAKES = {
     "no story": ("estimate", __file__),
     "too many": ("generate", "A keeper.", "-n", 21),
     "blank": ("generate", "  "),
-    "rounds": ("enhance", "A keeper.", "-i", 11),
+    "iterations": ("enhance", "A keeper.", "-i", 11),
     "no image": ("generate", "A keeper.", "--reference", __file__),
 }
 
@@ -264,7 +264,7 @@ def test_report_into_a_folder_is_refused_and_leaves_nothing(world, story, tmp_pa
     out = tmp_path / "pages"
     out.mkdir()
     done = refimg("report", record, "-o", out, "--json")
-    assert done.exit_code == 1 and value(done)["error"].endswith("a folder; allowed: a file")
+    assert done.exit_code == 1 and "output must be a file" in value(done)["error"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "pages", "story.json"]
 
 
@@ -279,15 +279,15 @@ def named(story: object, folder: Path, **more: str):
 
 def decide(result: StoryResult, kind: str) -> StoryResult:
     """The result, after a person decided something."""
-    if kind == "choices":
+    if kind == "choose":
         return choose(result, 1, 1, "the better light")
-    if kind == "vetoes":
+    if kind == "veto":
         return veto(result, 1, 1, "a third hand")
-    more = {"reruns": {"1": 1}, "rescores": [{"changed": [1]}]}[kind]
-    return result.model_copy(update={"settings": result.settings | {kind: more}})
+    after = {"rerun": {"scenes": [1]}, "rescore": {"changed": [1]}}[kind]
+    return result.model_copy(update={"history": [Event(kind=kind, after=after)]})
 
 
-@pytest.mark.parametrize("kind", ["choices", "vetoes", "reruns", "rescores"])
+@pytest.mark.parametrize("kind", ["choose", "veto", "rerun", "rescore"])
 def test_a_run_never_replaces_what_was_decided(world, story, tmp_path, kind):
     record = tmp_path / "out" / "fox.json"
     assert named(story, record.parent).exit_code == 0
@@ -312,7 +312,7 @@ def test_a_run_never_replaces_the_record_of_another_story(world, story, tmp_path
     for text in ("{}", "no JSON", "[1]"):
         record.write_text(text)
         done = named(story, tmp_path)
-        assert done.exit_code == 1 and "is no record of a run" in value(done)["error"]
+        assert done.exit_code == 1 and "is not the record of a run" in value(done)["error"]
         assert record.read_text() == text
     assert len(world["image_model"].requests) == paid
 
@@ -428,7 +428,7 @@ def test_a_key_in_an_error_is_cut_out(world, monkeypatch):
 def test_standard_input_is_utf_8_or_refused(world, tmp_path, monkeypatch, words):
     monkeypatch.chdir(tmp_path)
     done = CliRunner(charset="ascii").invoke(app, [*map(str, words), "--json"], b"scenes: caf\xe9")
-    assert done.exit_code == 1 and value(done)["error"].startswith("standard input is no UTF-8")
+    assert done.exit_code == 1 and value(done)["error"].startswith("standard input must be UTF-8")
     assert "Traceback" not in done.stderr and not world["image_model"].requests
     assert not world["director"].calls
 
@@ -441,7 +441,7 @@ def test_standard_input_is_utf_8_whatever_the_locale(world):
 @pytest.mark.parametrize("words", [("enhance",), ("generate",), ("score", __file__, "--prompt")])
 def test_an_argument_that_is_no_text_is_refused(world, words):
     done = refimg(*words, "caf\udce9", "--json")
-    assert done.exit_code == 1 and "which is no UTF-8" in value(done)["error"]
+    assert done.exit_code == 1 and "prompt must be UTF-8" in value(done)["error"]
     assert not world["image_model"].requests and not world["director"].calls
 
 

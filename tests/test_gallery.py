@@ -9,6 +9,7 @@ from pathlib import Path
 import ipywidgets
 import pytest
 
+from refimg.engine.decisions import vetoes
 from refimg.enhance import Critique
 from refimg.gallery import Gallery, human_agreement, preferences, veto
 from refimg.pipeline import Pipeline, Scene, Story, StoryResult, choose, rescore
@@ -79,6 +80,11 @@ def loser(result: StoryResult, scene: int = 1) -> int:
     return next(k for k, v in enumerate(result.scenes[scene - 1].variations, 1) if v.rank == 3)
 
 
+def reasons(result) -> list[str]:
+    """Why each choice was made, in order."""
+    return [event.reason for event in result.history if event.kind == "choose"]
+
+
 async def test_one_click_overrules_and_a_click_before_it_gives_the_reason(p, result, tmp_path):
     gallery, worst = Gallery(p, result), loser(result)
     gallery._repr_mimebundle_()
@@ -86,9 +92,10 @@ async def test_one_click_overrules_and_a_click_before_it_gives_the_reason(p, res
     press(gallery, f"choose v{worst}")
     kept = StoryResult.load(tmp_path / "images" / "run.json")
     assert kept.scenes[0].reference == result.scenes[0].variations[worst - 1].image.image_path
-    assert kept.settings["choices"] == [
-        {"scene": 1, "variation": worst, "reason": "better made", "blind": False}]
-    assert any(w.startswith("stale") for w in kept.scenes[1].warnings)
+    (event,) = kept.history
+    assert (event.kind, event.scene, event.variation, event.reason) == (
+        "choose", 1, worst, "better made")
+    assert event.after == {"variation": worst, "blind": False} and kept.scenes[1].stale
     assert "better made" in shown(gallery)
     assert gallery.widgets.why.value == "" and gallery.widgets.reasons.value is None
 
@@ -108,7 +115,7 @@ async def test_a_restart_loses_no_decision(p, result):
 async def test_running_the_cell_again_finds_what_was_decided_and_drawn(p, result):
     Gallery(p, result).choose(1, loser(result), "why not")
     again = Gallery(p, result)
-    assert [c["reason"] for c in again.result.settings["choices"]] == ["why not"]
+    assert reasons(again.result) == ["why not"]
     await again.rerun(3)
     again.veto(2, 1, "blurred")
     third = Gallery(p, result)
@@ -139,8 +146,12 @@ async def test_pictures_drawn_anew_elsewhere_do_not_take_decisions_away(p, resul
     first = Gallery(p, result)
     first.choose(3, loser(result, 3), "the old one")
     drawn = await p.rerun(first.result, 3)
+    assert preferences(drawn).equals(preferences(first.result))
+    assert Gallery(p, drawn).result == drawn
+    forgetful = drawn.model_copy(update={"history": [
+        event.model_copy(update={"before": {}}) for event in drawn.history]})
     with pytest.raises(ValueError, match="does not go on"):
-        Gallery(p, drawn)
+        Gallery(p, forgetful)
     await first.rerun(3)
     assert Gallery(p, result).result == first.result
     kept = Gallery(p, first.result, path=tmp_path / "other.json")
@@ -160,11 +171,10 @@ async def test_of_two_galleries_the_second_refuses_and_goes_on_when_shown_again(
             decide(2, 3, "B likes it")
     with pytest.raises(ValueError, match="changed by another gallery"):
         await b.rerun(1)
-    assert a.path.read_bytes() == before and "choices" not in b.result.settings
+    assert a.path.read_bytes() == before and reasons(b.result) == []
     assert "A likes it" in shown(b)
     b.choose(2, 3, "B likes it")
-    kept = StoryResult.load(a.path).settings["choices"]
-    assert [c["reason"] for c in kept] == ["A likes it", "B likes it"]
+    assert reasons(StoryResult.load(a.path)) == ["A likes it", "B likes it"]
 
 
 async def test_a_decision_made_while_another_gallery_draws_is_not_overwritten(tmp_path):
@@ -177,7 +187,7 @@ async def test_a_decision_made_while_another_gallery_draws_is_not_overwritten(tm
     with pytest.raises(ValueError, match="changed by another gallery"):
         await drawing
     assert StoryResult.load(a.path) == a.result
-    assert b.result.settings["reruns"] == {"2": 1}
+    assert [b.result.times_rerun(n) for n in (1, 2)] == [0, 1]
     assert "does not go on" in shown(b)
 
 
@@ -200,8 +210,7 @@ async def test_the_cell_of_a_rerun_result_finds_what_was_decided(p, result):
     again = Gallery(p, rerun)
     assert again.result == first.result
     again.choose(2, 2, "third")
-    kept = StoryResult.load(first.path).settings["choices"]
-    assert [c["reason"] for c in kept] == ["first", "second", "third"]
+    assert reasons(StoryResult.load(first.path)) == ["first", "second", "third"]
 
 
 async def test_a_rescored_result_is_shown_and_its_cell_may_run_again(p, result):
@@ -234,7 +243,7 @@ async def test_lifted_and_repeated_vetoes_are_no_parting(p, result):
     assert Gallery(p, given).result == first.result
     first.choose(1, 1, "after all")
     assert Gallery(p, given).result == first.result
-    assert first.result.settings["vetoes"] == []
+    assert vetoes(first.result, 1) == {}
 
 
 OTHER_STORIES = [
@@ -271,7 +280,7 @@ async def test_a_veto_of_the_reference_takes_the_next_best_and_a_choice_lifts_it
     assert gallery.result.scenes[0].variations[second - 1].selected
     assert set(preferences(gallery.result)["by"]) == {"veto"}
     gallery.choose(1, best, "right after all")
-    assert gallery.result.settings["vetoes"] == []
+    assert vetoes(gallery.result, 1) == {}
     assert set(preferences(gallery.result)["by"]) == {"choice"}
 
 
@@ -282,7 +291,7 @@ async def test_when_all_are_vetoed_the_reference_stays_and_says_so(result):
     assert any(w.startswith("vetoed") for w in new.scenes[0].warnings)
     assert new.scenes[0].reference.exists()
     assert preferences(new).empty
-    with pytest.raises(ValueError, match="variation is 4"):
+    with pytest.raises(ValueError, match=r"variation must be .* got 4"):
         veto(result, 1, 4, "no")
 
 
@@ -292,7 +301,7 @@ async def test_a_choice_after_all_were_vetoed_takes_the_warning_away(p, result):
         gallery.veto(1, k, "no")
     gallery.choose(1, 2, "after all")
     assert not any(w.startswith("vetoed") for w in gallery.result.scenes[0].warnings)
-    assert [v["variation"] for v in gallery.result.settings["vetoes"]] == [1, 3]
+    assert list(vetoes(gallery.result, 1)) == [1, 3]
 
 
 async def test_a_vetoed_choice_is_no_choice(p, result):
@@ -309,11 +318,11 @@ async def test_a_vetoed_choice_is_no_choice(p, result):
 async def test_agreement_is_the_share_of_pairs_ordered_as_the_person_did(result):
     variations = result.scenes[0].variations
     middle = next(k for k, v in enumerate(variations, 1) if v.rank == 2)
-    table = human_agreement(choose(result, 1, middle, "")).set_index("verifier")
+    table = human_agreement(choose(result, 1, middle, "")).set_index("scorer")
     assert table.loc["pickscore", ["pairs", "agreement"]].tolist() == [2, 0.5]
     assert table.loc["flat", ["pairs", "agreement"]].tolist() == [2, 0.5]
     confirmed = choose(result, 1, next(k for k, v in enumerate(variations, 1) if v.rank == 1), "")
-    table = human_agreement(confirmed).set_index("verifier")
+    table = human_agreement(confirmed).set_index("scorer")
     assert table.loc["pickscore", "agreement"] == 1
     assert table.loc["flat", "agreement"] == 0.5
     assert human_agreement(result).empty
@@ -325,7 +334,7 @@ async def test_a_missing_score_is_no_vote(result):
     variations = [scene.variations[0].model_copy(update={"scores": bare}), *scene.variations[1:]]
     scenes = [scene.model_copy(update={"variations": variations}), *result.scenes[1:]]
     table = human_agreement(choose(result.model_copy(update={"scenes": scenes}), 1, 2, ""))
-    assert table.set_index("verifier").loc["pickscore", "pairs"] == 1
+    assert table.set_index("scorer").loc["pickscore", "pairs"] == 1
 
 
 async def test_what_was_decided_outlives_a_scene_that_is_drawn_again(p, result):
@@ -337,7 +346,7 @@ async def test_what_was_decided_outlives_a_scene_that_is_drawn_again(p, result):
     assert len(before) > 0
     assert preferences(StoryResult.load(gallery.path)).to_dict("records") == before.to_dict(
         "records")
-    assert gallery.result.settings["vetoes"] == []
+    assert vetoes(gallery.result, 2) == {}
 
 
 # blind
@@ -354,7 +363,7 @@ async def test_blind_hides_models_scores_ranks_and_verifiers(p, result):
     for words in (shown(blind), read(blind.static()).words):
         for secret in ("rank", "overall", "pickscore", "fake-images", "winner", "12.5", "agrees"):
             assert secret not in words
-    assert blind.result.settings["choices"][-1]["blind"] is True
+    assert blind.result.history[-1].after["blind"] is True
     assert preferences(blind.result)["blind"].all()
     descriptions = [w.description for w in widgets(blind.widgets.box)
                     if isinstance(w, ipywidgets.Button)]  # fmt: skip
@@ -372,7 +381,7 @@ async def test_blind_a_veto_does_not_tell_what_the_scores_put_first_and_next(p, 
         words = read(source or blind.static()).words + shown(blind)
         assert "chosen by a person" not in words and "stale" not in words
     assert blind.result.scenes[0].reference_from == "human"
-    assert any(w.startswith("stale") for w in blind.result.scenes[1].warnings)
+    assert blind.result.scenes[1].stale
     assert not [name for name in pictures for text in before if name in text]
     blind.scene = 1
     blind.choose(1, loser(result), "the quiet one")
@@ -506,7 +515,7 @@ async def test_a_decision_made_while_a_scene_is_drawn_is_refused_not_lost(tmp_pa
     gallery._repr_mimebundle_()
     gallery.widgets.again.click()
     gallery.widgets.cards[2].choose.click()
-    assert "choices" not in gallery.result.settings
+    assert reasons(gallery.result) == []
     await finished(gallery)
     assert not gallery.widgets.cards[2].choose.disabled
 
@@ -580,6 +589,6 @@ async def test_no_text_becomes_markup(tmp_path, text):
     gallery.veto(1, 1, text)
     gallery.closer = [1, 2]
     assert shown(gallery) and read(gallery.static()).words
-    assert json.loads(gallery.path.read_text("utf-8"))["settings"]["vetoes"][0]["reason"] == text
+    assert json.loads(gallery.path.read_text("utf-8"))["history"][-1]["reason"] == text
     assert preferences(StoryResult.load(gallery.path))["reason"].tolist()[0] == text
     assert report(gallery.result).stat().st_size > 1000

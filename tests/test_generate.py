@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from refimg import generate
+from refimg.engine.protocols import Call
 from refimg.generate import (
     GeneratedImage,
     GenerationFailed,
@@ -212,6 +214,28 @@ async def test_what_arrived_before_a_cancellation_is_kept(tmp_path):
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.3):
             await generate_images("p", 3, output_dir=tmp_path, model=Slow())
+    assert names(tmp_path) == ["image_v1.png", "image_v2.png"]
+
+
+async def test_what_is_being_decoded_at_a_cancellation_is_written_and_leaves_no_task(
+    tmp_path, monkeypatch
+):
+    decoding, decode = threading.Event(), generate.decode_image
+
+    def slow(data):
+        decoding.set()
+        time.sleep(0.1)
+        return decode(data)
+
+    monkeypatch.setattr(generate, "decode_image", slow)
+    made = generate_images("p", 2, output_dir=tmp_path, model=FakeImages())
+    task = asyncio.create_task(made)
+    while not decoding.is_set():
+        await asyncio.sleep(0.005)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert asyncio.all_tasks() == {asyncio.current_task()}
     assert names(tmp_path) == ["image_v1.png", "image_v2.png"]
 
 
@@ -510,6 +534,30 @@ async def test_a_candidate_is_decoded_and_saved_once(tmp_path):
     assert len(list((tmp_path / "deep" / "er").iterdir())) == 1
     with pytest.raises(ValueError, match="0 bytes"):
         await (await request_image(FakeImages(lambda *_: b""), request)).decode()
+
+
+async def test_one_caller_who_is_cancelled_leaves_the_pixels_to_the_others():
+    candidate = await request_image(FakeImages(), ImageRequest(prompt="p"))
+    first, second = (asyncio.create_task(candidate.decode()) for _ in range(2))
+    await asyncio.sleep(0)
+    first.cancel()
+    assert await second is candidate and candidate.pixels is not None
+    assert first.cancelled()
+
+
+@pytest.mark.parametrize("takes_call", [True, False])
+async def test_a_call_is_handed_to_a_model_that_takes_it(takes_call):
+    class Told(FakeImages):
+        async def generate(self, request, **more):
+            self.more = more
+            return await super().generate(request)
+
+    model, call = Told(), Call()
+    model.takes_call = takes_call
+    await request_image(model, ImageRequest(prompt="p"), call=call)
+    assert model.more == ({"call": call} if takes_call else {})
+    await request_image(model, ImageRequest(prompt="p"))
+    assert model.more == {}
 
 
 async def test_what_is_being_saved_is_finished_though_its_caller_is_cancelled(tmp_path):

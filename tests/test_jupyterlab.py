@@ -17,6 +17,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
+from refimg import StoryResult
+
 from .browser import Trouble, executable, opened
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -145,7 +147,7 @@ def test_the_pipeline_notebook_runs_and_its_gallery_overrules(workplace):
         page.wait_for_selector("td:has-text('better made')")
         page.evaluate("() => window.jupyterapp.serviceManager.sessions.shutdownAll()")
     assert not errors
-    decided = json.loads((demo / "decided.json").read_text("utf-8"))["settings"]["choices"]
+    decided = json.loads((demo / "decided.json").read_text("utf-8"))["history"]
     assert [choice["reason"] for choice in decided] == ["better made"]
     assert pictures and sorted(demo.rglob("*.png")) == pictures
     assert not [cell["source"] for cell in cells if cell["count"] is None]
@@ -211,7 +213,7 @@ def test_a_person_overrules_in_two_clicks_or_by_keyboard_and_a_reload_keeps_it(w
         page.click(f"{PRESS}:has-text('better made')", timeout=1000 * SECONDS)
         page.click(f"{PRESS}:has-text('choose v'):visible")
         page.wait_for_selector("text=Your decisions")
-        chosen = json.loads(kept.read_text("utf-8"))["settings"]["choices"]
+        chosen = StoryResult.load(kept).history
 
         page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
         opened_in(page, url, "gallery.ipynb")
@@ -228,18 +230,19 @@ def test_a_person_overrules_in_two_clicks_or_by_keyboard_and_a_reload_keeps_it(w
         page.click(f"{PRESS}:text-is('3')")
         page.click(f"{PRESS}:has-text('Draw this scene again')")
         end = time.monotonic() + SECONDS
-        while "reruns" not in kept.read_text("utf-8") and time.monotonic() < end:
+        while not StoryResult.load(kept).times_rerun(3) and time.monotonic() < end:
             page.wait_for_timeout(200)
         title = page.title()
         page.evaluate("() => window.jupyterapp.serviceManager.sessions.shutdownAll()")
-    settings = json.loads(kept.read_text("utf-8"))["settings"]
+    result = StoryResult.load(kept)
     assert not errors and all(cell["count"] is not None for cell in cells)
-    assert [choice["reason"] for choice in chosen] == ["better made"]
+    assert [event.reason for event in chosen] == ["better made"]
     assert after_reload == 1
     assert mode == "command"
-    assert settings["choices"][:1] == chosen
-    assert [choice["reason"] for choice in settings["choices"][1:]] == ["fits the other scenes"]
-    assert settings["reruns"] == {"3": 1}
+    assert result.history[:1] == chosen
+    assert [(event.kind, event.reason) for event in result.history[1:]] == [
+        ("choose", "fits the other scenes"), ("rerun", "")]
+    assert [result.times_rerun(n) for n in (1, 2, 3)] == [0, 0, 1]
     files = sorted(path.name for path in kept.parent.glob("*.png"))
     assert files == [f"run_scene_0{s}_v{k}.png" for s, last in ((1, 3), (2, 3), (3, 6))
                      for k in range(1, last + 1)]  # fmt: skip

@@ -491,7 +491,7 @@ async def test_a_tree_that_cannot_be_removed_does_not_fail_the_run(tmp_path, mon
 
 async def test_a_place_where_no_tree_can_be_made_is_named_or_does_without(tmp_path, monkeypatch):
     """Images can be written, the folder beside them cannot be made: a volume of a container."""
-    monkeypatch.setattr(files.TraceTree, "open", full_disk)
+    monkeypatch.setattr(files.TraceTree, "_take", full_disk)
     made = pipeline()
     try:
         check_unharmed(await made.run(

@@ -186,8 +186,8 @@ def test_models_and_prices_of_the_readme_are_the_defaults(monkeypatch, tmp_path)
     cost = p.estimate(refimg.Story.load(ROOT / "examples" / "lighthouse.yaml"))
     text = (ROOT / "README.md").read_text("utf-8")
     names = [m.name.partition(":")[2] for m in (p.director, p.critic, p.image_model)]
-    assert "The director is `{}`, the critic `{}`, the painter `{}`.".format(*names) in text
-    assert f"these are {cost.low:.2f} and {cost.high:.2f}, by list prices" in text
+    assert "director is `{}`, the critic `{}`, the image model `{}`.".format(*names) in text
+    assert f"the estimate is {cost.low:.2f} to {cost.high:.2f} USD, by list prices" in text
 
 
 # the wheel

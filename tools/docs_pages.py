@@ -1,6 +1,6 @@
 """The pages of nbs/pages, with what is filled in from the repository when the site is built.
 
-A line `<!-- fields: pipeline.Pipeline -->` becomes a table of its parameters, read from the code;
+A line `<!-- fields: engine.story.Story -->` becomes a table of its parameters, read from the code;
 `<!-- include: FILE | text where there is none -->` becomes that Markdown file, without its title.
 """
 
@@ -77,8 +77,10 @@ def row(item: tuple, notes: dict[int, str]) -> str:
 
 def table(name: str) -> str:
     """The table of what `module.Definition` takes, from the code as it stands."""
-    module, *names = name.split(".")
-    text = (ROOT / "refimg" / f"{module}.py").read_text("utf-8")
+    path, names = ROOT / "refimg", name.split(".")
+    while path.is_dir():
+        path /= names.pop(0)
+    text = path.with_suffix(".py").read_text("utf-8")
     found = parameters(find(ast.parse(text), names))
     return HEAD + "\n".join(row(item, comments(text)) for item in found)
 

@@ -18,6 +18,7 @@ from nbdev.processors import FilterDefaults
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
 EXPORT = {"export", "exports"}
+SECTION = re.compile(r"^##+ ", re.MULTILINE)
 SHOW = re.compile(r"^show_doc\(", re.MULTILINE)
 FIXED = re.compile(r"(^```.*?^```[ \t]*$|^#[^\n]*$)", re.MULTILINE | re.DOTALL)
 BACKTICKS = re.compile(r"(?<![\[`])`([\w/]+)(\(\))?`(?![`\]])")
@@ -99,6 +100,8 @@ class Api(Processor):
                 cell.source = linked(cell.source, above)
             cells.append(cell)
             shown = self.shown(cell, module_of(path))
+            if not any(SECTION.search(c.source) for c in cells if c.cell_type == "markdown"):
+                shown = re.sub(r"^### ", "## ", shown, flags=re.MULTILINE)
             cells += [mk_cell(shown, "markdown")] if shown else []
         self.nb.cells = [c for c in cells if not SHOW.search(c.source or "")]
 

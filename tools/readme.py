@@ -18,7 +18,7 @@ LINK = re.compile(r"""(\]\(|\b(?:src|href)=["'])(?![a-z]+:|[#/])([^)"'\s]+)""")
 ABSOLUTE = re.compile(r"(?<![\w.:/])/(?:home|root|Users|tmp|work|private|var|opt)/")
 REPR = re.compile(r"\s*\[?<")
 STEM = "readme"
-ALT = "A run of the story that ships with refimg: a row a scene, its variations, the winner framed"
+ALT = "A run of the story that ships with refimg: one row per scene, the winner framed"
 
 
 def rehang(text: str) -> str:
@@ -50,6 +50,7 @@ def plain(output: NotebookNode) -> NotebookNode | None:
 
 def cleaned(nb: NotebookNode) -> NotebookNode:
     """The notebook as the README shows it."""
+    nb.metadata.language_info = {"name": "python"}  # what its fences are marked with
     for cell in tidy(nb).cells:
         if cell.cell_type == "code":
             cell.outputs = [o for o in map(plain, cell.outputs) if o is not None]

@@ -2,7 +2,7 @@
 
     uvicorn --factory backend.app:create_app --app-dir examples --timeout-graceful-shutdown 5
 
-One process only: generations live in it. Who may call it is for whatever stands before it to say.
+Run it in one process only. It does not authenticate clients.
 """
 
 from __future__ import annotations
@@ -37,24 +37,24 @@ from .generations import (
 router = APIRouter()
 
 
-# what clients get
+# answers
 
 
 class Status(BaseModel):
-    """How far a generation is."""
+    """The state and progress of a generation."""
 
     generation_id: str
     state: State
     percent: float  # 0 to 100; never falls
-    message: str | None  # what a person may read; None: nothing has begun
+    message: str | None  # for people; None: nothing has begun
     scene: int | None  # the one that the message is about, from 1
     scenes: int
     error: str | None  # why it failed
-    unscored: str | None  # why pictures are not judged; None: they are
+    unscored: str | None  # why images are not scored; None: they are
 
 
 class VariationView(BaseModel):
-    """One picture and its scores."""
+    """One image and its scores."""
 
     url: str
     overall: float | None  # 0 to 100; None: unscored
@@ -65,7 +65,7 @@ class VariationView(BaseModel):
 
 
 class SceneView(BaseModel):
-    """One scene: its reference, and what it was chosen from."""
+    """One scene: its reference, and the variations that it was selected from."""
 
     scene: int
     prompt: str
@@ -77,26 +77,26 @@ class SceneView(BaseModel):
 
 
 class ResultView(BaseModel):
-    """What a generation made."""
+    """The result of a generation."""
 
     generation_id: str
-    references: list[str]  # one address a scene, in the order of the story
+    references: list[str]  # one URL per scene, in the order of the story
     scenes: list[SceneView]
     sandbox: bool  # True: stand-ins took part
-    cost: float | None  # USD; None: not known
+    cost: float | None  # USD; None: unknown
 
 
 class NewGeneration(Order):
-    """An order, with a name if the client wants one: the same again is the same generation."""
+    """An order with an optional name; the same order and name are the same generation."""
 
     generation_id: GenerationId | None = None
 
 
-# what the functions below are given
+# dependencies
 
 
 def generations(request: Request) -> Generations:
-    """The service of this application."""
+    """Return the service of this application."""
     return request.app.state.generations
 
 
@@ -104,14 +104,14 @@ Service = Annotated[Generations, Depends(generations)]
 
 
 def find(generation_id: GenerationId, service: Service) -> Record:
-    """The generation that the address names, or 404."""
+    """Return the generation that the URL names, or answer 404."""
     if record := service.find(generation_id):
         return record
     raise HTTPException(404, "no such generation")
 
 
 def find_done(record: Annotated[Record, Depends(find)]) -> Record:
-    """The same, or 409 if it has no result."""
+    """Return the same, or answer 409 if it has no result."""
     if record.state != "done":
         raise HTTPException(409, f"the generation is {record.state}, it has no result")
     return record
@@ -122,7 +122,7 @@ Done = Annotated[Record, Depends(find_done)]
 
 
 def status(record: Record, service: Generations) -> Status:
-    """How far that generation is."""
+    """Describe the generation as clients see it."""
     last = record.steps[-1] if record.steps else None
     return Status(
         generation_id=record.generation_id, state=record.state, percent=record.percent,
@@ -136,7 +136,7 @@ def status(record: Record, service: Generations) -> Status:
 
 @router.post("/generations", status_code=202)
 async def start(body: NewGeneration, service: Service) -> Status:
-    """Starts a generation; sent again with the same generation_id it starts nothing new."""
+    """Start a generation; the same request again returns the same generation."""
     order = Order.model_validate(body.model_dump(exclude={"generation_id"}))
     try:
         return status(await service.start(order, body.generation_id), service)
@@ -148,7 +148,7 @@ async def start(body: NewGeneration, service: Service) -> Status:
 
 @router.get("/generations/{generation_id}")
 async def read_status(record: Known, service: Service) -> Status:
-    """How far it is."""
+    """Return state and progress of a generation."""
     return status(record, service)
 
 
@@ -156,7 +156,7 @@ async def read_status(record: Known, service: Service) -> Status:
 async def events(
     record: Known, service: Service, last_event_id: Annotated[int, Header(ge=0)] = 0
 ) -> AsyncIterator[ServerSentEvent]:
-    """Its status after each step (`progress`) and at its end (`end`), from the last id on."""
+    """Send the status after each step (`progress`) and at the end (`end`), from the last id on."""
     async for now in service.follow(record.generation_id, last_event_id):
         event = "end" if now.state in ENDED else "progress"
         yield ServerSentEvent(data=status(now, service), event=event, id=str(len(now.steps)))
@@ -164,14 +164,14 @@ async def events(
 
 @router.post("/generations/{generation_id}/cancel", status_code=202)
 async def cancel(record: Known, service: Service) -> Status:
-    """Cancels it: no new call begins, and what runs at the providers is cancelled there."""
+    """Cancel a generation: make no new call, and cancel predictions at the providers."""
     service.cancel(record.generation_id)
     return status(service.find(record.generation_id), service)
 
 
 @router.get("/generations/{generation_id}/result")
 def read_result(record: Done, service: Service) -> ResultView:
-    """Its references and scores."""
+    """Return references and scores of a generation."""
     result, base = service.result(record.generation_id), f"/generations/{record.generation_id}"
     scenes = [
         SceneView(
@@ -195,29 +195,28 @@ def read_result(record: Done, service: Service) -> ResultView:
 
 @router.get("/generations/{generation_id}/scenes/{scene}/reference")
 def read_reference(record: Done, scene: int, service: Service) -> FileResponse:
-    """The picture that stands for a scene."""
-    pictures = service.result(record.generation_id).references
-    return picture(pictures, scene)
+    """Return the reference of a scene."""
+    return image(service.result(record.generation_id).references, scene)
 
 
 @router.get("/generations/{generation_id}/scenes/{scene}/variations/{variation}")
 def read_variation(record: Done, scene: int, variation: int, service: Service) -> FileResponse:
-    """One of the pictures that a scene's reference was chosen from."""
+    """Return one of the variations of a scene."""
     scenes = service.result(record.generation_id).scenes
     made = scenes[scene - 1].variations if 1 <= scene <= len(scenes) else []
-    return picture([item.image.image_path for item in made], variation)
+    return image([item.image.image_path for item in made], variation)
 
 
-def picture(paths: list[Path], number: int) -> FileResponse:
-    """The picture of that number, from 1; clients name numbers, never files."""
+def image(paths: list[Path], number: int) -> FileResponse:
+    """Return the image of that number, from 1; clients name numbers, never files."""
     if not 1 <= number <= len(paths):
-        raise HTTPException(404, "no such picture")
+        raise HTTPException(404, "no such image")
     return FileResponse(paths[number - 1], media_type="image/png")
 
 
 @router.post("/uploads", status_code=201, max_body_size=20_000_000)
 async def upload(request: Request, service: Service) -> dict[str, str]:
-    """Keeps a PNG, JPEG or WebP, the body of the request, to be a story's first reference."""
+    """Keep the PNG, JPEG or WebP in the body, to be the first reference of a story."""
     data = await request.body()
     try:
         return {"image": await run_in_threadpool(service.keep_upload, data)}
@@ -227,24 +226,24 @@ async def upload(request: Request, service: Service) -> dict[str, str]:
 
 @router.get("/health")
 async def health(service: Service) -> dict[str, str | int | None]:
-    """How many generations run, and why their pictures would not be judged."""
+    """Count the running generations, and say why their images would not be scored."""
     running = sum(live.record.state not in ENDED for live in service.live.values())
     return {"live": running, "unscored": service.unscored}
 
 
 async def refuse(request: Request, error: RequestValidationError) -> JSONResponse:
-    """What is wrong with a request, without repeating what was sent."""
+    """Say what is wrong with a request, without repeating what was sent."""
     problems = [{key: item[key] for key in ("loc", "msg", "type")} for item in error.errors()]
     return JSONResponse({"detail": problems}, status_code=422)
 
 
 async def tell_unreadable(request: Request, error: Unreadable) -> JSONResponse:
-    """That a file of the service is damaged, and not what is in it."""
+    """Say that a file of the service is damaged, without its content."""
     return JSONResponse({"detail": str(error)}, status_code=500)
 
 
 def create_app(pipeline: Pipeline | None = None, folder: Path | None = None) -> FastAPI:
-    """The application; without arguments its models and its folder come from the environment."""
+    """Make the application; missing arguments are taken from the environment."""
     home = folder or Path(os.environ.get("REFIMG_BACKEND_FOLDER", "output/backend"))
 
     @asynccontextmanager

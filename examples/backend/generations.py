@@ -1,11 +1,11 @@
-"""Generations: started, followed, cancelled, and resumed after a restart.
+"""Start, follow and cancel generations, and resume them after a restart.
 
-Everything lies in one folder, which belongs to one process at a time:
+All files are in one folder, which belongs to one process at a time:
 
-    records/ID.json    what was ordered, and how far it is; written before the answer to the client
+    records/ID.json    the order and its progress; written before the client gets its answer
     results/ID.json    the `StoryResult`, once there is one
-    images/            the pictures        uploads/  pictures of clients, by their checksum
-    journal/           refimg's record of paid calls, so that nothing is paid twice
+    images/            the images          uploads/  images of clients, by their checksum
+    journal/           refimg's journal of paid calls, so that nothing is paid twice
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from filelock import FileLock
 from pydantic import AfterValidator, BaseModel, Field
 
 from refimg import GenerationCancelled, Pipeline, Scene, Story, StoryResult
+from refimg.engine.results import threshold_warning
 from refimg.pipeline import Progress
-from refimg.score import shares
+from refimg.score import normalized_weights
 from refimg.storage.files import check_id, decode_image, encode_png
 from refimg.storage.secrets import log_line
 
@@ -38,7 +39,7 @@ ENDED = ("done", "failed", "cancelled")
 
 
 class Order(BaseModel, frozen=True, extra="forbid"):
-    """What a client asks for: a story, and two settings of the run."""
+    """The request of a client: a story, and the settings of its run."""
 
     scenes: Annotated[list[Scene], Field(min_length=1, max_length=50)]
     title: str = ""
@@ -51,24 +52,24 @@ class Order(BaseModel, frozen=True, extra="forbid"):
 
 
 class Record(BaseModel, frozen=True):
-    """One generation, as it is kept on disk: all that is needed to go on after a restart."""
+    """One generation as it is kept on disk, with all that a restart needs."""
 
     generation_id: str
     order: Order
     state: State = "waiting"
-    steps: list[Progress] = []  # each scene's three messages, in the order in which they came
+    steps: list[Progress] = []  # three per scene, in the order in which they came
     error: str | None = None
-    unscored: str | None = None  # why a picture was not judged
+    unscored: str | None = None  # why an image was not scored
 
     @property
     def percent(self) -> float:
-        """0 to 100; never falls, not even over a restart."""
+        """Progress from 0 to 100; it never falls, not even after a restart."""
         return 100.0 if self.state == "done" else max([0.0, *(s.percent for s in self.steps)])
 
 
 @dataclass
 class Live:
-    """A generation that has not ended, in this process."""
+    """A generation of this process that has not ended."""
 
     record: Record
     changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -80,11 +81,11 @@ class Taken(ValueError):
 
 
 class Unreadable(RuntimeError):
-    """A file of the folder does not hold what it should; what it holds is not repeated."""
+    """A file of the folder is damaged; its content is not repeated."""
 
 
 def read(path: Path, parse: Callable[[Path], Any], what: str) -> Any:
-    """What the file holds; where it cannot be read the log says why."""
+    """Return the content of a file; if it cannot be read, log why."""
     try:
         return parse(path)
     except (OSError, ValueError) as error:
@@ -93,12 +94,12 @@ def read(path: Path, parse: Callable[[Path], Any], what: str) -> Any:
 
 
 def read_record(path: Path) -> Record:
-    """The record in that file."""
+    """Read the record in a file."""
     return read(path, lambda path: Record.model_validate_json(path.read_bytes()), "record")
 
 
 def write(path: Path, data: bytes) -> None:
-    """The file has this content, or what it had before: never a part of it."""
+    """Replace the content of a file as a whole: it is never partly written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     part.write_bytes(data)
@@ -110,13 +111,13 @@ class Generations:
 
     def __init__(self, pipeline: Pipeline, folder: Path, at_once: int = 16):
         self.pipeline, self.folder = pipeline, folder
-        self.unscored: str | None = None  # why the pictures of the next run cannot be judged
+        self.unscored: str | None = None  # why the images of the next run cannot be scored
         self.live: dict[str, Live] = {}
         self.slots = asyncio.Semaphore(at_once)
         self.lock = FileLock(folder / "lock")
 
     async def __aenter__(self) -> Generations:
-        """Loads the models, then goes on with whatever had not ended."""
+        """Load the models, then continue all generations that have not ended."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock.acquire(blocking=False)  # a second process would pay for the same runs
         await self._load()
@@ -132,7 +133,7 @@ class Generations:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        """Stops what runs; its record says that it has not ended, so the next start resumes it."""
+        """Stop all generations; the next start resumes them, as their records have not ended."""
         tasks = [live.task for live in self.live.values()]
         for task in tasks:
             task.cancel()
@@ -140,21 +141,21 @@ class Generations:
         self.lock.release()
 
     async def _load(self) -> None:
-        """Awaits the models; the service starts without them, and says what that means."""
+        """Load the models; without them the service starts too, and says what is missing."""
         try:
             await self.pipeline.load()
         except Exception as error:
             logger.warning("%s", reason := log_line(str(error)))
-            judges = self.pipeline.scorers
-            lacking = {s.name for s in judges if getattr(s, "missing", lambda: None)()}
-            weights = shares(judges, self.pipeline.weights).items()
-            if sum(share for name, share in weights if name not in lacking) < 0.5:
+            scorers = self.pipeline.scorers
+            lacking = {s.name for s in scorers if getattr(s, "missing", lambda: None)()}
+            weights = normalized_weights([s.name for s in scorers], self.pipeline.weights)
+            if sum(weight for name, weight in weights.items() if name not in lacking) < 0.5:
                 self.unscored = reason
 
-    # what clients ask for
+    # requests of clients
 
     async def start(self, order: Order, generation_id: str | None = None) -> Record:
-        """The record of a new generation, or of the one that this order began before."""
+        """Start a generation, or return the one that this order has started before."""
         name = secrets.token_hex(8) if generation_id is None else generation_id
         if known := self.find(name):
             return self._same(known, order)
@@ -167,14 +168,14 @@ class Generations:
         return self._begin(record)
 
     def find(self, generation_id: str) -> Record | None:
-        """The record; None where there is no such generation; it may be `Unreadable`."""
+        """Return the record, or None if there is no such generation; it may be `Unreadable`."""
         if live := self.live.get(generation_id):
             return live.record
         path = self.folder / "records" / f"{generation_id}.json"
         return read_record(path) if path.exists() else None
 
     def cancel(self, generation_id: str) -> None:
-        """From here on the generation makes no new call; one that has ended stays as it is."""
+        """Let the generation make no new call; one that has ended stays as it is."""
         live = self.live.get(generation_id)
         state = live and live.record.state
         if state == "waiting":
@@ -184,11 +185,11 @@ class Generations:
             self._change(live, state="cancelling")
 
     def result(self, generation_id: str) -> StoryResult:
-        """What a generation that is done has made; it may be `Unreadable`."""
+        """Return the result of a generation that is done; it may be `Unreadable`."""
         return read(self._result_path(generation_id), StoryResult.load, "result")
 
     async def follow(self, generation_id: str, step: int = 0) -> AsyncIterator[Record]:
-        """The record after each of its steps from that one on, and at its end."""
+        """Yield the record after each step from that one on, and at its end."""
         while True:
             live = self.live.get(generation_id)
             changed, record = live and live.changed, self.find(generation_id)
@@ -201,13 +202,13 @@ class Generations:
             await changed.wait()
 
     def keep_upload(self, data: bytes) -> str:
-        """The checksum of a picture, decoded under guard; a ValueError for anything else."""
+        """Keep an image and return its checksum; raise a ValueError for anything else."""
         png = encode_png(decode_image(data), {})
         name = hashlib.sha256(png).hexdigest()
         write(self.folder / "uploads" / f"{name}.png", png)
         return name
 
-    # how they are made
+    # running
 
     def _same(self, record: Record, order: Order) -> Record:
         if record.order != order:
@@ -215,7 +216,7 @@ class Generations:
         return record
 
     def _pipeline(self, order: Order) -> Pipeline:
-        """The service's pipeline, its loaded models shared, with the order's settings."""
+        """Return the service's pipeline, with its loaded models and the order's settings."""
         return replace(self.pipeline, num_variations=order.num_variations, seed=order.seed,
                        max_enhancement_iterations=order.max_enhancement_iterations)
 
@@ -233,14 +234,14 @@ class Generations:
         write(self.folder / "records" / f"{record.generation_id}.json", data)
 
     def _change(self, live: Live, **update: Any) -> None:
-        """The record is another, on disk too, and whoever follows it is told."""
+        """Change the record, in memory and on disk, and wake its followers."""
         live.record = live.record.model_copy(update=update)
         self._write(live.record)
         live.changed.set()
         live.changed = asyncio.Event()
 
     def _change_unless_cancelled(self, live: Live, **update: Any) -> None:
-        """The same, except that a cancel is never written over."""
+        """Do the same, but never overwrite a cancel."""
         if live.record.state not in ("waiting", "running"):
             raise GenerationCancelled
         self._change(live, **update)
@@ -252,19 +253,19 @@ class Generations:
         return record
 
     def _forget(self, live: Live) -> None:
-        """What has ended, or is left to the next start, is on disk only."""
+        """Remove a generation that has ended, or is left to the next start, from memory."""
         del self.live[live.record.generation_id]
         live.changed.set()
 
     def _step(self, live: Live, step: Progress) -> None:
-        """A run that is resumed reports again what is known: that is left out."""
+        """Add a step, unless a resumed run reports it for the second time."""
         if (step.stage, step.scene) not in {(s.stage, s.scene) for s in live.record.steps}:
             percent = max(step.percent, live.record.percent)
             told = step.model_copy(update={"percent": percent})
             self._change(live, steps=[*live.record.steps, told])
 
     async def _run(self, live: Live) -> None:
-        """Takes a generation to its end; only a shutdown leaves it without one."""
+        """Run a generation to its end; only a shutdown interrupts it."""
         name, order = live.record.generation_id, live.record.order
         try:
             async with self.slots:
@@ -276,8 +277,9 @@ class Generations:
             path = self._result_path(name)
             path.parent.mkdir(exist_ok=True)
             await asyncio.to_thread(result.save, path)
-            warnings = (text for scene in result.scenes for text in scene.warnings)
-            reason = next((text for text in warnings if text.startswith("unscored")), None)
+            selected = (v.scores for s in result.scenes for v in s.variations if v.selected)
+            unscored = (scores for scores in selected if scores.overall is None)
+            reason = next((threshold_warning(scores, 0) for scores in unscored), None)
             told = reason and log_line(reason)
             self._change_unless_cancelled(live, state="done", unscored=told)
         except GenerationCancelled:

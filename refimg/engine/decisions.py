@@ -32,13 +32,13 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['dependents', 'check_place', 'new_event', 'choose', 'vetoes', 'veto', 'preference_rows', 'choice', 'preferences',
-           'human_agreement', 'Rerun', 'rescore']
+__all__ = ['ALL_VETOED', 'dependents', 'check_place', 'new_event', 'choose', 'vetoes', 'veto', 'preference_rows', 'choice',
+           'preferences', 'human_agreement', 'Rerun', 'rescore']
 
 # %% ../../nbs/engine/decisions.ipynb #b8000006
 _logger = logging.getLogger("refimg.pipeline")
 
-_ALL_VETOED = "vetoed: every variation of this scene; it should be drawn again"
+ALL_VETOED = "vetoed: every variation of this scene; it should be drawn again"
 
 # %% ../../nbs/engine/decisions.ipynb #0d5d82d4
 def dependents(
@@ -126,7 +126,7 @@ def choose(
     check_place("variation", variation, len(old.variations))
     held, threshold = _selected(old), _threshold(result, scene)
     said = [threshold_warning(old.variations[held - 1].scores, threshold)] if held else []
-    new = _with_selection(old, variation, threshold, [*said, _ALL_VETOED])
+    new = _with_selection(old, variation, threshold, [*said, ALL_VETOED])
     new = new.model_copy(update={"reference_from": "human"})
     event = new_event("choose", scene=scene, variation=variation, reason=reason,
                       before={"variation": held, "reference_from": old.reference_from},
@@ -166,7 +166,7 @@ def veto(
     held, threshold, new = _selected(old), _threshold(result, scene), old
     after: dict[str, Any] = {"blind": blind}
     if best is None:
-        warnings = list(dict.fromkeys([*old.warnings, _ALL_VETOED]))
+        warnings = list(dict.fromkeys([*old.warnings, ALL_VETOED]))
         new = old.model_copy(update={"warnings": warnings})
     elif held == variation:
         said = [threshold_warning(made[held - 1].scores, threshold)]

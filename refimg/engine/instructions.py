@@ -10,7 +10,7 @@ __all__ = ['DIMENSIONS', 'DIRECTOR', 'NEGATIVE', 'CRITIC']
 
 # %% ../../nbs/engine/instructions.ipynb #e3000006
 DIMENSIONS = {  # of a critique, with their weights in per cent; they add up to 100
-"completeness": 25,
+    "completeness": 25,
     "specificity": 25,
     "professionalism": 20,
     "cinematography": 15,

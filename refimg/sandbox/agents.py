@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pydantic import BaseModel
 
 from ..engine.protocols import Message, Reply
-from ..enhance import lost_intent, read_fences
+from ..engine.fence import read_fences
+from ..engine.intent import lost_intent
 from .aspects import ASPECTS, covered, tones
 from .sentences import FINISHES, MOODS, PALETTES, Brief
 

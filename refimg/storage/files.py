@@ -287,14 +287,18 @@ class TraceTree:
         with suppress(FileNotFoundError):
             if not stat.S_ISDIR(root.lstat().st_mode):
                 raise ValueError(f"{root} must be a folder, or not exist, got a link or a file")
-        tree._acquire()
         try:
-            tree._take()
-            tree._inode = os.stat(tree._lock.lock_file).st_ino
-            return tree
-        except BaseException:
-            tree._release()
-            raise
+            tree._acquire()
+            try:
+                tree._take()
+                tree._inode = os.stat(tree._lock.lock_file).st_ino
+            except BaseException:
+                tree._release()
+                raise
+        except OSError as error:
+            raise ValueError("output_dir must be a folder beside which traces can be written, "
+                             f"got {str(output_dir)!r}: {error}") from error
+        return tree
 
     def scene(
         self,
