@@ -332,9 +332,9 @@ def history_table(
             told.append(f"new prompt: {after['prompt']}")
         told += ["decided without seeing the scores"] if after.get("blind") else []
         place = ["–" if value is None else str(value) for value in (event.scene, event.variation)]
-        rows.append([str(number), event.kind, *place, "; ".join(told) or "–",
+        rows.append([f"{number} {event.kind}", *place, "; ".join(told) or "–",
                      event.reason or "–", event.at or "unknown"])
-    head = ["", "what", "scene", "variation", "outcome", "reason", "when"]
+    head = ["", "scene", "variation", "outcome", "reason", "when"]
     return table_html("What was changed after the run", head, rows, wrap=True)
 
 # %% ../../nbs/view/tables.ipynb #36488674
