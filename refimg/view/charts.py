@@ -137,8 +137,9 @@ class _DimensionRise(Chart):
                for s, best in zip(done, self.best, strict=True)]
         without = len(result.scenes) - len(done)
         rest = f" {counted(without, 'scene')} without a usable iteration." if without else ""
-        self.alt = (f"The critic's scores over the iterations, mean of {counted(len(done), 'scene')}"
-                    f", first iteration to best: {'; '.join(told)}. Best: {', '.join(won)}.{rest}")
+        self.alt = ("The critic's scores over the iterations, mean of "
+                    f"{counted(len(done), 'scene')}, first iteration to best: {'; '.join(told)}. "
+                    f"Best: {', '.join(won)}.{rest}")
         self.caption = (f"Mean {told[-1]} between the first iteration and the best one. ★ the best "
                         f"iteration, thin lines: scenes, thick line: their mean.{rest}")
 
@@ -254,8 +255,9 @@ class _ScoreDistributions(Chart):
                       zorder=2.5)
         lanes = [row + ((k * 0.618 + 0.5) % 1 - 0.5) * 0.5 for k in range(len(self.selected))]
         for star, style in ((False, _DOT), (True, _STAR)):
-            rows = zip(self.rows[name], lanes, self.selected, strict=True)
-            places = [(value, lane) for value, lane, won in rows if value is not None and won == star]
+            dots = zip(self.rows[name], lanes, self.selected, strict=True)
+            places = [(value, lane) for value, lane, won in dots
+                      if value is not None and won == star]
             if places:
                 axes.plot(*zip(*places, strict=True), linestyle="", **style)
         if not there:

@@ -7,21 +7,20 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from ..engine.results import SceneResult, StoryResult
-from ..enhance import ImagePromptEnhancementResult, Iteration
+from ..storage.extras import missing_extra
 from ..storage.files import check_id, write_atomic
 from refimg.view.charts import (
     WORK,
     dimension_rise,
     iteration_histogram,
-    score_words,
     score_distributions,
+    score_words,
     timeline,
 )
 from refimg.view.html import (
@@ -39,150 +38,112 @@ from refimg.view.html import (
 )
 from refimg.view.tables import (
     figures_html,
+    history_table,
     number_text,
     score_table,
     seed_text,
     strip_html,
     warnings_html,
+    warnings_of,
 )
 
 # %% auto #0
 __all__ = ['report']
 
-# %% ../../nbs/view/report.ipynb #ec0b6762
+# %% ../../nbs/view/report.ipynb #8dbb4116
 def _sum(values: Iterable[float | None]) -> float | None:
-    """The sum; None where one of them is not known."""
+    """Add up some numbers; None where one of them is not known."""
     values = list(values)
     return None if None in values else math.fsum(values)
 
 
-def _tokens(made: ImagePromptEnhancementResult) -> tuple[float | None, bool]:
-    """Tokens read and written in the rounds that were used, and whether there were more."""
-    more = made.stop_reason in ("error", "failed") or made.negative_prompt is not None
-    used = [item.usage for item in made.iterations]
-    counts = [u and u.input_tokens + u.output_tokens for u in used]
-    known = None if made.stop_reason == "failed" else _sum(counts)
-    return known, more
-
-
 def _told(value: float | None, form: str, more: bool = False) -> str:
-    """The number, or that it is unknown."""
+    """Write a number, or that it is unknown."""
     return "unknown" if value is None else f"{'at least ' * more}{value:{form}}"
-
-# %% ../../nbs/view/report.ipynb #8dbb4116
-def _usd(scene: SceneResult) -> float | None:
-    """USD of the scene's agents and of the pictures that it has."""
-    costs = [scene.enhancement.cost, *(v.image.cost for v in scene.variations)]
-    return _sum(costs) if scene.variations else None
-
-
-def _cost_row(name: str, scenes: list[SceneResult], usd: float | None) -> list[str]:
-    """One row of the table of costs."""
-    tokens = [_tokens(scene.enhancement) for scene in scenes]
-    read = _told(_sum(count for count, _ in tokens), ",.0f", any(more for _, more in tokens))
-    images = sum(len(scene.variations) for scene in scenes)
-    spent = [_sum(scene.timings.get(part) for scene in scenes) for part in WORK]
-    return [name, read, str(images), *(_told(s, ",.1f") for s in spent), _told(usd, ",.4f")]
 
 
 def _costs(result: StoryResult) -> Html:
-    """What each scene cost, and the run."""
-    rows = [_cost_row(f"scene {s.scene}", [s], _usd(s)) for s in result.scenes]
-    rows.append(_cost_row("run", result.scenes, result.cost))
+    """Tabulate what each scene cost, and the run."""
+
+    def tokens(scene: SceneResult) -> float | None:
+        used = [item.usage for item in scene.enhancement.iterations]
+        failed = scene.enhancement.stop_reason == "failed"
+        return None if failed else _sum(u and u.input_tokens + u.output_tokens for u in used)
+
+    def row(name: str, scenes: list[SceneResult], usd: float | None) -> list[str]:
+        more = any(s.enhancement.stop_reason in ("error", "failed")
+                   or s.enhancement.negative_prompt is not None for s in scenes)
+        spent = [_sum(scene.timings.get(part) for scene in scenes) for part in WORK]
+        return [name, _told(_sum(map(tokens, scenes)), ",.0f", more),
+                str(sum(len(scene.variations) for scene in scenes)),
+                *(_told(seconds, ",.1f") for seconds in spent), _told(usd, ",.4f")]
+
+    rows = []
+    for s in result.scenes:
+        usd = _sum([s.enhancement.cost, *(v.image.cost for v in s.variations)])
+        rows.append(row(f"scene {s.scene}", [s], usd if s.variations else None))
+    rows.append(row("run", result.scenes, result.cost))
     head = ["", "tokens", "images", *(f"{part}, s" for part in WORK), "USD"]
     total = _told(result.timings.get("total"), ",.1f")
     told = (f"From start to end {total} seconds. The run's USD are those of all its calls, also of "
-            "those whose picture was lost.")
+            "those whose image was lost.")
     return element("div", table_html("What each scene cost", head, rows), element("div", told))
 
 # %% ../../nbs/view/report.ipynb #fecb4992
-def _value(value: Any) -> str:
-    """A value of the record as text."""
+def _plain(value: Any) -> str:
+    """Write a value of the record as text."""
     if value is None:
         return "none"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def _pairs(caption: str, values: dict[str, Any]) -> Html:
-    """Names and values as a table."""
-    return table_html(caption, ["", "value"], [[k, _value(v)] for k, v in values.items()],
-                  wrap=True)
-
-
-def _made_with(result: StoryResult) -> list[Html]:
-    """Tables of story, settings and versions."""
-    story = result.story
+def _provenance(result: StoryResult) -> list[Html]:
+    """Tabulate story, settings and versions, and where every image comes from."""
+    story, rows = result.story, []
     given = {"brand": story.brand, **story.consistency_markers} if story else {}
     tables = {"Story": given, "Settings": result.settings, "Versions": result.versions}
-    return [_pairs(caption, values) for caption, values in tables.items() if values]
-
-# %% ../../nbs/view/report.ipynb #0c762213
-def _picture_row(scene: SceneResult, number: int) -> list[str]:
-    """Where one picture comes from."""
-    image = scene.variations[number - 1].image
-    size, seconds = f"{image.width} × {image.height}", _told(image.generation_time, ".1f")
-    seed = seed_text(scene.variations[number - 1]).removeprefix("seed ")
-    row = [f"{scene.scene} v{number}", image.image_path.name, image.model_name,
-           seed, size, image.timestamp, seconds,
-           _told(image.cost, ".4f"), image.provider_id or "none", image.sha256]
-    return [visible(text) for text in row]
-
-
-def _pictures(result: StoryResult) -> Html:
-    """Where every picture comes from."""
-    rows = [_picture_row(s, k) for s in result.scenes for k in range(1, len(s.variations) + 1)]
-    head = ["picture", "file", "model", "seed", "size", "drawn", "seconds", "USD",
-            "provider's id", "SHA-256"]
-    return table_html("Pictures", head, rows)
-
-# %% ../../nbs/view/report.ipynb #3c89d45e
-def _round(item: Iteration) -> Html:
-    """One round of the agents: the version, its scores, and what the critic said."""
-    scores = " · ".join(f"{score_words(n)} {number_text(v)}" for n, v in item.critique.scores.items())
-    wishes = [element("li", element("bdi", wish)) for wish in item.critique.improvements]
-    return element("div", element("h4", f"Round {item.number}"), lines_html(item.enhanced_prompt),
-                   element("p", scores), element("p", element("bdi", item.critique.critique)),
-                   element("ul", *wishes) if wishes else None)
-
-
-def _prompts(scene: SceneResult) -> list[Html | None]:
-    """The scene's prompt: what the agents changed, how, and what was sent."""
-    made = scene.enhancement
-    rounds = f"{counted(len(made.iterations), 'round')} ({made.stop_reason})"
-    negative = made.negative_prompt
-    return [
-        element("p", diff_html(scene.prompt, made.final_prompt)),
-        element("p", f"The picture should not show: {negative}") if negative else None,
-        folded_html("the original prompt", lines_html(scene.prompt)),
-        folded_html(rounds, *map(_round, made.iterations)) if made.iterations
-        else element("p", f"Not enhanced: {made.stop_reason}."),
-        folded_html("the prompt that was sent", lines_html(scene.sent_prompt)) if scene.sent_prompt
-        else element("p", "Nothing was sent."),
+    made = [
+        table_html(caption, ["", "value"], [[k, _plain(v)] for k, v in values.items()], wrap=True)
+        for caption, values in tables.items() if values
     ]
+    for scene in result.scenes:
+        for number, variation in enumerate(scene.variations, start=1):
+            image = variation.image
+            row = [f"{scene.scene} v{number}", image.image_path.name, image.model_name,
+                   seed_text(variation).removeprefix("seed "), f"{image.width} × {image.height}",
+                   image.timestamp, _told(image.generation_time, ".1f"),
+                   _told(image.cost, ".4f"), image.provider_id or "none", image.sha256]
+            rows.append([visible(text) for text in row])
+    head = ["image", "file", "model", "seed", "size", "drawn", "seconds", "USD",
+            "provider's id", "SHA-256"]
+    return [*made, table_html("Images", head, rows)]
 
 # %% ../../nbs/view/report.ipynb #ebb62de9
-def _scene_part(scene: SceneResult, width: int) -> Html:
-    """Everything that is known of one scene."""
-    name = f"scene-{scene.scene}"
-    return element(
-        "section", element("h2", f"Scene {scene.scene}", id=name),
-        element("h3", "Prompt, and what the agents changed"), *_prompts(scene),
+def _scene(scene: SceneResult, width: int) -> list[Html | None]:
+    """Show everything that is known of one scene; its images are so many pixels wide."""
+    made, steps = scene.enhancement, []
+    for item in made.iterations:
+        said = item.critique
+        scores = " · ".join(f"{score_words(n)} {number_text(v)}" for n, v in said.scores.items())
+        wishes = [element("li", element("bdi", wish)) for wish in said.improvements]
+        steps.append(element(
+            "div", element("h4", f"Iteration {item.number}"), lines_html(item.enhanced_prompt),
+            element("p", scores), element("p", element("bdi", said.critique)),
+            element("ul", *wishes) if wishes else None))
+    taken = f"{counted(len(made.iterations), 'iteration')} ({made.stop_reason})"
+    negative, sent = made.negative_prompt, scene.sent_prompt
+    return [
+        element("h3", "Prompt, and what the agents changed"),
+        element("p", diff_html(scene.prompt, made.final_prompt)),
+        element("p", f"The image should not show: {negative}") if negative else None,
+        folded_html("the original prompt", lines_html(scene.prompt)),
+        folded_html(taken, *steps) if steps
+        else element("p", f"Not enhanced: {made.stop_reason}."),
+        folded_html("the prompt that was sent", lines_html(sent)) if sent
+        else element("p", "Nothing was sent."),
         element("h3", "Variations"), figures_html(scene, width),
-        element("h3", "Warnings") if scene.warnings else None, warnings_html(scene),
-        aria_labelledby=name)
-
-
-def _part(title: str, *children: Html | None) -> Html:
-    """A part of the report that is about the run."""
-    name = title.lower().replace(" ", "-")
-    return element("section", element("h2", title, id=name), *children, aria_labelledby=name)
-
-
-def _contents(parts: list[Html]) -> Html:
-    """Links to the parts."""
-    found = re.findall(r'<h2 id="([^"]+)">([^<]*)</h2>', "".join(map(str, parts)))
-    links = [element("li", element("a", Html(title), href=f"#{name}")) for name, title in found]
-    return element("nav", element("ul", *links), aria_label="Contents")
+        element("h3", "Warnings") if warnings_of(scene) else None, warnings_html(scene),
+    ]
 
 # %% ../../nbs/view/report.ipynb #49359be0
 _POLICY = (
@@ -216,68 +177,62 @@ summary { cursor: pointer } details { margin: .4em 0 } details > div { margin: .
 }
 """
 
-# %% ../../nbs/view/report.ipynb #33c5d7b9
-def _page(title: str, *children: Html | None) -> str:
-    """A whole HTML page."""
+# %% ../../nbs/view/report.ipynb #531c578c
+def _page(result: StoryResult, sections: list[tuple[str, list[Html | None]]]) -> str:
+    """Write a whole HTML page, with a heading for each section and a link to it."""
+    title = title_of(result) or "References"
+    names = [name.lower().replace(" ", "-") for name, _ in sections]
+    parts = [element("section", element("h2", heading, id=name), *children, aria_labelledby=name)
+             for name, (heading, children) in zip(names, sections, strict=True)]
+    links = [element("li", element("a", heading, href=f"#{name}"))
+             for name, (heading, _) in zip(names, sections, strict=True)]
+    images = [v for scene in result.scenes for v in scene.variations]
+    scored = sum(v.scores.overall is not None for v in images)
+    told = [result.generation_id, counted(len(result.scenes), "scene"),
+            f"{counted(len(images), 'image')}, {scored} scored",
+            counted(sum(len(warnings_of(s)) for s in result.scenes), "warning"),
+            f"{_told(result.timings.get('total'), ',.1f')} seconds",
+            f"{_told(result.cost, ',.4f')} USD"]
+    top = element("header", element("h1", element("bdi", title)),
+                  element("p", " · ".join(told), sandbox_badge(result)),
+                  element("nav", element("ul", *links), aria_label="Contents"))
     head = element(
         "head", element("meta", charset="utf-8"),
         element("meta", http_equiv="Content-Security-Policy", content=_POLICY),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("meta", name="referrer", content="no-referrer"),
-        element("title", title), element("style", Html(_SHEET)))
+        element("title", f"{title} · refimg"), element("style", Html(_SHEET)))
     skip = element("a", "to the content", href="#content", class_="skip")
-    return f"<!doctype html>\n{element('html', head, element('body', skip, *children), lang='en')}"
+    body = element("body", skip, top, element("main", *parts, id="content"))
+    return f"<!doctype html>\n{element('html', head, body, lang='en')}"
 
 
-def _at_a_glance(result: StoryResult) -> Html:
-    """The run in one line."""
-    images = [v for scene in result.scenes for v in scene.variations]
-    scored = sum(v.scores.overall is not None for v in images)
-    told = [result.generation_id, counted(len(result.scenes), "scene"),
-            f"{counted(len(images), 'picture')}, {scored} scored",
-            f"{counted(sum(len(s.warnings) for s in result.scenes), 'warning')}",
-            f"{_told(result.timings.get('total'), ',.1f')} seconds",
-            f"{_told(result.cost, ',.4f')} USD"]
-    return element("p", " · ".join(told), sandbox_badge(result))
-
-# %% ../../nbs/view/report.ipynb #fffa8d0c
-def _parts(result: StoryResult, width: int) -> list[Html]:
-    """The sections of a report in their order."""
-    paths = [v.image.image_path for scene in result.scenes for v in scene.variations]
-    with ThreadPoolExecutor() as pool:
-        for path in paths:
-            pool.submit(image_html, path, "", width)
-        charts = [draw(result) for draw in
-                  (score_distributions, iteration_histogram, dimension_rise, timeline)]
-    return [
-        _part("References", strip_html(result, width)),
-        *(_scene_part(scene, width) for scene in result.scenes),
-        _part("Scores", score_table(result)), _part("The run in charts", *charts),
-        _part("Costs", _costs(result)),
-        _part("Provenance", *_made_with(result), _pictures(result)),
-    ]
-
-
-def _document(result: StoryResult) -> str:
-    """The report as HTML."""
-    parts, title = _parts(result, 384), title_of(result) or "References"
-    head = element("header", element("h1", element("bdi", title)), _at_a_glance(result),
-                   _contents(parts))
-    return _page(f"{title} · refimg", head, element("main", *parts, id="content"))
-
-# %% ../../nbs/view/report.ipynb #531c578c
 def report(
     result: StoryResult,  # a whole run
-    path: str | Path | None = None,  # of the HTML file; None: beside the pictures
+    path: str | Path | None = None,  # of the HTML file; None: beside the images
 ) -> Path:
-    """The path of one HTML file that shows the whole run, offline."""
+    """Write one HTML file that shows the whole run, offline, and return its path."""
     if path is None:
-        folder = next((v.image.image_path.parent for s in result.scenes for v in s.variations),
-                      Path())
+        images = (v.image.image_path for s in result.scenes for v in s.variations)
+        folder = next((image.parent for image in images), Path())
         path = folder / f"{check_id(result.generation_id)}_report.html"
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"path must be a file, got the folder {str(path)!r}")
+    width, absent = 384, missing_extra("notebook", "matplotlib")
+    draws = (score_distributions, iteration_histogram, dimension_rise, timeline)
+    with ThreadPoolExecutor() as pool:
+        for variation in (v for scene in result.scenes for v in scene.variations):
+            pool.submit(image_html, variation.image.image_path, "", width)
+        charts = [element("p", f"The charts are left out: {absent}.")] if absent else [
+            draw(result) for draw in draws]
+    page = _page(result, [
+        ("References", [strip_html(result, width)]),
+        *((f"Scene {scene.scene}", _scene(scene, width)) for scene in result.scenes),
+        ("Scores", [score_table(result)]), ("The run in charts", charts),
+        *([("History", [history_table(result)])] if result.history else []),
+        ("Costs", [_costs(result)]), ("Provenance", [*_provenance(result)]),
+    ])
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, _document(result).encode())
+    write_atomic(path, page.encode())
     return path

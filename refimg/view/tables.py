@@ -31,6 +31,7 @@ from refimg.view.html import (
     scenes_of,
     scroll_html,
     seconds_text,
+    table_html,
     title_of,
     visible,
 )
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['WON', 'ROW', 'number_text', 'seed_text', 'verdict_text', 'warnings_of', 'figure_html', 'variation_figure',
            'borrowed_figure', 'text_html', 'warnings_html', 'figures_html', 'variation_grid', 'metric_names',
-           'score_table', 'strip_html', 'chain_strip', 'progress_bar', 'save_table']
+           'score_table', 'strip_html', 'chain_strip', 'history_table', 'progress_bar', 'save_table']
 
 # %% ../../nbs/view/tables.ipynb #e15a3f66
 WON = {
@@ -278,7 +279,8 @@ def strip_html(
 ) -> Html:
     """Show the user's image and the reference of every scene."""
     image = result.story.initial_reference_image if result.story else None
-    names = {s.reference: f"scene {s.scene}" for s in result.scenes if s.reference_from != "carried"}
+    names = {scene.reference: f"scene {scene.scene}" for scene in result.scenes
+             if scene.reference_from != "carried"}
     names |= {image: "the user's image"} if image else {}
     cards, before = [], image
     if image:
@@ -310,6 +312,30 @@ def chain_strip(
     """Show the references in story order, the user's image first, with arrows along the chain."""
     title = element("strong", text_html(title_of(result) or "References", 200))
     return root_html(element("div", title, sandbox_badge(result)), strip_html(result, 224))
+
+# %% ../../nbs/view/tables.ipynb #0b6a0003
+def history_table(
+    result: StoryResult,  # a whole run
+) -> Html:
+    """Tabulate what happened to the result after its run."""
+
+    def numbers(value: Any) -> str:
+        return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+    rows = []
+    for number, event in enumerate(result.history, start=1):
+        after, told = event.after, []
+        for name, words in (("variation", "selected: v"), ("scenes", "drawn again: scene "),
+                            ("changed", "another reference: scene ")):
+            told += [words + numbers(after[name])] if after.get(name) else []
+        if after.get("prompt") not in (None, event.before.get("prompt")):
+            told.append(f"new prompt: {after['prompt']}")
+        told += ["decided without seeing the scores"] if after.get("blind") else []
+        place = ["–" if value is None else str(value) for value in (event.scene, event.variation)]
+        rows.append([str(number), event.kind, *place, "; ".join(told) or "–",
+                     event.reason or "–", event.at or "unknown"])
+    head = ["", "what", "scene", "variation", "outcome", "reason", "when"]
+    return table_html("What was changed after the run", head, rows, wrap=True)
 
 # %% ../../nbs/view/tables.ipynb #36488674
 def progress_bar() -> Callable[[Progress], None]:
