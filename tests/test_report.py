@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from refimg.engine.results import Event
 from refimg.enhance import Critique, ImagePromptEnhancementResult, Iteration, Usage
 from refimg.gallery import Gallery
 from refimg.pipeline import Pipeline, Progress, StoryResult, choose
@@ -123,11 +125,11 @@ def test_a_report_shows_each_scene_and_the_run(folder):
     result = result.model_copy(update={
         "scenes": scenes, "settings": {"seed": 7, "weights": None, "chain": "previous"},
         "versions": {"refimg": "9.9"}, "timings": {"total": 12.5}})
-    page = Page(report(choose(result, 1, 2, "the quieter picture"), folder / "r.html"))
+    page = Page(report(choose(result, 1, 2, "the quieter image"), folder / "r.html"))
     for words in ("A keeper on a beach", "in the rain,", "A keeper on a beach, 35 mm", "judged 1",
                   "wish 1", "threshold", "below threshold: 12.0 < 30", "rank 2", "clip_score 98.0",
                   "acme/clip @ 1", "linear-3", "seed 7", "refimg 9.9", "12.5 seconds",
-                  "the quieter picture", "chosen by a person", "0" * 64, "123456"):
+                  "the quieter image", "chosen by a person", "0" * 64, "123456"):
         assert words in page.text, words  # fmt: skip
     assert len(page.all("img")) == 2 + 2 * 2 + 4
     assert page.all("del") == [] and len(page.all("ins")) >= 2
@@ -185,6 +187,41 @@ def test_a_long_prompt_does_not_make_it_slow(folder):
     scene = scene_of(folder, 1, count=1, prompt="a " * 20_000, sent_prompt="b " * 20_000)
     page = Page(report(story_of([enhanced(scene, None)]), folder / "r.html"))
     assert page.text.count("b b b b") > 1000
+
+
+def test_the_history_is_told_where_there_is_one(folder):
+    result = chain_of(folder, 2, count=2)
+    assert "History" not in Page(report(result, folder / "r.html")).text
+    events = [
+        Event(kind="choose", scene=1, variation=2, reason="a <b>calmer</b> sea",
+              after={"variation": 2, "blind": True}),
+        Event(kind="rerun", scene=2, at="2026-11-28T09:00:00+00:00", before={"prompt": "old"},
+              after={"prompt": HOSTILE[0], "scenes": [2, 3], "settings": {"seed": 7}}),
+        Event(kind="rescore", after={"weights": {"aesthetic": 1.0}, "changed": [1]}),
+        Event(kind="edit", after={"scenes": 3, "variation": HOSTILE[1], "prompt": ["x"]}),
+    ]  # fmt: skip
+    page = Page(report(result.model_copy(update={"history": events}), folder / "r.html"))
+    for words in ("History", "a <b>calmer</b> sea", "selected: v2", "decided without seeing",
+                  "drawn again: scene 2, 3", HOSTILE[0], "another reference: scene 1",
+                  "2026-11-28T09:00:00+00:00", "drawn again: scene 3", HOSTILE[1]):
+        assert words in page.text, words  # fmt: skip
+
+
+def test_a_stale_scene_says_so_and_is_counted(folder):
+    result = choose(chain_of(folder, 3, count=2), 1, 2, "better light")
+    page = Page(report(result, folder / "r.html"))
+    assert result.scenes[1].warnings == [] and page.text.count(f"stale: {result.scenes[1].stale}")
+    assert "2 warnings" in page.text
+
+
+def test_without_matplotlib_the_charts_are_left_out_and_it_says_so(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    page = Page(report(chain_of(folder, 2), folder / "r.html"))
+    assert 'The charts are left out: matplotlib is not installed: pip install "refimg[notebook]".' \
+        in page.text
+    assert "Provenance" in page.text and "Enhancement iterations" not in page.text
+    with pytest.raises(ImportError, match=r"refimg\[notebook\]"):
+        iteration_histogram(chain_of(folder, 2))
 
 
 # what it may do

@@ -462,7 +462,9 @@ def test_a_chain_from_the_first_scene_says_so(folder):
 def test_a_choice_breaks_the_arrow_behind_it(folder):
     result = choose(chain_of(folder, 3, count=2), 1, 2, "better light")
     words = read(chain_strip(result)).words
-    assert words.count("→") == 1 and "no longer chosen" in words and "stale" in words
+    assert words.count("→") == 1 and "no longer selected" in words and "stale" in words
+    grid = read(variation_grid(result.scenes[1])).words
+    assert "⚠ warnings" in grid and f"stale: {result.scenes[1].stale}" in grid
 
 
 def test_twelve_scenes_in_order(folder):

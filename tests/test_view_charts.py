@@ -20,6 +20,7 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image
 
+from refimg.engine.results import Event
 from refimg.enhance import Critique, ImagePromptEnhancementResult, Iteration
 from refimg.pipeline import Pipeline, Scene, SceneResult, Story, StoryResult
 from refimg.score import ImageScores
@@ -79,7 +80,7 @@ def written(view: Html) -> list[str]:
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-def rounds_of(*overalls: float, reason: str = "threshold") -> ImagePromptEnhancementResult:
+def iterations_of(*overalls: float, reason: str = "threshold") -> ImagePromptEnhancementResult:
     """An enhancement whose rounds have these overalls; the dimensions are near them."""
     apart = dict(zip(DIMENSIONS, (-4, 4, -5, 0, 20 / 3), strict=True))
     made = [
@@ -119,12 +120,17 @@ def run_of(folder, scenes: int = 3, count: int = 4, *, rounds=(50.0, 70.0), **ov
             for k, v in enumerate(values)
         ]  # fmt: skip
         scene = scene_of(folder, n, own, prompt=prompt, agent=agent, timings=times(2.5 * n - 1.0))
-        done = rounds_of(*rounds).model_copy(update={"director": agent, "critic": agent})
+        done = iterations_of(*rounds).model_copy(update={"director": agent, "critic": agent})
         made.append(scene.model_copy(update={"enhancement": done}))
     settings = {"quality_threshold": 45.0, "max_enhancement_iterations": 4}
     settings |= over.pop("settings", {})
     total = {"total": 2.5 * scenes + 1.5}
     return story_of(made, settings=settings, timings=total, **over)
+
+
+def drawn_again(*scenes: object) -> list[Event]:
+    """A history in which these scenes were drawn again, one by one."""
+    return [Event(kind="rerun", after={"scenes": [number]}) for number in scenes]
 
 
 def with_scenes(result: StoryResult, *scenes: SceneResult) -> StoryResult:
@@ -163,11 +169,10 @@ def test_no_text_of_a_result_harms_a_chart(tmp_path, chart, text):
     own = [variation(shot(tmp_path, 1, 1), selected=True, scores=scores, model_name=text)]
     scene = scene_of(tmp_path, 1, own, prompt=text, sent_prompt=text, warnings=[text],
                      agent=f"sandbox-{text}", timings=times(2.0) | {text: 3.0})  # fmt: skip
-    made = rounds_of(50.0).model_copy(update={"director": f"sandbox-{text}"})
+    made = iterations_of(50.0).model_copy(update={"director": f"sandbox-{text}"})
     settings = {"quality_threshold": text, "max_enhancement_iterations": text}
-    settings["reruns"] = {text: 1, "1": 1}
     result = story_of([changed(scene, enhancement=made)], title=text, settings=settings,
-                      timings={"total": 5.0})  # fmt: skip
+                      history=drawn_again(1, text), timings={"total": 5.0})  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         view = chart(result)
@@ -317,25 +322,26 @@ async def test_charts_of_a_real_run(tmp_path):
     assert "1 scene kept from an earlier run" in alt(timeline(newest))
 
 
-# rounds
+# iterations
 
 
-def rounds_run(folder, *given: tuple[int, str], **settings) -> StoryResult:
+def iterations_run(folder, *given: tuple[int, str], **settings) -> StoryResult:
     result = run_of(folder, len(given), 1, settings=settings)
-    made = [rounds_of(*range(50, 50 + n), reason=why) for n, why in given]
+    made = [iterations_of(*range(50, 50 + n), reason=why) for n, why in given]
     pairs = zip(result.scenes, made, strict=True)
     return with_scenes(result, *(changed(s, enhancement=e) for s, e in pairs))
 
 
 def test_the_histogram_counts_rounds_and_reasons(tmp_path):
     given = [(1, "threshold"), (3, "converged"), (0, "failed"), (3, "threshold"), (2, "error")]
-    view = iteration_histogram(rounds_run(tmp_path, *given))
+    view = iteration_histogram(iterations_run(tmp_path, *given))
     words = alt(view)
     mean = statistics.fmean(n for n, _ in given)
     for said in (
-        "5 scenes", "1 scene with 0 rounds (1 failed)", "1 scene with 1 round (1 threshold)",
-        "1 scene with 2 rounds (1 error)", "2 scenes with 3 rounds (1 threshold · 1 converged)",
-        f"{mean:.1f} rounds a scene", "4 allowed", "2 threshold · 1 converged",
+        "5 scenes", "1 scene with 0 iterations (1 failed)",
+        "1 scene with 1 iteration (1 threshold)", "1 scene with 2 iterations (1 error)",
+        "2 scenes with 3 iterations (1 threshold · 1 converged)",
+        f"{mean:.1f} iterations per scene", "4 allowed", "2 threshold · 1 converged",
     ):  # fmt: skip
         assert said in words
     assert {"0", "1", "2", "3", "4", "1 threshold · 1 converged"} <= set(written(view))
@@ -343,14 +349,14 @@ def test_the_histogram_counts_rounds_and_reasons(tmp_path):
 
 def test_every_bar_says_its_reasons_in_words(tmp_path):
     reasons = ["threshold", "converged", "max_iterations", "error", "failed", "skipped"]
-    view = iteration_histogram(rounds_run(tmp_path, *((k, r) for k, r in enumerate(reasons))))
+    view = iteration_histogram(iterations_run(tmp_path, *((k, r) for k, r in enumerate(reasons))))
     assert {f"1 {reason}" for reason in reasons} <= set(written(view))
 
 
 def test_the_axis_goes_to_what_was_allowed_or_to_what_was_taken(tmp_path):
-    few = rounds_run(tmp_path, (1, "threshold"), max_enhancement_iterations=10)
+    few = iterations_run(tmp_path, (1, "threshold"), max_enhancement_iterations=10)
     assert {"0", "10"} <= set(written(iteration_histogram(few)))
-    more = rounds_run(tmp_path, (6, "converged"), max_enhancement_iterations=2)
+    more = iterations_run(tmp_path, (6, "converged"), max_enhancement_iterations=2)
     assert "6" in written(iteration_histogram(more))
     unknown = few.model_copy(update={"settings": {}})
     assert "allowed" not in alt(iteration_histogram(unknown))
@@ -367,17 +373,17 @@ def test_a_hundred_scenes_still_say_sandbox(tmp_path, chart):
 
 
 def test_a_hundred_scenes_fit_without_their_numbers(tmp_path):
-    view = iteration_histogram(rounds_run(tmp_path, *[(2, "threshold")] * 100))
-    assert "100 scenes with 2 rounds (100 threshold)" in alt(view)
+    view = iteration_histogram(iterations_run(tmp_path, *[(2, "threshold")] * 100))
+    assert "100 scenes with 2 iterations (100 threshold)" in alt(view)
     assert len(str(view)) <= 40_000
 
 
-# what the rounds brought
+# what the iterations brought
 
 
 def test_the_rise_is_from_the_first_round_to_the_one_that_won(tmp_path):
     result = run_of(tmp_path, 2)
-    made = [rounds_of(50, 80, 60), rounds_of(40, 45)]
+    made = [iterations_of(50, 80, 60), iterations_of(40, 45)]
     result = with_scenes(result, *(changed(s, enhancement=e)
                                    for s, e in zip(result.scenes, made, strict=True)))  # fmt: skip
     words, won = alt(dimension_rise(result)), [e.final_score for e in made]
@@ -385,22 +391,22 @@ def test_the_rise_is_from_the_first_round_to_the_one_that_won(tmp_path):
         first = statistics.fmean(e.iterations[0].critique.scores[name] for e in made)
         last = statistics.fmean(critique.scores[name] for critique in won)
         assert f"{name.replace('_', ' ')} from {first:.1f} to {last:.1f}" in words
-    assert "scene 1 round 2, scene 2 round 2" in words
+    assert "scene 1 iteration 2, scene 2 iteration 2" in words
     assert "overall 45 → 62" in written(dimension_rise(result))
 
 
 def test_the_earlier_of_two_equal_rounds_won(tmp_path):
     result = run_of(tmp_path, 1, rounds=(50.0, 70.0, 70.0))
-    assert "scene 1 round 2" in alt(dimension_rise(result))
+    assert "scene 1 iteration 2" in alt(dimension_rise(result))
 
 
 def test_a_scene_without_a_round_is_counted_in_words(tmp_path):
     result = run_of(tmp_path, 3)
-    failed = changed(result.scenes[1], enhancement=rounds_of(reason="failed"))
+    failed = changed(result.scenes[1], enhancement=iterations_of(reason="failed"))
     result = with_scenes(result, result.scenes[0], failed, result.scenes[2])
     view = dimension_rise(result)
-    assert "mean of 2 scenes" in alt(view) and "1 scene without a usable round" in alt(view)
-    assert "1 scene without a usable round" in read(view).words
+    assert "mean of 2 scenes" in alt(view) and "1 scene without a usable iteration" in alt(view)
+    assert "1 scene without a usable iteration" in read(view).words
 
 
 def test_one_round_is_no_rise(tmp_path):
@@ -415,13 +421,13 @@ def test_the_spread_is_told_with_its_numbers(tmp_path):
     result = run_of(tmp_path, 3)
     words = alt(score_distributions(result))
     shown = [v for s in result.scenes for v in s.variations]
-    assert f"Scores of {len(shown)} pictures" in words
+    assert f"Scores of {len(shown)} images" in words
     for name in ("overall", "clip_score", "aesthetic"):
         values = [(v.scores.metrics | {"overall": v.scores.overall})[name] for v in shown]
         pairs = zip(values, shown, strict=True)
         chosen = ", ".join(f"{value:.1f}" for value, v in pairs if v.selected)
         assert (f"{name}: {len(values)} of {len(values)} scored, {min(values):.1f} to "
-                f"{max(values):.1f}, median {statistics.median(values):.1f}, chosen {chosen}"
+                f"{max(values):.1f}, median {statistics.median(values):.1f}, selected {chosen}"
                 ) in words  # fmt: skip
 
 
@@ -431,7 +437,8 @@ def test_the_threshold_is_drawn_and_counted(tmp_path):
     threshold = statistics.median(chosen)
     result = result.model_copy(update={"settings": {"quality_threshold": threshold}})
     view, below = score_distributions(result), sum(value < threshold for value in chosen)
-    assert f"{below} of {len(chosen)} chosen below the quality threshold {threshold:g}" in alt(view)
+    words = f"{below} of {len(chosen)} selected below the quality threshold {threshold:g}"
+    assert words in alt(view)
     assert f"quality threshold {threshold:g}" in written(view)
     bare = score_distributions(result.model_copy(update={"settings": {}}))
     assert "threshold" not in alt(bare) + drawing(bare)
@@ -451,8 +458,8 @@ def test_unscored_pictures_are_no_zeros(tmp_path):
     view = score_distributions(with_scenes(result, changed(result.scenes[0], variations=own)))
     values = [v.scores.overall for v in own[1:]]
     assert f"overall: 3 of 4 scored, {min(values):.1f} to" in alt(view)
-    assert "1 of 4 pictures unscored" in alt(view)
-    assert "1 of 4 pictures unscored" in read(view).words
+    assert "1 of 4 images unscored" in alt(view)
+    assert "1 of 4 images unscored" in read(view).words
     assert "aesthetic: 4 of 4 scored" in alt(view)
 
 
@@ -460,9 +467,9 @@ def test_all_unscored_is_said_in_every_row(tmp_path):
     none = ImageScores(metrics={"clip_score": None}, overall=None, notes={"overall": "no weights"})
     own = [variation(shot(tmp_path, 1, k), selected=k == 1, rank=None, scores=none) for k in (1, 2)]
     view = score_distributions(story_of([scene_of(tmp_path, 1, own, source="first")]))
-    assert "2 of 2 pictures unscored" in alt(view)
+    assert "2 of 2 images unscored" in alt(view)
     assert "overall: no scores. clip_score: no scores" in alt(view)
-    assert written(view).count("no picture has this score") == 2
+    assert written(view).count("no image has this score") == 2
 
 
 def test_a_metric_called_overall_does_not_hide_the_overall(tmp_path):
@@ -532,7 +539,7 @@ def drawn_at(scene: SceneResult, moment: datetime) -> SceneResult:
 
 
 def test_scenes_of_an_earlier_run_have_no_bars(tmp_path):
-    result = run_of(tmp_path, 4, settings={"reruns": {"3": 1, "4": 2, "2": 1}})
+    result = run_of(tmp_path, 4, history=drawn_again(2, 3, 4, 4))
     moments = [0.0, 60.0, 3602.0 + 2.5 * 3 - 1.0, 3602.0 + 2.5 * 4 - 1.0]
     scenes = [drawn_at(s, NOON + timedelta(seconds=t))
               for s, t in zip(result.scenes, moments, strict=True)]  # fmt: skip
@@ -545,7 +552,7 @@ def test_scenes_of_an_earlier_run_have_no_bars(tmp_path):
 
 @pytest.mark.parametrize("stamp", ["", "yesterday", "2026-01-01", "2026-01-01T00:00:00"])
 def test_a_stamp_that_cannot_be_read_breaks_nothing(tmp_path, stamp):
-    result = run_of(tmp_path, 2, settings={"reruns": {"2": 1}})
+    result = run_of(tmp_path, 2, history=drawn_again(2))
     own = [v.model_copy(update={"image": v.image.model_copy(update={"timestamp": stamp})})
            for v in result.scenes[1].variations]  # fmt: skip
     second = changed(result.scenes[1], variations=own)
