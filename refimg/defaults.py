@@ -13,9 +13,7 @@ if TYPE_CHECKING:
     from refimg.adapters.prices import PriceTable
     from refimg.adapters.retry import RunLimits
     from refimg.engine.costs import Budget, Estimate
-    from refimg.enhance import ChatModel
-    from refimg.generate import ImageModel
-    from refimg.score import Scorer
+    from refimg.engine.protocols import ChatModel, ImageModel, Scorer
     from refimg.storage.journal import Journal
 
 # %% auto #0

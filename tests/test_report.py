@@ -486,7 +486,7 @@ def test_json_is_valid_whatever_a_cell_holds(tmp_path):
 def test_bytes_are_refused_by_the_name_of_their_column(tmp_path, value):
     place = tmp_path / "t.json"
     place.write_text("the old one")
-    with pytest.raises(ValueError, match="column 'raw' must be texts, numbers, lists or dicts"):
+    with pytest.raises(ValueError, match=r"column 'raw' must be .* got byte"):
         save_table(pd.DataFrame({"raw": [value]}), place)
     assert [*tmp_path.iterdir()] == [place] and place.read_text() == "the old one"
 
