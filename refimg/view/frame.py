@@ -91,11 +91,12 @@ def chart_html(
     require_extra("notebook", "matplotlib")
     import matplotlib.style
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     mark = "sandbox · not from real models" if sandbox else ""
     with _DRAWING, matplotlib.style.context(["default", _STYLE]):
-        figure = Figure(figsize=size, layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.1, h_pad=0.09, wspace=0.02, hspace=0.02)
+        layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.09, wspace=0.02, hspace=0.02)
+        figure = Figure(figsize=size, layout=layout)
         draw(figure)
         figure.suptitle(mark, x=0.985, ha="right", fontsize=8.5, style="italic")
         source = _saved(figure)
