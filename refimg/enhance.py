@@ -377,6 +377,8 @@ class Enhancement:
 
     async def negative_prompt(self) -> str | None:
         """Ask the director what the best version should not show; None where that fails."""
+        if self.best is None:
+            return None
         try:
             asked = _talk(NEGATIVE, prompt=self.best.enhanced_prompt, context=self.context)
             reply = await _call(self.director, asked, self.bill)
