@@ -176,7 +176,8 @@ def check_story(
         try:
             read_image(image)
         except ValueError as error:
-            raise ValueError(f"initial_reference_image: {error}") from error
+            why = f"initial_reference_image must be an image file, got: {error}"
+            raise ValueError(why) from error
 
 
 def check_folder(
