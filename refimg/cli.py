@@ -126,8 +126,8 @@ def _wait_for(work: Callable[[], Awaitable]) -> Any:
 def _standard_input() -> str:
     """Read all of standard input; raise a ValueError where it is closed or not UTF-8."""
     if sys.stdin is None:
-        raise ValueError("the argument must be a text or a file where standard input is closed, "
-                         "got '-'")
+        raise ValueError("standard input must be open to be read, got a closed one: give the "
+                         "text or a file in place of -")
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(encoding="utf-8", errors="strict")
     try:
