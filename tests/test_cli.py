@@ -307,7 +307,7 @@ def test_a_run_never_replaces_the_record_of_another_story(world, story, tmp_path
     others = [STORY | {"title": "another"}, {"scenes": STORY["scenes"][:1]}]
     for other in others:
         done = named("-", tmp_path, stdin=json.dumps(other))
-        told = "--generation-id must be another one, .+, got 'fox': .+ is the record of another story"
+        told = "--generation-id must be another one, .+ got 'fox': .+ the record of another story"
         assert done.exit_code == 1 and re.match(told, value(done)["error"])
     assert StoryResult.load(record).story.title == ""
     for text in ("{}", "no JSON", "[1]"):
