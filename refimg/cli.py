@@ -126,7 +126,8 @@ def _wait_for(work: Callable[[], Awaitable]) -> Any:
 def _standard_input() -> str:
     """Read all of standard input; raise a ValueError where it is closed or not UTF-8."""
     if sys.stdin is None:
-        raise ValueError("standard input is closed; give the text or a file in place of -")
+        raise ValueError("standard input must be open to be read, got a closed one: give the "
+                         "text or a file in place of -")
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(encoding="utf-8", errors="strict")
     try:
@@ -289,7 +290,8 @@ def _record_of(story: Story, name: str, output_dir: Path) -> Path:
         elif decided:
             why = f"holds decisions made since ({decided})"
     if why:
-        raise ValueError(f"{str(record)!r} {why}; give another --generation-id or --output-dir")
+        raise ValueError("--generation-id must be another one, or --output-dir another folder, "
+                         f"got {name!r}: {str(record)!r} {why}")
     return record
 
 # %% ../nbs/07_cli.ipynb #4c2ff43b
@@ -370,9 +372,8 @@ def load(
     json_value: _Json = False,  # True: by metric null, or what is missing
 ) -> None:
     """Fetch the weights of the real scorers into the cache of Hugging Face (5.7 GB, once)."""
-    scorers: list[Any] = [*defaults.real_scorers()]
     found = {}
-    for scorer in scorers:
+    for scorer in defaults.real_scorers():
         _tell(f"{scorer.name}: fetching and checking its weights")
         try:
             with contextlib.redirect_stdout(sys.stderr):

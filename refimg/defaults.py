@@ -10,6 +10,7 @@ import os
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from refimg.adapters.clip import Aesthetic, ClipScore, PickScore
     from refimg.adapters.prices import PriceTable
     from refimg.adapters.retry import RunLimits
     from refimg.engine.costs import Budget, Estimate
@@ -85,7 +86,7 @@ def image_model() -> ImageModel:
     return Painter()
 
 # %% ../nbs/06_defaults.ipynb #158b0da0
-def real_scorers() -> list[Scorer]:
+def real_scorers() -> list[PickScore | ClipScore | Aesthetic]:
     """Make the scorers on public checkpoints that are used by default, present or not."""
     from refimg.adapters.clip import Aesthetic, ClipScore, PickScore
 
@@ -98,7 +99,7 @@ def scorers(
     """Make the scorers for that model's images: the sandbox's for its own, else the real ones."""
     origin = world() if image_model is None else image_model.name
     if not origin.startswith("sandbox"):
-        return real_scorers()
+        return [*real_scorers()]
     from refimg.sandbox.scorers import SandboxAesthetic, SandboxClipScore, SandboxPickScore
 
     return [SandboxPickScore(), SandboxClipScore(), SandboxAesthetic()]

@@ -31,10 +31,11 @@ class _ClipScorer:
 
     name = ""
     band = (0.0, 1.0)  # the raw values of 0 and 100
+    view: Literal["crop", "whole"]
 
     def __init__(
         self, source: Checkpoint | Folder, load: Callable[..., Towers], device: str, dtype: str,
-        view: str,
+        view: Literal["crop", "whole"],
     ):
         check_placement(device, dtype)
         if view not in ("crop", "whole"):
@@ -67,11 +68,12 @@ class _ClipScorer:
         if found := self._embedder:
             return found
         require_extra("score")
-        if reason := self.missing():
-            raise ValueError(reason)
+        reason, folder = self.missing(), self.source.here()
+        if reason or folder is None:
+            raise ValueError(reason or f"the files of {self.source.name} are gone: fetch() again")
         self.source.version()  # of a folder it takes a while, here and not where it is recorded
         device, dtype = resolve_placement(*self._placement)
-        found = Embedder.shared(self.source.here(), self._load, device=device, dtype=dtype)
+        found = Embedder.shared(folder, self._load, device=device, dtype=dtype)
         self._embedder = found
         return found
 
@@ -175,11 +177,9 @@ def open_clip_checkpoint(
 
 
 @lru_cache
-def _named_loader(model: str, pretrained: str) -> Callable:
+def _named_loader(model: str, pretrained: str) -> Callable[..., Towers]:
     """Return a load function for that model, always the same one."""
-    load = partial(load_open_clip, model=model, pretrained=pretrained)
-    load.__name__ = f"open_clip {model} {pretrained}"
-    return load
+    return partial(load_open_clip, model=model, pretrained=pretrained)
 
 
 def _open_clip_source(model: str | Path, pretrained: str) -> tuple[Checkpoint | Folder, Callable]:
@@ -232,7 +232,7 @@ def _head(file: WebFile) -> tuple[torch.Tensor, float]:
 
     if reason := missing("aesthetic", file):
         raise ValueError(reason)
-    return fold(torch.load(file.here(), weights_only=True, map_location="cpu"))
+    return fold(torch.load(file.place(), weights_only=True, map_location="cpu"))
 
 
 class Aesthetic(_ClipScorer):

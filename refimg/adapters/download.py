@@ -59,13 +59,13 @@ async def _requests(client: httpx.AsyncClient, url: str, own: str | None) -> lis
                          f"{scheme}://{host}:{port}")
     look_up = asyncio.get_running_loop().getaddrinfo
     found = await look_up(host, 443, type=socket.SOCK_STREAM)
-    addresses = list(dict.fromkeys(entry[4][0] for entry in found))
+    addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
     for address in addresses:
         if not is_public(address):
             raise ValueError(f"address of {host} must be public, got {address}")
-    more = {"headers": plain | {"Host": host}, "extensions": {"sni_hostname": host}}
+    headers, named = plain | {"Host": host}, {"sni_hostname": host}
     pinned = [httpx.URL(url).copy_with(host=address) for address in addresses]
-    return [client.build_request("GET", one, **more) for one in pinned]
+    return [client.build_request("GET", one, headers=headers, extensions=named) for one in pinned]
 
 # %% ../../nbs/adapters/download.ipynb #75629c3e
 _HOPS = 4  # requests for one image, redirects included

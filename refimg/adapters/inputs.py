@@ -76,7 +76,7 @@ class Capabilities:
             )
         if not references and self.needs_reference:
             raise ValueError("references must be at least 1 for this model, got 0")
-        if not references:
+        if self.reference is None or not references:
             return {}
         return {self.reference: list(references) if self.many else references[0]}
 
@@ -102,9 +102,11 @@ _SHARED = ("1:1", "4:3", "3:4", "16:9", "9:16")
 _BANANA = (*_SHARED, "2:3", "3:2", "4:5", "5:4", "21:9")
 
 
-def _row(reference: str, most: int = 0, **more: Any) -> Capabilities:
+def _row(
+    reference: str, most: int = 0, aspect_ratios: tuple[str, ...] = _SHARED, **more: Any
+) -> Capabilities:
     """Return a row of the table; with `most` the reference input is a list of that many."""
-    return Capabilities(reference, most > 0, most or 1, **({"aspect_ratios": _SHARED} | more))
+    return Capabilities(reference, most > 0, most or 1, aspect_ratios=aspect_ratios, **more)
 
 
 KNOWN_MODELS: dict[str, Capabilities] = {
@@ -157,7 +159,7 @@ def _reference(fields: dict[str, dict], wanted: str | None) -> str | None:
 
 
 def read_schema(
-    openapi: dict,  # `openapi_schema` of a version of the model
+    openapi: Any,  # `openapi_schema` of a version of the model, as the server sent it
     *,
     known: Capabilities | None = None,  # the model's row of the table
     reference_input: str | None = None,  # the reference input's name, where no rule finds it

@@ -67,24 +67,24 @@ def _read_completion(
     completion: Completion,  # what the SDK made of the server's answer
 ) -> Reply:
     """Return text and tokens; an error where there is no answer in it."""
-    choices = getattr(completion, "choices", None)
-    first = choices[0] if isinstance(choices, list) and choices else None
-    message = getattr(first, "message", None)
-    if not hasattr(message, "content"):
+    try:
+        first = completion.choices[0]
+        message, content = first.message, first.message.content
+    except (AttributeError, LookupError, TypeError):
         sent = getattr(completion, "error", None) or completion
-        raise ConnectionError(f"the server sent no completion: {str(sent)[:200]!r}")
+        raise ConnectionError(f"the server sent no completion: {str(sent)[:200]!r}") from None
     if refusal := getattr(message, "refusal", None):
         raise ValueError(f"the model refused: {refusal}")
     if (reason := first.finish_reason) in ("length", "content_filter"):
         raise ValueError(f"the answer was cut off, finish_reason={reason}")
-    text = "" if message.content is None else message.content
+    text = "" if content is None else content
     if not isinstance(text, str):
         raise ValueError(f"the answer is no text but a {type(text).__name__}")
     used = getattr(completion, "usage", None)
-    tokens = [getattr(used, f"{name}_tokens", None) for name in ("prompt", "completion")]
-    if any(type(number) is not int or number < 0 for number in tokens):
-        return Reply(text=text)
-    return Reply(text=text, usage=Usage(input_tokens=tokens[0], output_tokens=tokens[1]))
+    read, written = (getattr(used, f"{name}_tokens", None) for name in ("prompt", "completion"))
+    if type(read) is int and type(written) is int and min(read, written) >= 0:
+        return Reply(text=text, usage=Usage(input_tokens=read, output_tokens=written))
+    return Reply(text=text)
 
 # %% ../../nbs/adapters/openai.ipynb #4fc902a9
 _HINT = re.compile(r"again in (?:(\d+)m)? ?(\d+(?:\.\d+)?) ?(ms|s)\b")
@@ -156,7 +156,7 @@ def response_format(
     from openai import pydantic_function_tool
 
     tool = pydantic_function_tool(schema)["function"]
-    strict = {"name": tool["name"], "strict": True, "schema": tool["parameters"]}
+    strict = {"name": tool["name"], "strict": True, "schema": tool.get("parameters")}
     return {"response_format": {"type": form, "json_schema": strict}}
 
 # %% ../../nbs/adapters/openai.ipynb #20d7a178

@@ -28,7 +28,7 @@ from ..engine.protocols import Call
 from ..storage.secrets import log_line
 
 if TYPE_CHECKING:
-    from replicate import Client
+    from replicate.client import Client
 
 # %% auto #0
 __all__ = ['Refusal', 'failure', 'Connection', 'Prediction', 'PendingCreates', 'PredictionRequest']
@@ -391,30 +391,32 @@ class PredictionRequest:
         if self._creates.lost and not self._creates.calls:
             await self._creates.cancel_lost()
 
-    async def create(self) -> None:
+    async def create(self) -> Prediction:
         """Create the prediction, in a few attempts; a ProviderError where none works."""
         def read(error: Exception) -> Failure:
             return replace(failure(error), paid=not _not_made(error))
 
-        async def once() -> None:
+        async def once() -> Prediction:
             if not self.prediction:
                 self.prediction = await self._creates.create()
                 if self.call and self.call.started:
                     self.call.started(self.prediction.id)
+            return self.prediction
 
         seconds, provider = min(30.0, self.timeout), self.connection.provider
-        await attempts(provider, once, read, seconds=seconds, call=self.call)
+        return await attempts(provider, once, read, seconds=seconds, call=self.call)
 
-    async def adopt(self, prediction_id: str) -> None:
+    async def adopt(self, prediction_id: str) -> Prediction:
         """Take over a prediction begun before; a Connection- or ProviderError if there is none."""
         ask = partial(self.connection.ask, "GET", f"/v1/predictions/{prediction_id}")
         answer = await self.connection.ask_free(ask, seconds=30, call=self.call)
         self.prediction = Prediction.read(answer.json())
         _claimed.add(self.prediction.id)
+        return self.prediction
 
-    async def wait(self) -> Prediction:
+    async def wait(self, prediction: Prediction) -> Prediction:
         """Return the prediction when it has ended; a ProviderError where that is not seen."""
-        prediction, (pause, longest), begun = self.prediction, _POLL, _loop_time()
+        (pause, longest), begun = _POLL, _loop_time()
         number, provider = prediction.id, self.connection.provider
         try:
             async with asyncio.timeout(self.timeout):

@@ -89,6 +89,13 @@ def _read(path: str, changed: int) -> dict[str, Price]:
     return TypeAdapter(dict[str, Price]).validate_json(Path(path).read_bytes())
 
 
+def _known(cost: float | None, name: str, by: str) -> float:
+    if cost is None:
+        raise ValueError(f"budget_usd needs prices, and {name} has none by {by}: add a row to "
+                         "the file that REFIMG_PRICES names, or use a model of the table")
+    return cost
+
+
 class PriceTable:
     """The published prices, and above them the rows of the file that REFIMG_PRICES names."""
 
@@ -119,7 +126,7 @@ class PriceTable:
     ) -> float | None:
         """Return the USD of a call; None where the price or the usage is not known."""
         price = self.price_of(name)
-        if price is None or price.input is None or usage is None:
+        if price is None or usage is None or price.input is None or price.output is None:
             return None
         return (usage.input_tokens * price.input + usage.output_tokens * price.output) / 1e6
 
@@ -141,24 +148,15 @@ class PriceTable:
         schema: type[BaseModel] | None = None,  # the shape of a JSON answer
     ) -> float:
         """Return the USD that a call may cost at most; a ValueError where it has no price."""
-        price = self._priced(name, "input")
         shape = str(schema.model_json_schema()) if schema else ""
         read = sum(len(message.content.encode("utf-8", "replace")) + 16 for message in messages)
         read += 2 * len(shape.encode("utf-8", "replace"))
-        return (read * price.input + MAX_COMPLETION * price.output) / 1e6
+        usage = Usage(input_tokens=read, output_tokens=MAX_COMPLETION)
+        return _known(self.chat_cost(name, usage), name, "input")
 
     def most_for_image(
         self,
         name: str,  # of the image model
     ) -> float:
         """Return the USD that one image may cost at most; a ValueError where it has no price."""
-        price = self._priced(name, "image", "second")
-        return price.image if price.second is None else price.second * MAX_SECONDS
-
-    def _priced(self, name: str, *fields: str) -> Price:
-        price = self.price_of(name)
-        if price is None or all(getattr(price, field) is None for field in fields):
-            by = " or ".join(fields)
-            raise ValueError(f"budget_usd needs prices, and {name} has none by {by}: add a row to "
-                             "the file that REFIMG_PRICES names, or use a model of the table")
-        return price
+        return _known(self.image_cost(name, MAX_SECONDS), name, "image or second")

@@ -36,7 +36,7 @@ from ..storage.files import read_image
 from ..storage.secrets import log_line, remember
 
 if TYPE_CHECKING:
-    from replicate import Client
+    from replicate.client import Client
 
 # %% auto #0
 __all__ = ['ReplicateImages']
@@ -113,7 +113,7 @@ class _Server:
 
     def _connect(self) -> Connection:
         """Make a connection; slow, since the SDK takes half a second to import."""
-        from replicate import Client
+        from replicate.client import Client
 
         importlib.import_module("stamina")  # so that the event loop imports nothing slow
         client = self.client or Client(api_token=self.token, base_url=self.base_url)
@@ -149,12 +149,12 @@ class _Server:
         import stamina
 
         passing, own = (httpx.HTTPError, NoImage, OSError), self.base_url if self.foreign else None
-        waits = {"wait_initial": _FETCH[0], "wait_max": _FETCH[1], "wait_jitter": _FETCH[0]}
-        attempts = stamina.retry_context(on=passing, attempts=4, timeout=None, **waits)
+        retry = stamina.AsyncRetryingCaller(
+            attempts=4, timeout=None, wait_initial=_FETCH[0], wait_max=_FETCH[1],
+            wait_jitter=_FETCH[0],
+        )
         try:
-            async for attempt in attempts:
-                with attempt:
-                    return await fetch(prediction.url, own=own)
+            return await retry(passing, fetch, prediction.url, own=own)
         except (*passing, ValueError) as error:
             told = f"the image of prediction {prediction.id}: {failure(error).text}"
             raise ProviderError(self.name, Failure("never", told, paid=True)) from error
@@ -295,8 +295,7 @@ class ReplicateImages:
         connection, model = await self.server.connection(), self.model.partition(":")[0]
         options = {"model": model, "timeout": self.timeout, "call": call}
         async with PredictionRequest(connection, path, body, **options) as wanted:
-            await wanted.create()
-            return self._measured(await wanted.wait())
+            return self._measured(await wanted.wait(await wanted.create()))
 
     async def adopt(
         self,
@@ -308,8 +307,8 @@ class ReplicateImages:
         connection, seconds = await self.server.connection(), self.timeout
         try:
             async with PredictionRequest(connection, timeout=seconds, call=call) as wanted:
-                await wanted.adopt(prediction_id)
-                prediction = self._measured(await wanted.wait())
+                prediction = await wanted.wait(await wanted.adopt(prediction_id))
+                self._measured(prediction)
             if prediction.status != "succeeded":
                 return None
             inputs = prediction.data.get("input")
@@ -330,9 +329,10 @@ class ReplicateImages:
 
     async def _image(self, tried: list[Prediction], inputs: dict[str, Any]) -> GeneratedImage:
         """Return the image of the last prediction, with the cost of all of them."""
-        prediction, times = tried[-1], [each.seconds for each in tried]
-        data = await self.server.fetch(prediction)
-        cost = PriceTable().image_cost(self.name, None if None in times else sum(times))
+        prediction, data = tried[-1], await self.server.fetch(tried[-1])
+        times = [each.seconds for each in tried if each.seconds is not None]
+        seconds = sum(times) if len(times) == len(tried) else None
+        cost = PriceTable().image_cost(self.name, seconds)
         seed = inputs.get("seed")
         if type(seed) is not int:  # the log of a model with seeds may report the one it took
             logs = str(prediction.data.get("logs") or "")

@@ -120,8 +120,9 @@ def _pace(provider: str) -> _Pace:
 
 # %% ../../nbs/adapters/retry.ipynb #f9ffb103
 async def _attempt(
-    provider: str, call_once: Callable, read: Callable, seconds: float, limits: RunLimits
-) -> object:
+    provider: str, call_once: Callable[[], Awaitable[_T]], read: Callable[[Exception], Failure],
+    seconds: float, limits: RunLimits,
+) -> _T:
     """Return the answer of one attempt."""
     pace, loop = _pace(provider), asyncio.get_running_loop()
     await pace.turn(lambda: provider in limits.down)
@@ -161,8 +162,9 @@ async def attempts(
 
     def again(error: Exception) -> bool | float:
         """Say whether to try again; a number is the seconds to wait first."""
-        passing = isinstance(error, ProviderError) and error.failure.kind == "again"
-        if not passing or next(tried) >= _TRIES or not limits.take():
+        if not isinstance(error, ProviderError) or error.failure.kind != "again":
+            return False
+        if next(tried) >= _TRIES or not limits.take():
             return False
         if call.may_retry and not call.may_retry(error.paid):
             return False
@@ -170,13 +172,11 @@ async def attempts(
         wait = error.failure.wait
         return min(wait, _LONGEST) if wait and wait > 0 else True
 
-    async for attempt in stamina.retry_context(
-        on=again,
+    retry = stamina.AsyncRetryingCaller(
         attempts=None,
         timeout=None,
         wait_initial=_BACKOFF[0],
         wait_max=_BACKOFF[1],
         wait_jitter=_BACKOFF[0],
-    ):
-        with attempt:
-            return await _attempt(provider, call_once, read, seconds, limits)
+    )
+    return await retry(again, _attempt, provider, call_once, read, seconds, limits)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from weakref import WeakValueDictionary
 
 from PIL import Image
@@ -177,7 +177,7 @@ class Towers:
     side: int = 224  # pixels of the square that the image tower sees
 
 
-def _unit(features: object) -> torch.Tensor:
+def _unit(features: Any) -> torch.Tensor:
     """Return the features as float32 rows of unit length in main memory."""
     import torch
 
@@ -193,7 +193,7 @@ def _file(folder: Path, name: str) -> Path:
     return folder / name
 
 # %% ../../nbs/adapters/towers.ipynb #bd58170f
-def _clip_parts(folder: Path) -> tuple[torch.nn.Module, Callable, Callable]:
+def _clip_parts(folder: Path) -> tuple[Any, Any, Any]:
     """Read the CLIPModel of a folder, every weight of it, its image processor and tokenizer."""
     library, weights = import_transformers(), _file(folder, "model.safetensors")
     if not (folder / "tokenizer.json").is_file():
@@ -267,7 +267,7 @@ def _no_warning() -> Iterator[None]:
         root.removeFilter(quiet)
 
 
-def _open_clip_model(folder: Path, model: str, tag: str) -> tuple[torch.nn.Module, Callable]:
+def _open_clip_model(folder: Path, model: str, tag: str) -> tuple[Any, Callable]:
     """Read the model of a folder, every weight of it, and its preprocessing."""
     import torch
 
@@ -368,7 +368,7 @@ class Embedder:
         **options: str,  # further arguments of `load`
     ) -> Embedder:
         """Return the one embedder of that model in this process."""
-        key = (load.__name__, str(Path(folder).resolve()), *sorted(options.items()))
+        key = (load, str(Path(folder).resolve()), *sorted(options.items()))
         with cls._sharing:
             found = cls._shared.get(key)
             if found is None:

@@ -38,7 +38,7 @@ def answer_tokens(
     return sorted(i for token, i in vocabulary.items() if token.lstrip(" Ġ▁").lower() == answer)
 
 # %% ../../nbs/adapters/vqa.ipynb #3100c97e
-_FILES = {  # what is left out is the same weights again, in the makers' own layout
+_FILES: dict[str, Any] = {  # what is left out is the same weights again, in the makers' own layout
     "allow_patterns": ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"],
     "ignore_patterns": ["*/*", "consolidated*"],
 }
@@ -77,8 +77,9 @@ class _ModelFiles:
     def hub(self) -> tuple[str, str] | None:
         """The repository and the revision, or None where a local folder is meant."""
         found = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?", self.model)
-        local = found is None or Path(self.model).is_dir()
-        return None if local else (found[1], found[2] or "main")
+        if found is None or Path(self.model).is_dir():
+            return None
+        return found[1], found[2] or "main"
 
     def folder(self) -> Path | None:
         """Return the folder of the files; None where that of the hub is not in the cache."""
@@ -137,7 +138,7 @@ class Reader:
     """A loaded vision-language model, and the tokens with which it can answer."""
 
     name: str  # checkpoint @ revision
-    model: torch.nn.Module  # writes text after images and text
+    model: Any  # a torch.nn.Module that writes text after images and text
     processor: Any  # makes the model's input from images and text
     yes: list[int]  # ids of the tokens that mean yes
     no: list[int]  # ids of the tokens that mean no

@@ -101,14 +101,15 @@ class Checkpoint:
         found = (try_to_load_from_cache(self.name, name, **where) for name in names)
         return [Path(item) for item in found if isinstance(item, str)]
 
-    def _needed(self) -> list[Path | None]:
-        found = (self._cached(names) for names in self.needs)
-        return [next(filter(is_whole, paths), None) for paths in found]
+    def _needed(self) -> list[Path]:
+        found = [next(filter(is_whole, self._cached(names)), None) for names in self.needs]
+        files = [path for path in found if path]
+        return files if len(files) == len(found) else []
 
     def here(self) -> Path | None:
         """Return the folder in the cache that holds all files, whole; None if one is missing."""
         files = self._needed()
-        return files[0].parent if all(files) else None
+        return files[0].parent if files else None
 
     def version(self) -> str:
         """Return the commit, as far as it is known without a network."""
@@ -118,7 +119,7 @@ class Checkpoint:
     def fetch(self) -> Path:
         """Return that folder, every file checked and downloaded if need be, or raise an OSError."""
         files = self._needed()
-        if all(path is not None and is_sound(path) for path in files):
+        if files and all(map(is_sound, files)):
             return files[0].parent
         _refuse_offline(self.name)
         for name in self.extras:
@@ -126,7 +127,9 @@ class Checkpoint:
         for names in self.needs:
             if not any(self._download(name) for name in names):
                 raise OSError(f"{self.name}@{self.revision} has no {' or '.join(names)}")
-        return self.here()
+        if (folder := self.here()) is None:
+            raise OSError(f"{self.name}@{self.revision} changed meanwhile: fetch() it again")
+        return folder
 
     def _download(self, name: str) -> Path | None:
         """Return the file, sound, in the cache; None where the repository has none of the name."""

@@ -112,11 +112,11 @@ def decode_image(
         image.load()
         turn = None
         with suppress(Exception):
-            turn = _TURNS.get(image.getexif().get(0x0112))
+            turn = _TURNS[image.getexif()[0x0112]]
         pixels = _rgb(image if turn is None else image.transpose(turn))
     except Exception as error:
         raise ValueError(_refusal(data, error)) from error
-    pixels.info = _truth(image.info)
+    pixels.info = {**_truth(image.info)}
     return pixels
 
 # %% ../../nbs/storage/files.ipynb #0aa19ec3

@@ -163,10 +163,9 @@ async def _single_flight(place: tuple[Path, str], work: Callable[[], Awaitable])
     """Return what the work gives, done by one of all who ask for that place in this process."""
     while True:
         with _flights_lock:
-            flight = _flights.get(place)
-            own = None if flight else _flights.setdefault(place, Future())
-        if own:
-            break
+            if (flight := _flights.get(place)) is None:
+                own = _flights[place] = Future()
+                break
         if (answer := await asyncio.shield(asyncio.wrap_future(flight))) is not None:
             return answer
     answer, failure = None, None
@@ -196,6 +195,7 @@ class _Recorded:
     """A model whose other attributes are those of the model inside."""
 
     takes_call = True
+    name: str  # by `__getattr__`, as all that a class below names without a value
 
     def __init__(self, journal: Journal, model: Any, output_dir: str | Path, generation_id: str):
         self._journal, self._model = journal, model
@@ -220,6 +220,10 @@ class _Recorded:
         """Return the stored answer, that of a prediction which is still there, or a new one."""
         database, loop, prediction = self._journal.database, asyncio.get_running_loop(), None
         takes, adopt = (getattr(self._model, name, None) for name in ("takes_call", "adopt"))
+
+        def note(number: str) -> None:
+            loop.run_in_executor(None, database.note, entry, number)
+
         if not self._journal.refresh:
             answer, prediction = await _thread(database.find, entry, kind)
             if answer is not None:
@@ -229,7 +233,6 @@ class _Recorded:
             answer = await adopt(prediction, **({"call": call} if takes else {}))
         if answer is None:
             await _thread(database.begin, entry)
-            note = partial(loop.run_in_executor, None, database.note, entry)
             noted = replace(call or Call(), started=note)
             answer = await ask(**({"call": noted} if takes else {}))
         await _thread(database.keep, entry, answer)
@@ -267,6 +270,11 @@ def _image_request(request: ImageRequest) -> str:
 
 class _RecordedImages(_Recorded):
     """An image model that gives from the journal what it has drawn before."""
+
+    max_references: int
+    takes_seed: bool
+    takes_negative_prompt: bool
+    aspect_ratios: tuple[str, ...] | None
 
     async def generate(self, request: ImageRequest, *, call: Call | None = None) -> GeneratedImage:
         """Return the model's image, of now or of an earlier run."""
