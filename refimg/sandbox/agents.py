@@ -119,7 +119,7 @@ _CHARMS = r"\b(masterpiece|trending|artstation|award[- ]winning|best quality|[48
 _CLASHES = (("warm", "cool"), ("muted", "vivid"), ("calm", "tense"), ("mono", "vivid"))
 
 
-def _share(weights: dict[str, int], have: set[str]) -> float:
+def _share(weights: dict[str, int], have: frozenset[str]) -> float:
     """Return the share of the weights that is there, 0 to 1."""
     return sum(w for name, w in weights.items() if name in have) / sum(weights.values())
 
@@ -141,7 +141,7 @@ def _clashing(text: str, context: str) -> list[str]:
     return [bad for good, bad in both if good in wanted and bad in have - wanted]
 
 
-def _alignment(text: str, context: str, have: set[str]) -> float:
+def _alignment(text: str, context: str, have: frozenset[str]) -> float:
     """Return the agreement with the context, or with itself where there is none, 0 to 1."""
     own = _share(_WEIGHTS["brand_alignment"], have)
     wanted = tones(context)
@@ -213,6 +213,6 @@ class Critic:
     ) -> str:
         """Return the critique of a prompt as JSON."""
         scores, wanted = rate(text, original, context), wishes(text, original, context)
-        weakest = min(scores, key=scores.get).replace("_", " ")
+        weakest = min(scores, key=lambda name: scores[name]).replace("_", " ")
         said = f"Weakest in {weakest}." if wanted else "Nothing that a rule would miss."
         return json.dumps(scores | {"critique": said, "improvements": wanted}, ensure_ascii=False)

@@ -95,7 +95,7 @@ def arrange(
     high, wide = _extent(kind, framing, view.aspect, number)
     rng = view.rng("layout")
     side, jitter = float(rng.uniform(-0.14, 0.14)), rng.uniform(-1, 1, (3, 2))
-    relation = attributes.get("relation")
+    relation = attributes.get("relation", "")
     side = {"left of": 0.13, "right of": -0.13}.get(relation, side)
     side = side * 1.2 if framing == "wide" else side
     centre = view.aspect * (0.5 + side)

@@ -17,6 +17,7 @@ __all__ = ['Colour', 'PIGMENTS', 'Light', 'mix', 'Layer', 'Figure', 'figure_colo
 
 # %% ../../nbs/sandbox/drawing.ipynb #b361d048
 Colour = Sequence[float] | np.ndarray  # red, green and blue, 0..1
+_Points = Sequence[Sequence[float]] | np.ndarray  # x and y of each
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Layer:
 
     def at(
         self,
-        points: Sequence[Sequence[float]],  # in this layer's unit, y upwards
+        points: _Points,  # in this layer's unit, y upwards
     ) -> np.ndarray:
         """Return points in pixels of this layer."""
         p = np.asarray(points, np.float32)
@@ -82,7 +83,7 @@ class Layer:
 
     def fill(
         self,
-        shapes: Sequence[Sequence[Sequence[float]]],  # polygons in the layer's unit
+        shapes: Sequence[_Points],  # polygons in the layer's unit
         colour: Colour,  # of all of them
         alpha: float = 1.0,  # coverage, 0..1
         soft: float = 0.0,  # blur of the edge, in units
@@ -181,7 +182,7 @@ class Layer:
         below += above * alpha
 
 # %% ../../nbs/sandbox/drawing.ipynb #9ac4f7e5
-def _smooth_line(points: Sequence[Sequence[float]], closed: bool, steps: int = 6) -> np.ndarray:
+def _smooth_line(points: _Points, closed: bool, steps: int = 6) -> np.ndarray:
     """Return a smooth line through the points (Catmull and Rom, 1974)."""
     p = np.asarray(points, np.float32)
     if closed:
@@ -195,10 +196,10 @@ def _smooth_line(points: Sequence[Sequence[float]], closed: bool, steps: int = 6
     return line if closed else np.concatenate([line, p[-2:-1]])
 
 
-def _stroke(points: Sequence[Sequence[float]], widths: Sequence[float]) -> np.ndarray:
+def _stroke(points: _Points, widths: Sequence[float]) -> np.ndarray:
     """Return the outline of a tapered stroke along a smooth line, with rounded ends."""
-    widths = np.interp(np.linspace(0, 1, len(points)), np.linspace(0, 1, len(widths)), widths)
-    line = _smooth_line(np.column_stack([points, widths]), False)
+    wide = np.interp(np.linspace(0, 1, len(points)), np.linspace(0, 1, len(widths)), widths)
+    line = _smooth_line(np.column_stack([points, wide]), False)
     xy, half = line[:, :2], line[:, 2:] / 2
     along = np.gradient(xy, axis=0)
     along /= np.maximum(np.hypot(along[:, :1], along[:, 1:]), 1e-6)
@@ -228,7 +229,7 @@ class Figure:
 
     def shape(
         self,
-        points: Sequence[Sequence[float]],  # of the outline, in the layer's unit
+        points: _Points,  # of the outline, in the layer's unit
         colour: str | Colour,  # a colour's name, or red, green and blue
         smooth: bool = True,  # False: straight lines and corners
         **how: float,  # shade, a factor on the colour; the rest as in `Layer.fill`
@@ -238,7 +239,7 @@ class Figure:
 
     def limb(
         self,
-        points: Sequence[Sequence[float]],  # of the middle line
+        points: _Points,  # of the middle line
         widths: Sequence[float],  # along it, two or more
         colour: str | Colour,  # as in `shape`
         **how: float,  # as in `shape`

@@ -109,8 +109,8 @@ def choose_attributes(
         (slip, follow), said = rng.random(2), stated.get(attribute)
         shown = shown if shown in VOCABULARY[attribute] and shown not in taken else None
         if said is None:
-            kept = shown and follow < _FOLLOW
-            chosen[attribute] = shown if kept else _pick(rng, attribute, taken)
+            kept = shown if follow < _FOLLOW else None
+            chosen[attribute] = kept or _pick(rng, attribute, taken)
             return
         limit = rates[attribute] / 2 if shown == said else rates[attribute]
         chosen[attribute] = said if slip >= limit else _pick(rng, attribute, (said, *taken))
@@ -141,8 +141,10 @@ def error_rates(
     restated_error: float | None = None,  # the same for a restated attribute; None: as `error`
 ) -> dict[str, float]:
     """Return the probability of a mistake by stated attribute, where no reference agrees."""
-    again = set() if restated_error is None else restated(prompt)
-    return {a: restated_error if a in again else error for a in read_prompt(prompt)}
+    rates = dict.fromkeys(read_prompt(prompt), error)
+    if restated_error is not None:
+        rates |= dict.fromkeys(restated(prompt), restated_error)
+    return rates
 
 # %% ../../nbs/sandbox/painter.ipynb #2c9b5f06
 RATIOS = ("16:9", "9:16", "1:1", "4:3", "3:4")

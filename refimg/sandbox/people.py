@@ -5,8 +5,6 @@
 # %% ../../nbs/sandbox/people.ipynb #106c5f7a
 from __future__ import annotations
 
-import numpy as np
-
 from .drawing import Figure
 
 # %% auto #0
@@ -31,7 +29,7 @@ class _Person(Figure):
     def arm(self, shoulder: _Point, elbow: _Point, hand: _Point, shade: float = 1.0) -> None:
         """Draw an arm in its sleeve, with a cuff and a hand."""
         self.dot(hand[0], hand[1], 0.024, 0.027, "skin", shade=shade)
-        reach = np.asarray(elbow) * 0.14 + np.asarray(hand) * 0.86
+        reach = [e * 0.14 + h * 0.86 for e, h in zip(elbow, hand, strict=True)]
         self.limb([shoulder, elbow, reach], (0.092, 0.072, 0.058), "main", shade=shade)
 
     def coat(self, hem: float, flare: float) -> None:

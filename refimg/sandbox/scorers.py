@@ -103,6 +103,7 @@ def _embedder(folder: Path, load: Callable[[Path], Towers]) -> Embedder:
 class _Trained:
     """Some weights with their card, and the model they belong to, shared by all who ask for it."""
 
+    name: str  # of the scorer; every subclass has its own
     _name, _file, _load = "sandbox-clip", "refimg.json", staticmethod(load_open_clip)
 
     def __init__(
@@ -132,6 +133,10 @@ class _Trained:
         if reason := self.missing():
             return [RawScore(None, reason)] * len(batch.images)
         return self._score(batch)
+
+    def _score(self, batch: Batch) -> list[RawScore]:
+        """Return the raw score of each image; every subclass says how."""
+        raise NotImplementedError
 
 
 class _TextScorer(_Trained):

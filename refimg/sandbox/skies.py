@@ -154,7 +154,7 @@ class View:
         """Return soft noise, 0..1, for each pixel."""
         rng, (height, width) = self.rng(name), self.frame.pixels.shape[:2]
         height = rows or height
-        total, aspect = 0.0, width / height
+        total, aspect = np.zeros((height, width), np.float32), width / height
         for octave in range(octaves):
             down = min(cells * 2**octave, 200)
             across = max(2, round(down * 2.4 / stretch))

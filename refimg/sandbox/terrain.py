@@ -34,7 +34,7 @@ class Terrain(View):
             t = at - i
             t = t if peaks else t * t * (3 - 2 * t)
             total = total + (knots[i] * (1 - t) + knots[i + 1] * t) * rough**octave
-        return (base + swing * total).astype(np.float32)
+        return np.asarray(base + swing * total, np.float32)
 
     def land(self, heights: np.ndarray, colour: Colour, far: float = 0.0, mist: float = 0.0,
              texture: np.ndarray | None = None, rough: float = 0.0,

@@ -218,7 +218,7 @@ def _sections(text: str) -> Iterator[tuple[str | None, str]]:
         yield None, text[at : match.start()]
         name = (match[1] or match[2]).lower().replace("_", " ")
         short = name in _LABELS or match.start() == 0
-        end = (_SHORT_END if short else _LINE_END).search(text, match.end())
+        end = next((_SHORT_END if short else _LINE_END).finditer(text, match.end()))
         at = min(end.end(), following.start() if following else len(text))
         yield name, text[match.end() : at]
     yield None, text[at:]

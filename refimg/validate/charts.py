@@ -56,7 +56,7 @@ def curve_chart(
     curve: pd.DataFrame,  # from `best_of_k`
 ) -> Html:
     """Show the mean of each metric for the best of k images, with its 95 % band."""
-    groups = dict([*curve.groupby("metric", sort=False)])
+    groups = {str(metric): rows for metric, rows in curve.groupby("metric", sort=False)}
     columns = 2 if len(groups) in (2, 4) else 3
 
     def draw(figure: Figure) -> None:
@@ -88,7 +88,7 @@ def forest_chart(
         axes = figure.subplots()
         axes.axvline(0, color=GREY, linewidth=1)
         for place, d in enumerate(rows):
-            if d.low is None:
+            if d.low is None or d.high is None or d.difference is None or d.sd is None:
                 axes.annotate("cannot tell", (0, place), (6, 0), textcoords="offset points",
                               va="center", style="italic", color=GREY)
                 continue
@@ -115,14 +115,14 @@ def distributions(
     """Describe each arm and metric: images, unscored ones, quartiles, mean of the selected."""
     import pandas as pd
 
-    runs, rows = Runs.read(runs), []
-    for arm, group in runs.table.groupby(runs.arms, sort=False):
-        for metric in runs.metrics:
+    checked, rows = Runs.read(runs), []
+    for arm, group in checked.table.groupby(checked.arms, sort=False):
+        for metric in checked.metrics:
             told = group[metric].describe().drop("count").to_dict()
             rows.append({"arm": arm, "metric": metric, "images": len(group),
                          "unscored": int(group[metric].isna().sum()), **told,
-                         "selected": Runs(runs.name, group).selected[metric].mean()})
-    return runs.mark(pd.DataFrame(rows))
+                         "selected": Runs(checked.name, group).selected[metric].mean()})
+    return checked.mark(pd.DataFrame(rows))
 
 # %% ../../nbs/validate/charts.ipynb #5db11ca9
 def _draw_boxes(axes: Axes, metric: str, arms: dict[str, Runs]) -> None:
@@ -148,20 +148,20 @@ def distribution_chart(
     runs: pd.DataFrame | Iterable[StoryResult],  # one arm or several
 ) -> Html:
     """Show the scores of all images by metric and arm, with the selected ones and the threshold."""
-    runs = Runs.read(runs)
-    groups = runs.table.groupby(runs.arms, sort=False)
-    arms = {str(arm): Runs(runs.name, group) for arm, group in groups}
+    checked = Runs.read(runs)
+    groups = checked.table.groupby(checked.arms, sort=False)
+    arms = {str(arm): Runs(checked.name, group) for arm, group in groups}
 
     def draw(figure: Figure) -> None:
-        for axes, metric, _ in _panels(figure, dict.fromkeys(runs.metrics), 2):
+        for axes, metric, _ in _panels(figure, dict.fromkeys(checked.metrics, checked.table), 2):
             _draw_boxes(axes, metric, arms)
 
     told = [f"{m}, {name}: median {interval_text(arm.table[m].median())}, selected "
             f"{interval_text(arm.selected[m].mean())}"
-            for m in runs.metrics for name, arm in arms.items()]
-    high = -(-len(runs.metrics) // 2) * (0.9 + 0.35 * len(arms))
+            for m in checked.metrics for name, arm in arms.items()]
+    high = -(-len(checked.metrics) // 2) * (0.9 + 0.35 * len(arms))
     return chart(
-        "Scores by arm", (7.6, high), draw, sandbox=runs.sandbox,
+        "Scores by arm", (7.6, high), draw, sandbox=checked.sandbox,
         alt=f"Box plots. {'; '.join(told)}.",
         caption="Boxes: the middle half, whiskers 5 to 95 %. ★ mean of the selected images; "
                 "dashed: the quality threshold.")
@@ -171,7 +171,7 @@ def cells_chart(
     cells: pd.DataFrame,  # from `four_cells`
 ) -> Html:
     """Show the four cells of each metric with their 95 % intervals, and tell the effects."""
-    groups = dict([*cells.groupby("metric", sort=False)])
+    groups = {str(metric): rows for metric, rows in cells.groupby("metric", sort=False)}
     columns = 2 if len(groups) in (2, 4) else 3
 
     def draw(figure: Figure) -> None:

@@ -74,7 +74,7 @@ class Difference(BaseModel, frozen=True):
     @property
     def verdict(self) -> str:
         """What can be said of b, compared with a."""
-        if self.low is None or self.low <= 0 <= self.high:
+        if self.low is None or self.high is None or self.low <= 0 <= self.high:
             return "cannot tell"
         return "higher" if self.low > 0 else "lower"
 
@@ -148,7 +148,7 @@ class Comparison(BaseModel, frozen=True):
 
 # %% ../../nbs/validate/compare.ipynb #b688b1d8
 def _is_count(n: Any) -> bool:
-    return isinstance(n, Integral) and not isinstance(n, bool) and n >= 1
+    return isinstance(n, Integral) and not isinstance(n, bool) and int(n) >= 1
 
 
 def _paired(a: Any, b: Any, k: tuple[int, int] | None, matched: bool) -> tuple[Runs, Runs, str]:
@@ -281,7 +281,7 @@ def compare(
                      for arm, n in zip(arms, pair or (None, None), strict=True))
     selecting = _selecting(arms, pair, by)
     found = [_difference(m, first[m], second[m], m in selecting, arms[0].why_mixed(m, arms[1]))
-             for m in first if m in second]
+             for m in first.columns if m in second]
     found = _adjusted(found, arms, selecting)
     return Comparison(unit=unit, units=len(first), k=pair, sandbox=arms[0].sandbox,
                       notes=(said, *_notes(arms, unit, pair, found)), differences=tuple(found))
@@ -315,11 +315,11 @@ def best_of_k(
 
     arm = Runs.arm(runs)
     most, rows = int(arm.images.min()), []
-    selecting = _selecting([arm], (max(2, most),) * 2, by)
+    selecting = _selecting([arm], (1, max(2, most)), by)
     for k in range(1, most + 1):
         values = values_of(arm, unit, k, by)
         rows += [{"metric": m, "selects": m in selecting, "k": k,
-                  **interval_row(values[m], arm.why_mixed(m))} for m in values]
+                  **interval_row(values[m], arm.why_mixed(m))} for m in values.columns]
     made = pd.DataFrame(rows).sort_values("k", kind="stable")
     return arm.mark(made.assign(units=len(values), unit=unit))
 
@@ -354,10 +354,11 @@ def four_cells(
                          f"{most:g}")
     values = [values_of(arm, unit, n, by) for arm in arms for n in (1, k)]
     selecting, rows = _selecting(arms, (1, k), by), []
-    for metric in (m for m in values[0] if m in values[2]):
-        cells = dict(zip(_CELLS, (v[metric] for v in values), strict=True))
-        effects = {name: sum(sign * cell for sign, cell in zip(signs, cells.values(), strict=True))
-                   for name, signs in EFFECTS.items()}
+    for metric in (m for m in values[0].columns if m in values[2]):
+        one, two, three, four = (v[metric] for v in values)
+        cells = dict(zip(_CELLS, (one, two, three, four), strict=True))
+        effects = {name: a * one + b * two + c * three + d * four
+                   for name, (a, b, c, d) in EFFECTS.items()}
         why = arms[0].why_mixed(metric, arms[1])
         rows += [{"metric": metric, "selects": metric in selecting, "what": what,
                   **interval_row(found, why)} for what, found in (cells | effects).items()]

@@ -107,7 +107,8 @@ def holm(
 ) -> list[float | None]:
     """Return the adjusted p-values, in the same order."""
     order = sorted((p, place) for place, p in enumerate(p_values) if p is not None)
-    adjusted, highest = [None] * len(p_values), 0.0
+    adjusted: list[float | None] = [None] * len(p_values)
+    highest = 0.0
     for rank, (p, place) in enumerate(order):  # Holm 1979: step down from the smallest
         highest = max(highest, min(1.0, (len(order) - rank) * p))
         adjusted[place] = highest
@@ -154,9 +155,11 @@ def power(
         wide += stats.norm.isf(1 - chance) * math.sqrt(win_rate * (1 - win_rate))
         return math.ceil((wide / (win_rate - 0.5)) ** 2)  # normal approximation
 
+    size = abs(effect or 0)  # in sd; the effect is given here
+
     def found(units: int) -> float:
         """Return the chance that a two-sided paired t test finds the effect."""
-        edge, shift = stats.t.isf(level / 2, units - 1), abs(effect) * math.sqrt(units)
+        edge, shift = stats.t.isf(level / 2, units - 1), size * math.sqrt(units)
         above = stats.nct.sf(edge, units - 1, shift)  # noncentral t
         return above + stats.nct.cdf(-edge, units - 1, shift)
 
@@ -225,9 +228,9 @@ def unit_values(
     by: str = "overall",  # with `k`: the score that selects
 ) -> pd.DataFrame:
     """Tabulate each unit with its metrics; NaN where a score is missing, or not one measure."""
-    runs = Runs.arm(runs)
-    values = values_of(runs, unit, k, by)
-    if reason := runs.why_mixed("overall"):
+    arm = Runs.arm(runs)
+    values = values_of(arm, unit, k, by)
+    if reason := arm.why_mixed("overall"):
         warnings.warn(f"no overall: {reason}", stacklevel=2)
         values["overall"] = math.nan
     return values
@@ -277,18 +280,18 @@ def agreement(
     """Tabulate for each pair of metrics the rank correlation, and how often the same image wins."""
     import pandas as pd
 
-    runs, rows = Runs.arm(runs), []
-    _check_unit(runs, unit)
-    ranks = runs.table.groupby(SCENE)[runs.metrics].corr(method="spearman")
-    for one, other in combinations(runs.metrics, 2):
-        reason = runs.why_mixed(one)
+    arm, rows = Runs.arm(runs), []
+    _check_unit(arm, unit)
+    ranks = arm.table.groupby(SCENE)[arm.metrics].corr(method="spearman")
+    for one, other in combinations(arm.metrics, 2):
+        reason = arm.why_mixed(one)
         found = ranks.xs(one, level=-1)[other].dropna()
-        same = math.nan if reason else _same_winner(runs.table, one, other).mean()
+        same = math.nan if reason else _same_winner(arm.table, one, other).mean()
         span = interval_row(found.groupby(_UNITS[unit]).mean(), reason)
         rows.append({"one": one, "other": other, "scenes": len(found),
                      "correlation": span.pop("mean"), **span, "same winner": same,
-                     "by chance": (1 / runs.images).mean()})
-    return runs.mark(pd.DataFrame(rows))
+                     "by chance": (1 / arm.images).mean()})
+    return arm.mark(pd.DataFrame(rows))
 
 # %% ../../nbs/validate/statistics.ipynb #e3582877
 def verifier_error(
@@ -299,25 +302,25 @@ def verifier_error(
     """Tabulate for each scorer what is true of the images it puts first: mean, low, high."""
     import pandas as pd
 
-    runs = Runs.arm(runs, "runs", truth)
-    _check_unit(runs, unit)
-    size, right = runs.images, runs.table[truth].astype(float)
+    arm = Runs.arm(runs, "runs", truth)
+    _check_unit(arm, unit)
+    size, right = arm.images, arm.table[truth].astype(float)
     if short := size.index[size < 2].tolist():
         raise ValueError(f"runs must be of two images a scene or more, got one for {listed(short)}")
-    keys = [runs.table[c] for c in SCENE]
+    keys = [arm.table[c] for c in SCENE]
     lost = right.groupby(keys).transform("max") - right
     best = (lost <= SAME).astype(float)
-    scorers = [(m, runs.table[m]) for m in runs.metrics if m not in (*TRUTH, truth)]
+    scorers = [(m, arm.table[m]) for m in arm.metrics if m not in (*TRUTH, truth)]
     rows = []
     for name, score in (("random", 0 * right), *scorers, ("oracle", right)):
-        lot = score.groupby(keys).transform(lambda scores: best_weights(scores, len(scores)))
+        lot = score.groupby(keys).transform(lambda s: best_weights(s.to_numpy(), len(s)))
         first = {"picked": right * lot, "lost": lost * lot, "none better": best * lot + 0 * right}
         scenes = _whole_sum(pd.DataFrame(first), keys)
         prompts = _whole_mean(scenes.groupby(["story", "scene"]))
         values = _whole_mean(prompts.groupby(_UNITS[unit]))
         rows += [{"verifier": name, "what": what,
-                  **interval_row(values[what], runs.why_mixed(name))} for what in values]
-    return runs.mark(pd.DataFrame(rows).assign(units=len(values)))
+                  **interval_row(values[what], arm.why_mixed(name))} for what in values]
+    return arm.mark(pd.DataFrame(rows).assign(units=len(values)))
 
 # %% ../../nbs/validate/statistics.ipynb #1cdfcba0
 def _correlation(x: pd.Series, y: pd.Series) -> dict[str, Any]:
@@ -341,14 +344,14 @@ def critic_agreement(
     """Correlate the critic's score with the mean score of the images, metric by metric."""
     import pandas as pd
 
-    runs = Runs.arm(runs, "runs", "critic_score")
-    _check_unit(runs, unit)
-    scenes = _whole_mean(runs.table.groupby(SCENE)[[*runs.metrics, "critic_score"]])
+    arm = Runs.arm(runs, "runs", "critic_score")
+    _check_unit(arm, unit)
+    scenes = _whole_mean(arm.table.groupby(SCENE)[[*arm.metrics, "critic_score"]])
     values = _whole_mean(_whole_mean(scenes.groupby(["story", "scene"])).groupby(_UNITS[unit]))
     rows = []
-    for metric in runs.metrics:
-        reason = runs.why_mixed(metric)
+    for metric in arm.metrics:
+        reason = arm.why_mixed(metric)
         none = dict.fromkeys(("correlation", "low", "high"), math.nan) | {"reason": reason}
         found = none if reason else _correlation(values["critic_score"], values[metric])
         rows.append({"metric": metric, **found})
-    return runs.mark(pd.DataFrame(rows).assign(units=len(values)))
+    return arm.mark(pd.DataFrame(rows).assign(units=len(values)))

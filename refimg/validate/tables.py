@@ -10,7 +10,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,8 +105,8 @@ def _scene_rows(result: StoryResult, scene: SceneResult) -> Iterator[dict[str, A
 
 def _as_numbers(table: pd.DataFrame) -> pd.DataFrame:
     """Return the table with every score as a float, NaN where there is none."""
-    names = [c for c in table if c == "overall" or c in WEIGHTS or f"raw_{c}" in table]
-    raws = [c for c in table if c.startswith("raw_")]
+    names = [c for c in table.columns if c == "overall" or c in WEIGHTS or f"raw_{c}" in table]
+    raws = [c for c in table.columns if c.startswith("raw_")]
     return table.astype(dict.fromkeys([*names, *raws, "critic_score"], float))
 
 
@@ -206,7 +206,9 @@ class Runs:
         *columns: str,  # further ones that are needed
     ) -> Runs:
         """Check what every use of a runs table needs."""
-        table = runs if hasattr(runs, "columns") else runs_table(runs)
+        import pandas as pd
+
+        table = runs if isinstance(runs, pd.DataFrame) else runs_table(runs)
         if lacking := [column for column in (*_NEEDED, *columns) if column not in table]:
             raise ValueError(f"{name} must be a table with the columns of `runs_table`, got "
                              f"no column {listed(lacking)}")
@@ -216,7 +218,7 @@ class Runs:
         numbers = table[metrics].astype(float)
         if numbers.isin([math.inf, -math.inf]).any(axis=None):
             raise ValueError(f"{name} must be finite in all scores, NaN for none, got infinity")
-        table = table.assign(**{column: numbers[column] for column in numbers})
+        table = table.assign(**{column: numbers[column] for column in metrics})
         return cls(name, table.reset_index(drop=True))
 
     @classmethod
@@ -242,7 +244,7 @@ class Runs:
     @property
     def metrics(self) -> list[str]:
         """The overall, every metric of the table, and what is known of the truth."""
-        scored = [c for c in self.table if c in WEIGHTS or f"raw_{c}" in self.table]
+        scored = [c for c in self.table.columns if c in WEIGHTS or f"raw_{c}" in self.table]
         return ["overall", *scored, *(c for c in TRUTH if c in self.table)]
 
     @property
@@ -284,7 +286,8 @@ class Runs:
     ) -> None:
         """Refuse a metric that is the score of several scorers."""
         arms = (self, *others)
-        for column in sorted({c for a in arms for c in a.table if c.startswith("scorer_")}):
+        named = {c for arm in arms for c in arm.table.columns if c.startswith("scorer_")}
+        for column in sorted(named):
             held = (a.table[column].dropna() for a in arms if column in a.table)
             if len(known := {who for values in held for who in values}) > 1:
                 names = " and ".join(a.name for a in arms)
@@ -319,7 +322,7 @@ _LISTED = ["story", "scene", "text", "image"]
 _NUMBERS = ("max_enhancement_iterations", "num_variations", "quality_threshold", "iterations")
 
 
-def _check_listed(row: dict[str, str], where: str, folder: Path) -> None:
+def _check_listed(row: Mapping[Hashable, str], where: str, folder: Path) -> None:
     """Refuse a row of a CSV whose image cannot be scored."""
     for name in ("story", "text", "image"):
         if not row[name].strip():
@@ -377,16 +380,16 @@ async def score_csv(
     for _, group in table.groupby(["story", "scene"], sort=False):
         paths, text = [Path(path) for path in group["path"]], group["text"].iloc[0]
         scored = await score_images(paths, text, scorers=scorers, weights=weights)
-        best = rank_images_by_quality(list(enumerate(scored)))[0][0]
+        best = rank_images_by_quality([*zip(paths, scored, strict=True)])[0][0]
         parts = _parts(scored[0].models, weights)
         made, who = _score_columns(scored, parts, ", ".join(parts))
-        listed_rows = enumerate(zip(group.to_dict("records"), scored, who, strict=True))
+        listed_rows = zip(paths, group.to_dict("records"), scored, who, strict=True)
         rows += [
-            row | {"selected": number == best, "overall": scores.overall, **scores.metrics}
+            row | {"selected": path == best, "overall": scores.overall, **scores.metrics}
             | {f"raw_{name}": value for name, value in scores.raw.items()} | names
             | {"score_text": "original",
                "sandbox": any(m.startswith("sandbox") for m in scores.models.values())} | made
-            for number, (row, scores, names) in listed_rows]
+            for path, row, scores, names in listed_rows]
     return _as_numbers(pd.DataFrame(rows).assign(critic_score=None))
 
 # %% ../../nbs/validate/tables.ipynb #f7aa06af
@@ -395,13 +398,13 @@ def pass_rates(
     thresholds: Sequence[float] = (20, 30, 40, 50),  # of the selected image's overall, 0–100
 ) -> pd.DataFrame:
     """Count for each arm the scenes, the unscored ones, and those that pass each threshold."""
-    runs = Runs.read(runs)
-    overall = runs.selected["overall"]
+    checked = Runs.read(runs)
+    overall = checked.selected["overall"]
     counted = {"scenes": True, "unscored": overall.isna()}
     counted |= {f"pass {threshold:g}": overall >= threshold for threshold in thresholds}
-    arms = runs.arms.loc[overall.index]
+    arms = checked.arms.loc[overall.index]
     made = overall.to_frame().assign(**counted).groupby(arms, sort=False)[[*counted]].sum()
-    return runs.mark(made.astype(int))
+    return checked.mark(made.astype(int))
 
 # %% ../../nbs/validate/tables.ipynb #c2f8e4e6
 def threshold_errors(
@@ -425,9 +428,9 @@ def stop_reasons(
     runs: pd.DataFrame | Iterable[StoryResult],  # one arm or several
 ) -> pd.DataFrame:
     """Count the scenes of each arm by number of iterations and reason to stop."""
-    runs = Runs.read(runs, "runs", "iterations", "stop_reason")
-    table = runs.table
-    keys = [runs.arms.rename("arm"), table["iterations"], table["stop_reason"]]
+    checked = Runs.read(runs, "runs", "iterations", "stop_reason")
+    table = checked.table
+    keys = [checked.arms.rename("arm"), table["iterations"], table["stop_reason"]]
     scenes = ~table.assign(arm=keys[0]).duplicated(["arm", *SCENE])
     counted = scenes[scenes].groupby([key[scenes] for key in keys]).size()
-    return runs.mark(counted.rename("scenes").reset_index())
+    return checked.mark(counted.rename("scenes").reset_index())

@@ -346,9 +346,10 @@ class _Timeline(Chart):
         """Find the scenes that this run did not draw, but took over from an earlier one."""
         again = {number for event in self.result.history if event.kind == "rerun"
                  for number in event.after.get("scenes", ())}
-        made = [s for s in self.result.scenes if s.scene in again and "generate" in _spans(s)]
-        newest = max((s for s in made if _arrived(s)), key=_arrived, default=None)
-        began = _arrived(newest) - sum(_spans(newest)["generate"]) if newest else 0.0
+        made = [(at, sum(_spans(s)["generate"])) for s in self.result.scenes
+                if s.scene in again and "generate" in _spans(s) and (at := _arrived(s))]
+        newest, spent = max(made, key=lambda scene: scene[0], default=(0.0, 0.0))
+        began = newest - spent
         return {s.scene for s in self.result.scenes
                 if again and (s.scene not in again or (_arrived(s) or began) < began)}
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -53,8 +53,9 @@ __all__ = ['report']
 # %% ../../nbs/view/report.ipynb #8dbb4116
 def _sum(values: Iterable[float | None]) -> float | None:
     """Add up some numbers; None where one of them is not known."""
-    values = list(values)
-    return None if None in values else math.fsum(values)
+    given = list(values)
+    known = [value for value in given if value is not None]
+    return math.fsum(known) if len(known) == len(given) else None
 
 
 def _told(value: float | None, form: str, more: bool = False) -> str:
@@ -178,7 +179,7 @@ summary { cursor: pointer } details { margin: .4em 0 } details > div { margin: .
 """
 
 # %% ../../nbs/view/report.ipynb #531c578c
-def _page(result: StoryResult, sections: list[tuple[str, list[Html | None]]]) -> str:
+def _page(result: StoryResult, sections: Sequence[tuple[str, Sequence[Html | None]]]) -> str:
     """Write a whole HTML page, with a heading for each section and a link to it."""
     title = title_of(result) or "References"
     names = [name.lower().replace(" ", "-") for name, _ in sections]
