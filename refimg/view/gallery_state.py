@@ -74,18 +74,19 @@ class GalleryState:
         seen, path = self._checksum(), str(self.path)
         given = StoryResult.load(source) if isinstance(source, (str, Path)) else source
         kept = StoryResult.load(self.path) if self.path and seen else None
-        if isinstance(given, Story):
-            story, result = given, kept
-            same = kept is None or kept.story == given.normalized()
-        else:
-            is_later = kept is not None and _goes_on(kept, given)
-            result = kept if is_later else given
-            story, same = result.story, kept is None or kept.generation_id == given.generation_id
+        same = kept is None or (kept.story == given.normalized() if isinstance(given, Story)
+                                else kept.generation_id == given.generation_id)
         if not same:
             raise ValueError(f"path must be a new file, got {path!r}, the result of another story")
-        if kept and result is not kept and (not _goes_on(result, kept) or _forgets(result, kept)):
+        if isinstance(given, Story):
+            story, result = given, kept
+        elif kept and _goes_on(kept, given):
+            story, result = kept.story, kept
+        elif kept and (not _goes_on(given, kept) or _forgets(given, kept)):
             raise ValueError(f"path must be a new file, got {path!r}, whose result does not go on "
                              "from the given one, nor that from it")
+        else:
+            story, result = given.story, given
         self.story, self.result, self.seen, self.closer = story, result, seen, []
 
     def keep(
