@@ -12,135 +12,17 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from ..engine.decisions import ALL_VETOED, choice, dependents, human_agreement, vetoes
+from ..engine.decisions import dependents
 from ..engine.results import StoryResult
 from ..engine.story import Story
 from ..pipeline import Pipeline
 from ..storage.files import check_id
-from .gallery_state import GalleryState
-from refimg.view.html import (
-    BADGE,
-    QUIET,
-    Html,
-    clipped,
-    counted,
-    diff_html,
-    element,
-    folded_html,
-    image_html,
-    lines_html,
-    note_text,
-    root_html,
-    sandbox_badge,
-    table_html,
-)
-from refimg.view.tables import (
-    ROW,
-    WON,
-    borrowed_figure,
-    figure_html,
-    metric_names,
-    text_html,
-    variation_figure,
-    warnings_html,
-)
+from .gallery_state import GalleryPage, GalleryState
+from .html import Html, counted, diff_html, element, note_text, root_html
+from .tables import metric_names, text_html
 
 # %% auto #0
-__all__ = ['GalleryPage', 'ImageCard', 'GalleryWidgets', 'Gallery']
-
-# %% ../../nbs/view/gallery.ipynb #6803cf60
-class GalleryPage:
-    """What a gallery shows, as HTML without anything to press."""
-
-    def __init__(
-        self,
-        state: GalleryState,  # what is shown
-    ):
-        self.state = state
-
-    def head(self) -> Html:
-        """Show the story's title, and whether the sandbox made the result."""
-        state = self.state
-        title = state.story.title.strip() if state.story else ""
-        badge = sandbox_badge(state.result) if state.result else None
-        if state.blind and badge:
-            badge = element("span", "sandbox", style=BADGE)
-        return element("div", element("strong", text_html(title or "References", 200)), badge)
-
-    def prompts(self) -> Html:
-        """Show what the enhanced prompts change in the story's own."""
-        scenes = self.state.to_draw.scenes
-        texts = self.state.prompts or [scene.prompt for scene in scenes]
-        rows = [diff_html(s.prompt, text) for s, text in zip(scenes, texts, strict=True)]
-        return element("ol", *(element("li", row) for row in rows))
-
-    def scene(self) -> Html:
-        """Show the scene's prompt, what the agents changed, what was sent, and its warnings."""
-        shown, blind = self.state.shown, self.state.blind
-        head = f"Scene {shown.scene} of {len(self.state.drawn.scenes)}"
-        sent = folded_html("the prompt that was sent", lines_html(shown.sent_prompt))
-        bare = element("div", "no image of its own", style=QUIET) if blind else None
-        told = {"warnings": [w for w in shown.warnings if w == ALL_VETOED], "stale": None}
-        return element(
-            "div", element("strong", head),
-            element("div", diff_html(shown.prompt, shown.enhancement.final_prompt)),
-            sent if shown.sent_prompt else None,
-            warnings_html(shown.model_copy(update=told) if blind else shown),
-            None if shown.variations else bare or borrowed_figure(shown))
-
-    def image(
-        self,
-        number: int,  # of a variation of the scene that is shown
-        width: int = 256,  # pixels
-    ) -> Html:
-        """Show one variation with what may be known of it."""
-        scene, result = self.state.shown, self.state.drawn
-        out, chosen = vetoes(result, scene.scene), choice(result, scene.scene)
-        if self.state.blind:
-            alt = f"Scene {scene.scene}, variation {number}: {clipped(scene.prompt, 120)}"
-            mark = WON["human"] if chosen and chosen.variation == number else None
-            image = image_html(scene.variations[number - 1].image.image_path, alt, width)
-            figure = figure_html(image, f"v{number}", mark, [])
-        else:
-            figure = variation_figure(scene, number, width)
-        if number not in out:
-            return figure
-        reason = text_html(out[number].reason, 200)
-        return element("div", figure, element("div", "✕ vetoed:", Html(" "), reason))
-
-    def closer(self) -> Html:
-        """Show the images that somebody looks at closely, at most two, large and side by side."""
-        made, style = self.state.shown.variations, "margin:0;flex:1 1 20em;max-width:1280px"
-        figures = [element(
-            "figure", image_html(made[k - 1].image.image_path, f"Variation {k}, large", 1280),
-            element("figcaption", f"v{k}"), style=f"{style};min-width:0")
-            for k in self.state.closer]
-        return element("div", *figures, style="display:flex;flex-wrap:wrap;gap:12px")
-
-    def decided(self) -> Html:
-        """Show what a person has decided and, unless blind, how far each scorer agrees."""
-        result = self.state.drawn
-        events = [("chosen", e) for e in result.history if e.kind == "choose" and e.scene
-                  and e in result.events_since_drawn(e.scene)]
-        events += [("vetoed", e) for s in result.scenes for e in vetoes(result, s.scene).values()]
-        rows = [[f"scene {e.scene}", f"v{e.variation}", kind, e.reason] for kind, e in events]
-        if not rows:
-            return element("div", "Nothing is decided yet.", style=QUIET)
-        table = table_html("Your decisions", ["", "variation", "", "reason"], rows)
-        shares = [] if self.state.blind else human_agreement(result).to_dict("records")
-        agreed = [[a["scorer"], f"{a['pairs']}", f"{a['agreement']:.0%}" if a["pairs"] else "–"]
-                  for a in shares]
-        head = ["scorer", "pairs", "agrees with you"]
-        told = table_html("The scorers and you", head, agreed) if agreed else None
-        return element("div", table, told)
-
-    def whole(self) -> Html:
-        """Show the scene with its images and decisions, or the prompts."""
-        if not self.state.result:
-            return root_html(self.head(), self.prompts())
-        row = element("div", *(self.image(k) for k in self.state.order()), style=ROW)
-        closer = self.closer() if self.state.closer else None
-        return root_html(self.head(), self.scene(), row, closer, self.decided())
+__all__ = ['ImageCard', 'GalleryWidgets', 'Gallery']
 
 # %% ../../nbs/view/gallery.ipynb #46390e51
 def _source(content: Html | None) -> str:
@@ -443,6 +325,14 @@ class Gallery(GalleryState):
         if self.widgets:
             self.widgets.say(text)
 
+    def lock(
+        self,
+        busy: bool,  # True: something runs
+    ) -> None:
+        """Turn the buttons off while something runs, where the gallery is shown."""
+        if self.widgets:
+            self.widgets.lock(busy)
+
     def refresh(self) -> None:
         """Show what is new, where the gallery is shown."""
         if self.widgets:
@@ -469,6 +359,7 @@ class Gallery(GalleryState):
         """Begin it as a task, unless something runs, and say how it ends."""
         async def guarded() -> None:
             self.say(words)
+            self.lock(True)
             try:
                 await work()
                 self.say("")
@@ -477,13 +368,10 @@ class Gallery(GalleryState):
             except Exception as error:
                 self.say(f"{type(error).__name__}: {error}")
             finally:
-                if self.widgets:
-                    self.widgets.lock(False)
+                self.lock(False)
 
         if not self.busy:
             self.task = asyncio.ensure_future(guarded())
-            if self.widgets:
-                self.widgets.lock(True)
 
     def static(self) -> Html:
         """Show the gallery without anything to press."""
@@ -500,4 +388,4 @@ class Gallery(GalleryState):
             self.widgets = self.widgets or GalleryWidgets(self)
         except ImportError:
             return told
-        return self.widgets.box._repr_mimebundle_() | told
+        return (self.widgets.box._repr_mimebundle_() or {}) | told
