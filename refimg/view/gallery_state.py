@@ -244,8 +244,9 @@ class GalleryState:
         self.check_file()
         self.keep(decision(self.drawn, scene, variation, reason, blind=self.blind))
 
-    def _edited(self, made: ImagePromptEnhancementResult,
-                text: str) -> ImagePromptEnhancementResult:
+    def _edited(
+        self, made: ImagePromptEnhancementResult, text: str
+    ) -> ImagePromptEnhancementResult:
         if text.strip() == made.final_prompt.strip():
             return made
         if not text.strip():
