@@ -30,13 +30,14 @@ from pydantic import (
 from .engine.fence import fence, read_fences
 from .engine.instructions import CRITIC, DIMENSIONS, DIRECTOR, NEGATIVE
 from .engine.intent import lost_intent
+from .engine.costs import add_costs
 from .engine.protocols import ChatModel, CleanText, Message, Reply, Usage
 
 # %% auto #0
 __all__ = ['StopReason', 'Critique', 'Iteration', 'ImagePromptEnhancementResult', 'stop_reason', 'director_messages',
            'critic_messages', 'plain_text', 'parse_critique', 'parse_prompt', 'ask_with_repair', 'EnhancementTrace',
-           'trace_enhancement', 'Enhancement', 'enhance_prompt_iterative', 'ChatModel', 'Message', 'Reply', 'Usage',
-           'fence', 'lost_intent', 'read_fences']
+           'Enhancement', 'enhance_prompt_iterative', 'ChatModel', 'Message', 'Reply', 'Usage', 'fence', 'lost_intent',
+           'read_fences']
 
 # %% ../nbs/00_enhance.ipynb #3425f2b4
 _all_ = ["ChatModel", "Message", "Reply", "Usage", "fence", "lost_intent", "read_fences"]
@@ -295,17 +296,21 @@ class EnhancementTrace:
             "stop_reason": result.stop_reason,
         })
 
+    @classmethod
+    def replay(
+        cls,
+        result: ImagePromptEnhancementResult,  # of an enhancement that left no trace there
+        folder: Path | None,  # made if it is missing; None: nothing is written
+    ) -> None:
+        """Write all that the enhancement would have written while it went."""
+        trace = cls(folder, result.original_prompt)
+        for done in result.iterations:
+            trace.add(done.number, done.enhanced_prompt)
+            trace.add(done.number, done.critique)
+        trace.finish(result)
 
-def trace_enhancement(
-    result: ImagePromptEnhancementResult,  # a finished enhancement
-    trace_dir: Path | None,  # a folder, made if need be; None: nothing is written
-) -> None:
-    """Write the trace that the enhancement itself would have written."""
-    trace = EnhancementTrace(trace_dir, result.original_prompt)
-    for done in result.iterations:
-        trace.add(done.number, done.enhanced_prompt)
-        trace.add(done.number, done.critique)
-    trace.finish(result)
+
+
 
 # %% ../nbs/00_enhance.ipynb #e610e9ff
 _logger = logging.getLogger(__name__)
@@ -396,14 +401,12 @@ class Enhancement:
         """Make the record; the best iteration wins."""
         best = self.best
         final = best.enhanced_prompt if best else self.original
-        costs = [reply and reply.cost for reply in self.bill]
-        known = [cost for cost in costs if cost is not None]
         return ImagePromptEnhancementResult(
             original_prompt=self.original, final_prompt=final, negative_prompt=negative,
             iterations=self.iterations, final_score=best and best.critique,
             total_iterations=len(self.iterations), stop_reason=reason,
             director=self.director.name, critic=self.critic.name,
-            cost=float(sum(known)) if len(known) == len(costs) else None, seconds=seconds,
+            cost=add_costs(reply and reply.cost for reply in self.bill), seconds=seconds,
             warnings=self.warnings + lost_intent(self.original, final))
 
 # %% ../nbs/00_enhance.ipynb #871feb31

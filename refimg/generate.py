@@ -17,12 +17,13 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from PIL import Image
 from pydantic import BaseModel
 
 from .engine.protocols import Call, GeneratedImage, ImageModel, ImageRequest, RawScore
+from .engine.tasks import is_cancelled
 from refimg.storage.files import (
     check_stem,
     clean_text,
@@ -64,6 +65,9 @@ class ImageGenerationResult(BaseModel, frozen=True, protected_namespaces=()):
 _logger = logging.getLogger(__name__)
 
 
+_T = TypeVar("_T")
+
+
 @cache
 def _workers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(2, thread_name_prefix="refimg-pixels")
@@ -73,7 +77,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_workers.cache_clear)
 
 
-async def _in_thread(function: Callable[..., Any], *args: Any) -> Any:
+async def _in_thread(function: Callable[..., _T], *args: Any) -> _T:
     return await asyncio.get_running_loop().run_in_executor(_workers(), function, *args)
 
 # %% ../nbs/01_generate.ipynb #c0a10004
@@ -117,17 +121,19 @@ class Candidate:
         async def work() -> ImageGenerationResult:
             await self.decode()
             where = Path(output_dir), stem, first, again
-            self.image = await _in_thread(self._write, *where)
+            self.image = await _in_thread(self._write, self.pixels, *where)
             return self.image
 
         self._saving = self._saving or asyncio.ensure_future(work())
         return await asyncio.shield(self._saving)
 
-    def _write(self, folder: Path, stem: str, first: int, again: bool) -> ImageGenerationResult:
+    def _write(
+        self, pixels: Image.Image, folder: Path, stem: str, first: int, again: bool
+    ) -> ImageGenerationResult:
         request, answer = self.request, self.generated
         seed = request.seed if answer.seed is None else answer.seed
         notes = {"prompt": request.prompt, "model": self.model_name}
-        png = encode_png(self.pixels, notes if seed is None else notes | {"seed": str(seed)})
+        png = encode_png(pixels, notes if seed is None else notes | {"seed": str(seed)})
         path = save_numbered(png, folder.resolve(), stem, first, again)
         return ImageGenerationResult(
             image_path=path,
@@ -136,8 +142,8 @@ class Candidate:
             seed=seed,
             aspect_ratio=request.aspect_ratio,
             references=request.references,
-            width=self.pixels.width,
-            height=self.pixels.height,
+            width=pixels.width,
+            height=pixels.height,
             sha256=hashlib.sha256(png).hexdigest(),
             cost=answer.cost,
             generation_time=self.seconds,
@@ -234,7 +240,7 @@ async def _attempt(model: ImageModel, request: ImageRequest) -> Candidate | Base
         candidate = await request_image(model, request)
         return await candidate.decode()
     except (Exception, asyncio.CancelledError) as error:
-        if asyncio.current_task().cancelling():
+        if is_cancelled():
             if candidate is None:
                 raise
             return candidate  # paid for: it is decoded to the end, and written
@@ -244,9 +250,10 @@ async def _attempt(model: ImageModel, request: ImageRequest) -> Candidate | Base
 
 async def _save_arrived(
     tasks: list[asyncio.Task], folder: Path, stem: str
-) -> tuple[list[ImageGenerationResult], list[Exception]]:
-    """Write what has arrived, in the order of the tasks, and return it with what was lost."""
+) -> tuple[list[ImageGenerationResult], Exception]:
+    """Write what has arrived, in the order of the tasks; return it with why there is no more."""
     done = [task.result() for task in tasks if task.done() and not task.cancelled()]
+    failed = [item for item in done if not isinstance(item, Candidate)]
     saved, lost = [], []
     for candidate in (item for item in done if isinstance(item, Candidate)):
         try:
@@ -255,7 +262,7 @@ async def _save_arrived(
             slot = candidate.request.slot
             _logger.warning("%s of %s is lost: %r", slot, candidate.model_name, error)
             lost.append(error)
-    return saved, lost
+    return saved, lost[0] if lost else GenerationFailed(failed)
 
 
 def _if_taken(model: ImageModel, takes: bool, what: str, value: Any) -> Any:
@@ -315,7 +322,7 @@ async def generate_images(
     try:
         await asyncio.gather(*tasks)
     finally:
-        saved, lost = await _save_arrived(tasks, folder, stem)
+        saved, error = await _save_arrived(tasks, folder, stem)
     if not saved:
-        raise lost[0] if lost else GenerationFailed([task.result() for task in tasks])
+        raise error
     return saved

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from refimg.engine.decisions import (
     Rerun,
@@ -52,6 +52,32 @@ _all_ = ["Event", "GenerationCancelled", "ManyProgress", "Progress", "Scene", "S
          "human_agreement", "preferences", "rescore", "scene_context", "veto"]
 
 # %% ../nbs/03_pipeline.ipynb #d83a905b
+class _Models(NamedTuple):
+    """The models of a pipeline, none of them missing."""
+
+    director: ChatModel
+    critic: ChatModel
+    image_model: ImageModel
+    scorers: list[Scorer]
+
+    @classmethod
+    def filled(
+        cls, director: ChatModel | None, critic: ChatModel | None, image_model: ImageModel | None,
+        scorers: list[Scorer] | None,
+    ) -> _Models:
+        """Fill in what is None, as the environment says, and announce it."""
+        from refimg import defaults
+
+        drawing = image_model or defaults.image_model()
+        models = cls(director or defaults.director(), critic or defaults.critic(), drawing,
+                     defaults.scorers(drawing) if scorers is None else scorers)
+        given = {"director": director, "critic": critic, "image_model": image_model}
+        if chosen := {name: getattr(models, name).name for name in given if given[name] is None}:
+            scored_by = ", ".join(scorer.model for scorer in models.scorers) or "none"
+            defaults.announce(chosen | {"scorers": scored_by})
+        return models
+
+
 @dataclass
 class Pipeline:
     """The models and settings of a run; every one of them has a default."""
@@ -82,7 +108,8 @@ class Pipeline:
         """Make a pipeline with the models that the environment asks for."""
         from refimg import defaults
 
-        pipeline = cls(**overrides)._filled()
+        pipeline = cls(**overrides)
+        pipeline._models()
         own = overrides.get("image_model") is not None or "journal" in overrides
         if not own and defaults.world() == "real":
             pipeline.journal = defaults.journal()
@@ -90,8 +117,8 @@ class Pipeline:
 
     async def load(self) -> None:
         """Fetch weights, once and with a bar, and load every model, so that no run has to wait."""
-        ready = self._filled()
-        await load_models([ready.director, ready.critic, ready.image_model, *ready.scorers])
+        *models, scorers = self._models()
+        await load_models([*models, *scorers])
 
     def estimate(
         self,
@@ -100,7 +127,8 @@ class Pipeline:
         """Estimate the price of a run in USD: one iteration per scene, and all of them."""
         from refimg import defaults
 
-        settings, negative = self._checked(story), self.image_model.takes_negative_prompt
+        settings = self._checked(story)
+        negative = self._models().image_model.takes_negative_prompt
         scenes, most = len(story.scenes), settings.max_enhancement_iterations
         used = (story_usage(story, n, negative=negative) for n in (min(1, most), most))
         return defaults.estimate(
@@ -113,16 +141,17 @@ class Pipeline:
         story: Story,  # as for `run`
     ) -> list[ImagePromptEnhancementResult]:
         """Enhance the prompt of every scene, to look at before images are paid for."""
-        await load_capabilities(self._filled().image_model)
+        await load_capabilities(self._models().image_model)
         settings = await asyncio.to_thread(self._checked, story)
         call, slots = self._call(story), asyncio.Semaphore(settings.max_concurrency)
-        director, critic = (RunAgent(model, lambda: False, call) for model in self._paid()[:2])
+        *agents, image_model = self._paid()
+        director, critic = (RunAgent(model, lambda: False, call) for model in agents)
 
         async def one(number: int) -> ImagePromptEnhancementResult:
             async with slots:
                 return await enhance_scene(
                     story, number, settings=settings, director=director, critic=critic,
-                    negative=self.image_model.takes_negative_prompt)
+                    negative=image_model.takes_negative_prompt)
 
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(one(number)) for number in range(1, len(story.scenes) + 1)]
@@ -164,7 +193,8 @@ class Pipeline:
         name = check_id(secrets.token_hex(6) if generation_id is None else generation_id)
         check_many(stories, concurrency, name)
         check_folder(output_dir)
-        settings_of(self._filled())
+        self._models()
+        settings_of(self)
         runs = ManyRuns(lambda index, story: self.run(
             story, generation_id=f"{name}-{index}", output_dir=output_dir), name, concurrency)
         return runs.outcomes(stories, on_progress, cancellation_check)
@@ -183,37 +213,31 @@ class Pipeline:
             times_rerun=plan.times_rerun, spent=result.cost)
         return plan.finish(new, settings_of(self).model_dump())
 
-    def _filled(self) -> Pipeline:
-        """Fill in every model that is missing, and return the pipeline itself."""
-        from refimg import defaults
-
-        roles = ("director", "critic", "image_model")
-        missing = [name for name in roles if getattr(self, name) is None]
-        for name in missing:
-            setattr(self, name, getattr(defaults, name)())
-        if self.scorers is None:
-            self.scorers = defaults.scorers(self.image_model)
-        if missing:
-            scorers = ", ".join(scorer.model for scorer in self.scorers) or "none"
-            defaults.announce({n: getattr(self, n).name for n in missing} | {"scorers": scorers})
-        return self
+    def _models(self) -> _Models:
+        """Fill in every model that is missing, and return them all."""
+        models = _Models.filled(self.director, self.critic, self.image_model, self.scorers)
+        self.director, self.critic, self.image_model, self.scorers = models
+        return models
 
     def _checked(
-        self, story: Story, enhancements: list[ImagePromptEnhancementResult] | None = None
+        self,
+        story: Story,
+        enhancements: Sequence[ImagePromptEnhancementResult | None] | None = None,
     ) -> Settings:
-        settings = settings_of(self._filled())
-        check_story(story, settings, self.image_model, enhancements)
+        models = self._models()
+        settings = settings_of(self)
+        check_story(story, settings, models.image_model, enhancements)
         return settings
 
     def _paid(self) -> tuple[ChatModel, ChatModel, ImageModel]:
         """Return director, critic and image model, paid from one budget where there is one."""
         from refimg import defaults
 
+        director, critic, image_model, _ = self._models()
         if self.budget_usd is None:
-            return self.director, self.critic, self.image_model
+            return director, critic, image_model
         budget = defaults.budget(self.budget_usd)
-        agents = budget.chat(self.director), budget.chat(self.critic)
-        return *agents, budget.images(self.image_model)
+        return budget.chat(director), budget.chat(critic), budget.images(image_model)
 
     def _call(self, story: Story) -> Call:
         from refimg import defaults
@@ -223,24 +247,25 @@ class Pipeline:
 
     async def _run(
         self, story: Story, generation_id: str | None, output_dir: str | Path,
-        enhancements: list[ImagePromptEnhancementResult] | None,
+        enhancements: Sequence[ImagePromptEnhancementResult | None] | None,
         on_progress: Callable | None = None, check: Callable | None = None, **rerun: Any,
     ) -> StoryResult:
-        await load_capabilities(self._filled().image_model, check)
+        models = self._models()
+        await load_capabilities(models.image_model, check)
         name = check_id(secrets.token_hex(6) if generation_id is None else generation_id)
         folder = check_folder(output_dir)
         settings = await asyncio.to_thread(self._checked, story, enhancements)
         director, critic, images = self._paid()
         if self.journal is not None:
             images = self.journal.images(images, output_dir=folder, generation_id=name)
-        traces = TraceTree.open(output_dir, name)
+        traces = TraceTree.open(Path(output_dir), name)
         try:
             kept, scenes = rerun.get("kept", {}), len(story.scenes)
             reporter = ProgressReporter(scenes, scenes - len(kept), on_progress)
             run = StoryRun(
-                settings, director, critic, images, self.scorers, story.normalized(), name, folder,
-                traces, reporter, self.journal, self._call(story), given=enhancements or [],
-                **rerun)
+                settings, director, critic, images, models.scorers, story.normalized(), name,
+                folder, traces, reporter, self.journal, self._call(story),
+                given=enhancements or (), **rerun)
             return await run.run(check)
         finally:
             traces.close(keep=self.keep_traces)
@@ -261,7 +286,8 @@ def _story_of_lists(prompts: list[str], markers: dict | None, image: Any, **note
     listed = isinstance(prompts, (list, tuple))
     if not listed or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError(f"prompts must be a list of texts, one per scene, got {prompts!r}")
-    columns = {name: _padded(f"{name}s", values, len(prompts)) for name, values in notes.items()}
+    columns: dict[str, list] = {
+        name: _padded(f"{name}s", values, len(prompts)) for name, values in notes.items()}
     scenes = [
         Scene(prompt=prompt, **{name: column[i] for name, column in columns.items()})
         for i, prompt in enumerate(prompts)

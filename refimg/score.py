@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from numbers import Real
 from pathlib import Path
+from typing import TypeVar
 
 from PIL import Image
 from pydantic import BaseModel
@@ -44,10 +45,10 @@ def _answers(scorer: Scorer, batch: Batch) -> list[RawScore]:
     """Ask the scorer about the batch, and check that it gives one finite RawScore per image."""
     answers = list(scorer.score(batch))
     if len(answers) != len(batch.images):
-        raise ValueError(f"{len(answers)} results for {len(batch.images)} images")
+        raise ValueError(f"scores must be {len(batch.images)}, one per image, got {len(answers)}")
     for place, answer in enumerate(answers):
         if not isinstance(answer, RawScore):
-            raise TypeError(f"the scorer returned {type(answer).__name__}, not RawScore")
+            raise TypeError(f"scores must be RawScore objects, got {type(answer).__name__}")
         if answer.value is not None and not math.isfinite(answer.value):
             note = "; ".join(filter(None, [f"not finite: {answer.value}", answer.note]))
             answers[place] = RawScore(None, note)
@@ -171,13 +172,13 @@ def group_overalls(
         return [(None, reason)] * len(metrics)
     found: list[tuple[float | None, str]] = []
     for own in metrics:
-        if missing := [name for name in kept if own.get(name) is None]:
+        values = {name: value for name in kept if (value := own.get(name)) is not None}
+        if missing := [name for name in kept if name not in values]:
             lacks = f"lacks {', '.join(missing)}, which another image of its group has"
             found.append((None, lacks))
             continue
-        values = [own[name] for name in kept]
-        mean = math.fsum(s * v for s, v in zip(kept.values(), values, strict=True)) / left
-        found.append((min(max(mean, min(values)), max(values)), ""))
+        mean = math.fsum(kept[name] * value for name, value in values.items()) / left
+        found.append((min(max(mean, min(values.values())), max(values.values())), ""))
     return found
 
 # %% ../nbs/02_score.ipynb #066b75ac
@@ -217,17 +218,20 @@ def grade(
     return records
 
 # %% ../nbs/02_score.ipynb #baab05ba
-def rank_images_by_quality(
-    scored_images: Sequence[tuple[Path, ImageScores]],  # one group, in the order of generation
-) -> list[tuple[Path, ImageScores, int]]:
-    """Return path, scores and rank of each image, rank 1 first."""
+_Image = TypeVar("_Image")
 
-    def worst_last(item: tuple[Path, ImageScores]) -> float:
+
+def rank_images_by_quality(
+    scored_images: Sequence[tuple[_Image, ImageScores]],  # one group, in the order of generation
+) -> list[tuple[_Image, ImageScores, int]]:
+    """Return image, scores and rank of each, rank 1 first; an image is a path, or what names it."""
+
+    def worst_last(item: tuple[_Image, ImageScores]) -> float:
         overall = item[1].overall
         return math.inf if overall is None else -overall
 
     ordered = sorted(scored_images, key=worst_last)
-    return [(path, scores, rank) for rank, (path, scores) in enumerate(ordered, 1)]
+    return [(image, scores, rank) for rank, (image, scores) in enumerate(ordered, 1)]
 
 # %% ../nbs/02_score.ipynb #8192c5a2
 _making = threading.Lock()

@@ -17,6 +17,7 @@ from refimg import enhance
 from refimg.engine.fence import _mark
 from refimg.enhance import (
     Critique,
+    EnhancementTrace,
     ImagePromptEnhancementResult,
     Message,
     Reply,
@@ -31,7 +32,6 @@ from refimg.enhance import (
     plain_text,
     read_fences,
     stop_reason,
-    trace_enhancement,
 )
 from tests.fakes import DIMENSIONS, FakeChat, critic, critique, director
 
@@ -643,9 +643,9 @@ async def test_traces_have_exact_names_and_content(tmp_path):
 
 async def test_a_trace_written_later_is_the_same(tmp_path):
     result = await run(judges=critic(60, 70, 60), trace_dir=tmp_path / "live")
-    trace_enhancement(result, tmp_path / "later")
+    EnhancementTrace.replay(result, tmp_path / "later")
     assert contents(tmp_path / "live") == contents(tmp_path / "later")
-    trace_enhancement(result, None)
+    EnhancementTrace.replay(result, None)
 
 
 async def test_a_trace_grows_as_the_run_goes(tmp_path):

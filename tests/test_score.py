@@ -246,11 +246,11 @@ def test_the_thread_is_not_caught_when_it_is_to_stop():
 @pytest.mark.parametrize(
     ("answer", "note"),
     [
-        (lambda n: [], "ValueError: 0 results for 1 images"),
-        (lambda n: [RawScore(1)] * (n + 1), "ValueError: 2 results for 1 images"),
-        (lambda n: [0.5] * n, "TypeError: the scorer returned float, not RawScore"),
-        (lambda n: ["good"] * n, "TypeError: the scorer returned str, not RawScore"),
-        (lambda n: [None] * n, "TypeError: the scorer returned NoneType, not RawScore"),
+        (lambda n: [], "ValueError: scores must be 1, one per image, got 0"),
+        (lambda n: [RawScore(1)] * (n + 1), "ValueError: scores must be 1, one per image, got 2"),
+        (lambda n: [0.5] * n, "TypeError: scores must be RawScore objects, got float"),
+        (lambda n: ["good"] * n, "TypeError: scores must be RawScore objects, got str"),
+        (lambda n: [None] * n, "TypeError: scores must be RawScore objects, got NoneType"),
         (lambda n: None, "TypeError: 'NoneType' object is not iterable"),
     ],
 )

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel, field_validator
 
-from .protocols import Scorer
+from .protocols import Batch, RawScore, Scorer
 
 # %% auto #0
 __all__ = ['Calibration', 'calibrate', 'calibrated']
@@ -94,6 +94,9 @@ def calibrate(
 class _Calibrated:
     """A scorer with another map to 0–100; every other attribute is the scorer's own."""
 
+    name: str
+    model: str
+
     def __init__(self, scorer: Scorer, calibration: Calibration):
         self.calibration, self.to_100 = calibration.id, calibration.to_100
         self._scorer = scorer
@@ -102,6 +105,10 @@ class _Calibrated:
         if name == "_scorer":  # asked for by `copy` before it is there
             raise AttributeError(name)
         return getattr(self._scorer, name)
+
+    def score(self, batch: Batch) -> list[RawScore]:
+        """Score every image, in order, in the scorer's own unit."""
+        return self._scorer.score(batch)
 
 
 def calibrated(

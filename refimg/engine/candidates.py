@@ -18,8 +18,8 @@ from typing import Any
 
 from .protocols import Batch, Call, ImageModel, ImageRequest, Scorer
 from .results import Variation, threshold_warning
-from ..generate import Candidate, request_image, variation_seed
-from ..score import grade, rank_images_by_quality, raw_scores, scoring_thread
+from ..generate import Candidate, ImageGenerationResult, request_image, variation_seed
+from ..score import ImageScores, grade, rank_images_by_quality, raw_scores, scoring_thread
 
 # %% auto #0
 __all__ = ['SceneNotes', 'ScoringQueue', 'CandidateGroup']
@@ -60,7 +60,7 @@ class SceneNotes:
 
     def log_selection(
         self,
-        winner: Candidate,  # scored and on disk
+        winner: Variation,  # the selected image
         source: str,  # how it was selected
         threshold: float,  # 0–100; a winner below it is warned of
     ) -> None:
@@ -106,9 +106,10 @@ class ScoringQueue:
 
     def _embed_text(self) -> None:
         for scorer in self.scorers:
-            if not self.stopped() and hasattr(scorer, "embed_text"):
+            embed = getattr(scorer, "embed_text", None)
+            if embed is not None and not self.stopped():
                 with suppress(Exception):  # tried again, and reported, with the images
-                    scorer.embed_text(self.text)
+                    embed(self.text)
 
     def add(
         self,
@@ -122,7 +123,7 @@ class ScoringQueue:
     async def _work(self) -> None:
         def score_waiting() -> None:
             found = [self.waiting.popleft() for _ in range(len(self.waiting))]
-            batch = Batch(images=tuple(item.pixels for item in found), prompt=self.text)
+            batch = Batch(tuple(item.pixels for item in found if item.pixels), self.text)
             for item, row in zip(found, raw_scores(batch, self.scorers), strict=True):
                 item.raw = row
 
@@ -163,11 +164,12 @@ class CandidateGroup:
         slot = f"{self.stem}/v{variation}/a{attempt}"
         asked = request.model_copy(
             update={"seed": own if model.takes_seed else None, "slot": slot})
-        candidate = None
         try:
             candidate = await request_image(model, asked, number=variation, call=call)
-        finally:
-            self.notes.bill.append(candidate.generated.cost if candidate else None)
+        except BaseException:
+            self.notes.bill.append(None)
+            raise
+        self.notes.bill.append(candidate.generated.cost)
         self.arrived.append(candidate)
         await candidate.decode()
         self.candidates = sorted([*self.candidates, candidate], key=lambda item: item.number)
@@ -177,21 +179,20 @@ class CandidateGroup:
         self,
         scorers: list[Scorer],  # those whose raw scores the candidates hold
         weights: dict[str, float] | None,  # scorer's name -> weight
-    ) -> list[Candidate]:
-        """Grade the group and return it, best first."""
+    ) -> list[tuple[Candidate, ImageScores]]:
+        """Grade the group and return it with its scores, best first."""
         graded = grade([item.raw for item in self.candidates], scorers, weights)
-        for candidate, scores in zip(self.candidates, graded, strict=True):
-            candidate.scores = scores
-        ranked = rank_images_by_quality([(item, item.scores) for item in self.candidates])
+        ranked = rank_images_by_quality(list(zip(self.candidates, graded, strict=True)))
         for candidate, scores, rank in ranked:
+            candidate.scores = scores
             candidate.rank = rank if scores.overall is not None else None
-        return [candidate for candidate, _, _ in ranked]
+        return [(candidate, scores) for candidate, scores, _ in ranked]
 
     async def save(
         self,
         candidate: Candidate,  # of the group
-    ) -> bool:
-        """Write an image; return whether it is on disk."""
+    ) -> ImageGenerationResult | None:
+        """Write an image and return its record; None where it cannot be written."""
         if not self.files:
             stem, own = self.folder / self.stem, [item.number for item in self.candidates]
             free = (k for k in itertools.count(1) if not os.path.lexists(f"{stem}_v{k}.png"))
@@ -202,7 +203,7 @@ class CandidateGroup:
         except Exception as error:
             self.lost.append(candidate)
             self.notes.fall_back(f"file of variation {candidate.number}", error)
-        return candidate.image is not None
+        return candidate.image
 
     async def save_rest(self) -> None:
         """Write every image that is not on disk yet: it is paid for."""
@@ -218,16 +219,18 @@ class CandidateGroup:
         return [
             {"path": str(item.image.image_path), "seed": item.image.seed,
              "scores": item.scores.model_dump(), "rank": item.rank}
-            for item in self.candidates if item.image is not None
+            for item in self.variations()
         ]
 
     def variations(
         self,
-        winner: Candidate | None,  # the selected one
+        winner: Variation | None = None,  # the selected one; None: there is none
     ) -> list[Variation]:
         """Return the records of those that are scored and on disk, in order of variation."""
+        chosen = winner and winner.image
         return [
-            Variation(image=item.image, scores=item.scores, rank=item.rank, selected=item is winner)
+            Variation(image=item.image, scores=item.scores, rank=item.rank,
+                      selected=item.image is chosen)
             for item in self.candidates
             if item.image is not None and item.scores is not None
         ]

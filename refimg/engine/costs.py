@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -21,13 +21,14 @@ from refimg.engine.protocols import (
     GeneratedImage,
     ImageModel,
     ImageRequest,
+    Ledger,
     Message,
     Reply,
     Usage,
 )
 
 # %% auto #0
-__all__ = ['Prices', 'BudgetSpent', 'Budget', 'Estimate', 'estimate']
+__all__ = ['Prices', 'BudgetSpent', 'Budget', 'add_costs', 'Estimate', 'estimate']
 
 # %% ../../nbs/engine/costs.ipynb #c0570008
 class Prices(Protocol):
@@ -60,7 +61,7 @@ class BudgetSpent(RuntimeError):
     """A call was not made, since it might have passed the budget."""
 
 
-class Budget:
+class Budget(Ledger):
     """What a run may spend, what it has spent, and what its calls in flight may cost."""
 
     def __init__(
@@ -176,6 +177,8 @@ class _Paid:
 class _PaidChat(_Paid):
     """A chat model that is paid from a budget."""
 
+    name: str
+
     async def reply(
         self,
         messages: list[Message],
@@ -193,6 +196,12 @@ class _PaidChat(_Paid):
 class _PaidImages(_Paid):
     """An image model that is paid from a budget."""
 
+    name: str
+    max_references: int
+    takes_seed: bool
+    takes_negative_prompt: bool
+    aspect_ratios: tuple[str, ...] | None
+
     async def generate(self, request: ImageRequest, *, call: Call | None = None) -> GeneratedImage:
         """Return the model's image; BudgetSpent where there is no money for it."""
         name, prices = self._model.name, self._budget.prices
@@ -206,6 +215,15 @@ class _PaidImages(_Paid):
         return await adopt(prediction_id, **passed) if adopt else None
 
 # %% ../../nbs/engine/costs.ipynb #c057001e
+def add_costs(
+    costs: Iterable[float | None],  # USD of each call
+) -> float | None:
+    """Add them up; None where one is unknown."""
+    costs = list(costs)
+    known = [cost for cost in costs if cost is not None]
+    return math.fsum(known) if len(known) == len(costs) else None
+
+
 class Estimate(BaseModel, frozen=True):
     """About what a run will cost, if no call has to be made twice."""
 
@@ -234,7 +252,7 @@ def estimate(
     def total(scenes: Sequence[tuple[Usage, Usage]]) -> float | None:
         costs = [prices.chat_cost(name, usage) for scene in scenes if agents
                  for name, usage in zip(agents, scene, strict=True)]
-        return None if None in (*costs, each) else math.fsum([*costs, images * each])
+        return add_costs([*costs, *[each] * images])
 
     names = dict.fromkeys([*agents, image_model])
     unpriced = [name for name in names if prices.price_of(name) is None]

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['ALL_VETOED', 'dependents', 'check_place', 'new_event', 'choose', 'vetoes', 'veto', 'preference_rows', 'choice',
-           'preferences', 'human_agreement', 'Rerun', 'rescore']
+__all__ = ['ALL_VETOED', 'dependents', 'choose', 'vetoes', 'veto', 'preference_rows', 'choice', 'preferences', 'human_agreement',
+           'Rerun', 'rescore']
 
 # %% ../../nbs/engine/decisions.ipynb #b8000006
 _logger = logging.getLogger("refimg.pipeline")
@@ -52,11 +52,7 @@ def dependents(
     return range(0)
 
 
-def check_place(
-    name: str,  # "scene" or "variation"
-    value: Any,  # from 1
-    most: int,  # how many there are
-) -> None:
+def _check_place(name: str, value: Any, most: int) -> None:
     """Raise a ValueError where there is no scene or variation of that number."""
     good = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
     if not good:
@@ -64,9 +60,16 @@ def check_place(
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
 
-def new_event(kind: str, **fields: Any) -> Event:
-    """Make an event that happens now."""
-    return Event(kind=kind, at=datetime.now(UTC).isoformat(timespec="seconds"), **fields)
+def _scene_of(result: StoryResult, scene: int, variation: int) -> SceneResult:
+    """Return that scene; a ValueError where it, or that variation of it, is not there."""
+    _check_place("scene", scene, len(result.scenes))
+    found = result.scenes[scene - 1]
+    _check_place("variation", variation, len(found.variations))
+    return found
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _updated(result: StoryResult, scenes: list[SceneResult], event: Event) -> StoryResult:
@@ -121,16 +124,14 @@ def choose(
     blind: bool = False,  # True: the person saw no models, scores and ranks
 ) -> StoryResult:
     """Make that variation the reference; scenes drawn from the old one become stale."""
-    check_place("scene", scene, len(result.scenes))
-    old = result.scenes[scene - 1]
-    check_place("variation", variation, len(old.variations))
+    old = _scene_of(result, scene, variation)
     held, threshold = _selected(old), _threshold(result, scene)
     said = [threshold_warning(old.variations[held - 1].scores, threshold)] if held else []
     new = _with_selection(old, variation, threshold, [*said, ALL_VETOED])
     new = new.model_copy(update={"reference_from": "human"})
-    event = new_event("choose", scene=scene, variation=variation, reason=reason,
-                      before={"variation": held, "reference_from": old.reference_from},
-                      after={"variation": variation, "blind": blind})
+    event = Event(kind="choose", at=_now(), scene=scene, variation=variation, reason=reason,
+                  before={"variation": held, "reference_from": old.reference_from},
+                  after={"variation": variation, "blind": blind})
     return _updated(result, [new if s.scene == scene else s for s in result.scenes], event)
 
 # %% ../../nbs/engine/decisions.ipynb #14a96796
@@ -141,6 +142,8 @@ def vetoes(
     """Return the vetoes of a scene that are in force, by variation."""
     held: dict[int, Event] = {}
     for event in result.events_since_drawn(scene):
+        if event.variation is None:
+            continue
         if event.kind == "veto":
             held[event.variation] = event
         elif event.kind == "choose":
@@ -157,9 +160,7 @@ def veto(
     blind: bool = False,  # True: the person saw no models, scores and ranks
 ) -> StoryResult:
     """Rule that image out as a reference, where another one is left."""
-    check_place("scene", scene, len(result.scenes))
-    old = result.scenes[scene - 1]
-    check_place("variation", variation, len(old.variations))
+    old = _scene_of(result, scene, variation)
     made, out = old.variations, {*vetoes(result, scene), variation}
     left = [k for k in range(1, len(made) + 1) if k not in out]
     best = min(left, key=lambda k: made[k - 1].rank or len(made) + k, default=None)
@@ -169,13 +170,12 @@ def veto(
         warnings = list(dict.fromkeys([*old.warnings, ALL_VETOED]))
         new = old.model_copy(update={"warnings": warnings})
     elif held == variation:
-        said = [threshold_warning(made[held - 1].scores, threshold)]
+        said = [threshold_warning(made[variation - 1].scores, threshold)]
         new = _with_selection(old, best, threshold, said)
         new, after = new.model_copy(update={"reference_from": "human"}), {
             "variation": best, "blind": blind}
-    event = new_event("veto", scene=scene, variation=variation, reason=reason,
-                      before={"variation": held, "reference_from": old.reference_from},
-                      after=after)
+    event = Event(kind="veto", at=_now(), scene=scene, variation=variation, reason=reason,
+                  before={"variation": held, "reference_from": old.reference_from}, after=after)
     return _updated(result, [new if s.scene == scene else s for s in result.scenes], event)
 
 # %% ../../nbs/engine/decisions.ipynb #61401daa
@@ -188,9 +188,10 @@ def preference_rows(
         numbers, out = range(1, len(scene.variations) + 1), vetoes(result, scene.scene)
         made = choice(result, scene.scene)
         won = made.variation if made else None
-        pairs = [(won, k, made) for k in numbers if won not in (None, k)]
-        pairs += [(k, lost, event) for lost, event in out.items()
-                  for k in numbers if k not in out and k != won]
+        pairs = [(k, lost, event) for lost, event in out.items()
+                 for k in numbers if k not in out and k != won]
+        if made and won:
+            pairs = [*((won, k, made) for k in numbers if k != won), *pairs]
         for k, m, event in pairs:
             better, other = scene.variations[k - 1], scene.variations[m - 1]
             a, b = ({"overall": v.scores.overall, **v.scores.metrics} for v in (better, other))
@@ -200,7 +201,8 @@ def preference_rows(
                 "preferred": better.image.image_path.name, "other": other.image.image_path.name,
                 "by": {"choose": "choice"}.get(event.kind, event.kind), "reason": event.reason,
                 "blind": event.after.get("blind", False),
-            } | {f"margin_{n}": None if None in p else p[0] - p[1] for n, p in gaps.items()})
+            } | {f"margin_{name}": None if value is None or beaten is None else value - beaten
+                 for name, (value, beaten) in gaps.items()})
     return rows
 
 
@@ -235,7 +237,7 @@ def human_agreement(
     import pandas as pd
 
     table, rows = preferences(result), []
-    for name in (column for column in table if column.startswith("margin_")):
+    for name in (column for column in map(str, table) if column.startswith("margin_")):
         margins = table[name].dropna()
         share = ((margins > 0) + 0.5 * (margins == 0)).mean() if len(margins) else None
         rows.append({"scorer": name.removeprefix("margin_"), "pairs": len(margins),
@@ -263,7 +265,7 @@ class Rerun:
         prompt: str | None = None,  # the scene's new prompt; None: the same, not enhanced again
     ) -> Rerun:
         """Find out what is drawn again; a ValueError where that cannot be done."""
-        check_place("scene", scene, len(result.scenes))
+        _check_place("scene", scene, len(result.scenes))
         if result.story is None:
             raise ValueError("rerun() needs result.story; "
                              "pass a result from run() or StoryResult.load()")
@@ -305,8 +307,8 @@ class Rerun:
         """Return the new result with the history of the old one and this rerun."""
         old, prompt = self.result, self.story.scenes[self.scene - 1].prompt
         rows = [row for row in preference_rows(old) if row["scene"] in self.again]
-        event = new_event(
-            "rerun", scene=self.scene,
+        event = Event(
+            kind="rerun", at=_now(), scene=self.scene,
             before={"prompt": old.scenes[self.scene - 1].prompt, "preferences": rows},
             after={"prompt": prompt, "scenes": self.again, "settings": settings})
         stale = {"stale": self.source.stale if self.source else None}
@@ -338,7 +340,7 @@ async def _scored_again(
     if not scene.variations:
         return []
     if scorers is None:
-        return _reweighted([item.scores for item in scene.variations], weights)
+        return _reweighted([item.scores for item in scene.variations], weights or {})
     enhanced = settings.get("score_text") == "enhanced"
     text = scene.enhancement.final_prompt if enhanced else scene.prompt
     paths = [item.image.image_path for item in scene.variations]
@@ -388,7 +390,7 @@ async def rescore(
         name = scenes[number - 1].reference.name
         _logger.info("rescore: the reference of scene %d is now %s", number, name)
     names = None if scorers is None else describe_scorers(scorers)
-    event = new_event("rescore", after={
+    event = Event(kind="rescore", at=_now(), after={
         "scorers": names, "weights": weights and dict(weights), "reselect": reselect,
         "seconds": seconds, "changed": changed})
     return _updated(result, scenes, event)

@@ -43,7 +43,7 @@ _NO_NAMES = {
 def _words(text: str) -> list[str]:
     """List the words and numbers of a text, without case, possessive or spelling variants."""
     folded = unicodedata.normalize("NFKC", text).casefold().replace("\u2019", "'")
-    found = re.findall(r"\d+(?:[.,:]\d+)*|[^\W\d_]+(?:'[^\W\d_]+)*", folded)
+    found: list[str] = re.findall(r"\d+(?:[.,:]\d+)*|[^\W\d_]+(?:'[^\W\d_]+)*", folded)
     return [_SAME.get(word, word) for word in (word.removesuffix("'s") for word in found)]
 
 

@@ -10,10 +10,10 @@ import logging
 from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
-    AsyncIterator,
     Callable,
     Coroutine,
     Iterable,
+    Sized,
 )
 from contextlib import aclosing
 from typing import Any
@@ -68,11 +68,11 @@ def check_many(
     whole = isinstance(concurrency, int) and not isinstance(concurrency, bool)
     if not whole or not 1 <= concurrency <= 1000:
         raise ValueError(f"concurrency must be a whole number from 1 to 1000, got {concurrency!r}")
-    last = len(stories) - 1 if hasattr(stories, "__len__") else 999_999
+    last = len(stories) - 1 if isinstance(stories, Sized) else 999_999
     check_id(f"{name}-{max(0, last)}")
 
 
-async def _each(stories: Iterable[Story] | AsyncIterable[Story]) -> AsyncIterator[Story]:
+async def _each(stories: Iterable[Story] | AsyncIterable[Story]) -> AsyncGenerator[Story, None]:
     if isinstance(stories, AsyncIterable):
         async for story in stories:
             yield story
@@ -138,7 +138,7 @@ class ManyRuns:
         check: Callable[[], Any] | None = None,  # the caller's `cancellation_check`
     ) -> AsyncGenerator[StoryResult | StoryFailure, None]:
         """Yield what became of each story, as they finish."""
-        self.total = len(stories) if hasattr(stories, "__len__") else None
+        self.total = len(stories) if isinstance(stories, Sized) else None
         feeder, watch = self._begin(self._feed(stories)), self._begin(watch_cancellation(check))
         watch.add_done_callback(lambda _: cancel_once({feeder, *self.running}))
         notifier = Notifier(on_progress)

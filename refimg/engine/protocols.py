@@ -49,7 +49,10 @@ class Reply(BaseModel, frozen=True):
 class ChatModel(Protocol):
     """A model that can hold a conversation."""
 
-    name: str  # provider and model, as it should stand in a record
+    @property
+    def name(self) -> str:
+        """Provider and model, as it should stand in a record."""
+        ...
 
     async def reply(
         self,
@@ -84,11 +87,30 @@ class GeneratedImage:
 class ImageModel(Protocol):
     """A model that draws; adapters and the sandbox's painter provide it."""
 
-    name: str  # provider and model, as it should stand in a record
-    max_references: int  # how many reference images a call may carry; 0: none
-    takes_seed: bool  # False: none is sent
-    takes_negative_prompt: bool  # False: none is sent
-    aspect_ratios: tuple[str, ...] | None  # those it offers; None: any W:H
+    @property
+    def name(self) -> str:
+        """Provider and model, as it should stand in a record."""
+        ...
+
+    @property
+    def max_references(self) -> int:
+        """How many reference images a call may carry; 0: none."""
+        ...
+
+    @property
+    def takes_seed(self) -> bool:
+        """Whether a call may carry a seed; if not, none is sent."""
+        ...
+
+    @property
+    def takes_negative_prompt(self) -> bool:
+        """Whether a call may carry a negative prompt; if not, none is sent."""
+        ...
+
+    @property
+    def aspect_ratios(self) -> tuple[str, ...] | None:
+        """The ratios it offers, as W:H; None: any."""
+        ...
 
     async def generate(self, request: ImageRequest) -> GeneratedImage:
         """Draw one image, or raise."""
@@ -130,9 +152,20 @@ class RawScore(BaseModel, frozen=True):
 class Scorer(Protocol):
     """A model that scores images against a text and maps its unit to 0–100."""
 
-    name: str  # the metric's key: "pickscore", "clip_score", "aesthetic", "vqa_score" or any other
-    model: str  # checkpoint @ revision; "sandbox-…" for the offline ones
-    calibration: str  # id of the map from the raw unit to 0–100
+    @property
+    def name(self) -> str:
+        """The metric's key: "pickscore", "clip_score", "aesthetic", "vqa_score" or any other."""
+        ...
+
+    @property
+    def model(self) -> str:
+        """Checkpoint @ revision; it begins with "sandbox-" for the offline ones."""
+        ...
+
+    @property
+    def calibration(self) -> str:
+        """The id of the map from the raw unit to 0–100."""
+        ...
 
     def to_100(
         self,

@@ -9,13 +9,17 @@ import asyncio
 import inspect
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel
 
 from . import tasks
 from .candidates import CandidateGroup, SceneNotes, ScoringQueue
+from .costs import add_costs
 from .prompts import compose_prompt, scene_context
 from refimg.engine.protocols import (
     Call,
@@ -26,7 +30,7 @@ from refimg.engine.protocols import (
     Reply,
     Scorer,
 )
-from .results import SceneResult, StoryResult
+from .results import SceneResult, StoryResult, Variation
 from .settings import Settings, versions
 from .story import Scene, Story
 from refimg.engine.tasks import (
@@ -35,12 +39,8 @@ from refimg.engine.tasks import (
     is_cancelled,
     run_until_cancelled,
 )
-from refimg.enhance import (
-    ImagePromptEnhancementResult,
-    enhance_prompt_iterative,
-    trace_enhancement,
-)
-from ..generate import Candidate, GenerationFailed
+from ..enhance import EnhancementTrace, ImagePromptEnhancementResult, enhance_prompt_iterative
+from ..generate import GenerationFailed
 from ..storage.files import TraceTree, write_trace
 
 # %% auto #0
@@ -61,14 +61,17 @@ class RunAgent:
     def __post_init__(self) -> None:
         self.name = self.model.name
 
-    async def reply(self, messages: list[Message], **shape: Any) -> Reply:
+    async def reply(
+        self, messages: list[Message], schema: type[BaseModel] | None = None
+    ) -> Reply:
         """Return the model's answer; a CancelledError of its own is an error like any other."""
         if self.stopped():
             raise asyncio.CancelledError
+        more: dict[str, Any] = {"schema": schema} if schema else {}
         if self.call is not None and getattr(self.model, "takes_call", False):
-            shape["call"] = self.call
+            more["call"] = self.call
         try:
-            return await self.model.reply(messages, **shape)
+            return await self.model.reply(messages, **more)
         except asyncio.CancelledError as error:
             if is_cancelled():
                 raise
@@ -106,11 +109,11 @@ class SceneRun:
     scene: Scene  # as the story has it
     notes: SceneNotes  # warnings, causes, bill and timings
     images: CandidateGroup
-    enhancement: ImagePromptEnhancementResult | None = None
+    enhancement: ImagePromptEnhancementResult = field(init=False, repr=False)  # from `enhance` on
     incoming: Path | None = None  # the reference that the chain handed on
     sent_prompt: str = ""
-    winner: Candidate | None = None
-    source: str = "ranked"
+    winner: Variation | None = None
+    source: Literal["ranked", "first", "fallback"] = "ranked"
 
     @property
     def number(self) -> int:
@@ -119,16 +122,17 @@ class SceneRun:
 
     async def enhance(self) -> None:
         """Give the scene its enhancement: the one handed in, or the agents'."""
-        run, made = self.run, self.run.given[self.number - 1]
+        run, given = self.run, self.run.given[self.number - 1]
         async with run.enhancing:
             run.reporter.begin("enhance", self.number, run.total_cost())
             with self.notes.timed("enhance"):
-                if made is None:
-                    made = await run.ask_agents(self.number)
-                else:
-                    trace_enhancement(made, run.trace_dir(self.number))
+                made = given or await run.ask_agents(self.number)
+                if given:
+                    EnhancementTrace.replay(given, run.trace_dir(self.number))
         self.enhancement = made
         self.notes.warnings += made.warnings
+        if made is not given or not run.times_rerun:
+            self.notes.bill.append(made.cost)
         run.reporter.finish()
 
     async def make_reference(self) -> None:
@@ -162,8 +166,7 @@ class SceneRun:
             await queue.finish()
             await self.select_reference()
         if self.winner:
-            self.notes.log_selection(
-                self.winner, self.source, run.settings.quality_threshold)
+            self.notes.log_selection(self.winner, self.source, run.settings.quality_threshold)
         run.group.create_task(self._write_others())
 
     async def generate_variations(
@@ -209,10 +212,10 @@ class SceneRun:
 
     async def select_reference(self) -> None:
         """Set the winner: the best image that can be written."""
-        for candidate in self.images.rank(self.run.scorers, self.run.settings.weights):
-            if await self.images.save(candidate):
-                self.winner = candidate
-                if self.source == "ranked" and candidate.scores.overall is None:
+        for item, scores in self.images.rank(self.run.scorers, self.run.settings.weights):
+            if image := await self.images.save(item):
+                self.winner = Variation(image=image, scores=scores, rank=item.rank, selected=True)
+                if self.source == "ranked" and scores.overall is None:
                     self.source = "first"
                 return
 
@@ -262,7 +265,7 @@ class StoryRun:
     reporter: ProgressReporter
     journal: Any = None  # a `Journal`; None: none is kept
     call: Call | None = None  # handed along with each call
-    given: list[ImagePromptEnhancementResult | None] = field(default_factory=list)  # one per scene
+    given: Sequence[ImagePromptEnhancementResult | None] = ()  # one per scene, or none at all
     kept: dict[int, SceneResult] = field(default_factory=dict)  # scenes of an earlier run
     times_rerun: dict[int, int] = field(default_factory=dict)  # scene -> how often drawn again
     spent: float | None = 0.0  # USD before this run
@@ -271,7 +274,7 @@ class StoryRun:
     scenes: list[SceneRun] = field(default_factory=list)
     enhanced: dict[int, asyncio.Task] = field(default_factory=dict)
     references: dict[int, asyncio.Future[Path | None]] = field(default_factory=dict)
-    group: asyncio.TaskGroup | None = None
+    group: asyncio.TaskGroup = field(init=False, repr=False)  # while the scenes are made
 
     def __post_init__(self) -> None:
         self.started = time.perf_counter()
@@ -369,11 +372,7 @@ class StoryRun:
 
     def total_cost(self) -> float | None:
         """Add up the USD of all calls so far, those before a rerun too; None if one is unknown."""
-        asked = [s.enhancement for s in self.scenes
-                 if self.given[s.number - 1] is None or not self.times_rerun]
-        costs = [self.spent, *(made.cost for made in asked if made)]
-        costs += [cost for scene in self.scenes for cost in scene.notes.bill]
-        return None if any(cost is None for cost in costs) else sum(costs)
+        return add_costs([self.spent, *chain(*(scene.notes.bill for scene in self.scenes))])
 
     def fill_missing_references(self) -> dict[int, Path]:
         """Return the reference of every scene: its own, or the nearest one that stands in."""
@@ -406,10 +405,11 @@ async def load_capabilities(
     check: Callable[[], Any] | None = None,  # the caller's `cancellation_check`
 ) -> None:
     """Let a remote model find out what it takes; GenerationFailed where it cannot be asked."""
-    if not inspect.iscoroutinefunction(getattr(model, "load", None)):
+    load = getattr(model, "load", None)
+    if not inspect.iscoroutinefunction(load):
         return
     try:
-        await run_until_cancelled(model.load, check, lambda: None)
+        await run_until_cancelled(load, check, lambda: None)
     except GenerationCancelled:
         raise
     except RuntimeError as error:
@@ -424,7 +424,7 @@ async def load_models(
     for model in models:
         try:
             await asyncio.to_thread(getattr(model, "fetch", lambda: None))
-            loading = await asyncio.to_thread(getattr(model, "load", lambda: None))
+            loading: Any = await asyncio.to_thread(getattr(model, "load", lambda: None))
             if inspect.isawaitable(loading):
                 await loading
         except (ImportError, OSError, ValueError) as error:

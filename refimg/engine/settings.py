@@ -20,8 +20,7 @@ from ..score import check_weights
 from ..storage.files import read_image
 
 # %% auto #0
-__all__ = ['Settings', 'check_named', 'check_scorers', 'describe_scorers', 'settings_of', 'check_story', 'check_folder',
-           'versions']
+__all__ = ['Settings', 'check_scorers', 'describe_scorers', 'settings_of', 'check_story', 'check_folder', 'versions']
 
 # %% ../../nbs/engine/settings.ipynb #b5000008
 _TYPES = {
@@ -79,7 +78,7 @@ _COLUMNS = {"generation_id", "scene", "variation", "rank", "selected", "seed", "
             "path"}
 
 
-def check_named(
+def _check_named(
     role: str,  # what the object is for, named in the error
     model: Any,  # of a protocol
     *fields: str,  # attributes that must be texts
@@ -98,7 +97,7 @@ def check_scorers(
     if not isinstance(scorers, (list, tuple)):
         raise ValueError(f"scorers must be a list of scorers, got {scorers!r:.200}")
     for scorer in scorers:
-        check_named("scorers", scorer, "name", "model", "calibration")
+        _check_named("scorers", scorer, "name", "model", "calibration")
     check_weights([scorer.name for scorer in scorers], weights)
     if taken := {scorer.name for scorer in scorers} & _COLUMNS:
         raise ValueError("the name of a scorer must be none of the columns "
@@ -118,7 +117,7 @@ def settings_of(
     """Check a pipeline's models, scorers and settings, and return them as plain values."""
     values = {name: getattr(pipeline, name) for name in Settings.model_fields}
     for role in ("director", "critic", "image_model"):
-        check_named(role, values[role], "name")
+        _check_named(role, values[role], "name")
         values[role] = values[role].name
     check_scorers(pipeline.scorers, pipeline.weights)
     values["scorers"] = describe_scorers(pipeline.scorers)
@@ -130,7 +129,7 @@ def settings_of(
     return Settings.checked(values)
 
 # %% ../../nbs/engine/settings.ipynb #b5000012
-def _check_enhancements(story: Story, enhancements: list | None) -> None:
+def _check_enhancements(story: Story, enhancements: Sequence | None) -> None:
     """Raise a ValueError where the enhancements are not those of the story's scenes."""
     if enhancements is None:
         return
@@ -148,7 +147,7 @@ def check_story(
     story: Any,  # what a run would make references for
     settings: Settings,  # of that run
     image_model: ImageModel,  # draws
-    enhancements: list | None = None,  # from `Pipeline.enhance`
+    enhancements: Sequence | None = None,  # from `Pipeline.enhance`
 ) -> None:
     """Raise a ValueError about the story as this run would make it."""
     if not isinstance(story, Story):
@@ -161,7 +160,7 @@ def check_story(
     try:
         story.model_dump_json()
     except ValueError as error:
-        raise ValueError(f"story must hold only what JSON can hold: {error}") from error
+        raise ValueError(f"story cannot be written as JSON: {error}") from error
     _check_enhancements(story, enhancements)
     chained = len(story.scenes) > 1 and settings.chain != "none"
     image = story.initial_reference_image
@@ -177,7 +176,8 @@ def check_story(
         try:
             read_image(image)
         except ValueError as error:
-            raise ValueError(f"initial_reference_image: {error}") from error
+            why = f"initial_reference_image must be an image file, got: {error}"
+            raise ValueError(why) from error
 
 
 def check_folder(

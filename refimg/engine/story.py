@@ -71,7 +71,7 @@ class Story(BaseModel, frozen=True, extra="forbid"):
         try:
             story = cls.model_validate(fields)
         except ValidationError as error:
-            raise ValueError(f"{path} is no story: {cls._faults(error)}") from error
+            raise ValueError(f"{path} cannot be read as a story: {cls._faults(error)}") from error
         return map_paths(story, lambda image: path.parent / image)
 
     @staticmethod
@@ -81,7 +81,7 @@ class Story(BaseModel, frozen=True, extra="forbid"):
         for fault in error.errors():
             at = fault["loc"]
             if at[:1] == ("scenes",) and len(at) > 1:
-                at = (f"scene {at[1] + 1}", *at[2:])
+                at = (f"scene {int(at[1]) + 1}", *at[2:])
             told.append(f"{', '.join(map(str, at))}: {plain.get(fault['type'], fault['msg'])}")
         return "; ".join(told)
 

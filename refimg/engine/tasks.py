@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 # %% auto #0
-__all__ = ['TICK', 'GRACE', 'is_cancelled', 'call_back', 'Progress', 'Notifier', 'ProgressReporter', 'GenerationCancelled',
+__all__ = ['TICK', 'GRACE', 'is_cancelled', 'Progress', 'Notifier', 'ProgressReporter', 'GenerationCancelled',
            'watch_cancellation', 'run_until_cancelled', 'cancel_once', 'run_blocking']
 
 # %% ../../nbs/engine/tasks.ipynb #ed900da9
@@ -25,10 +25,11 @@ _logger = logging.getLogger("refimg.pipeline")
 
 def is_cancelled() -> bool:
     """Tell whether a CancelledError is meant for the running task, not raised by what it called."""
-    return asyncio.current_task().cancelling() > 0
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
-async def call_back(
+async def _call_back(
     function: Callable[..., Any] | None,  # sync or async; None: there is nothing to call
     *args: Any,  # handed to it
 ) -> Any:
@@ -42,10 +43,13 @@ async def call_back(
     return found
 
 # %% ../../nbs/engine/tasks.ipynb #7a2ac232
+_Stage = Literal["enhance", "generate", "score"]
+
+
 class Progress(BaseModel, frozen=True):
     """One step of a run, as it is reported to whoever waits."""
 
-    stage: Literal["enhance", "generate", "score"]  # the stage that begins
+    stage: _Stage  # the stage that begins
     message: str  # the same in words for a person
     scene: int  # from 1
     scenes: int  # how many there are
@@ -75,7 +79,7 @@ class Notifier:
         broken = False
         while (step := await self.queue.get()) is not None:
             try:
-                await call_back(self.callback, step)
+                await _call_back(self.callback, step)
             except (Exception, asyncio.CancelledError) as error:
                 if is_cancelled():
                     raise
@@ -97,7 +101,7 @@ class Notifier:
         listener.cancel()
 
 # %% ../../nbs/engine/tasks.ipynb #e9a1b06d
-_MESSAGES = {
+_MESSAGES: dict[_Stage, str] = {
     "enhance": "Enhancing prompts for reference images",
     "generate": "Generating reference image variations",
     "score": "Scoring and ranking reference images",
@@ -118,7 +122,7 @@ class ProgressReporter(Notifier):
 
     def begin(
         self,
-        stage: str,  # "enhance", "generate" or "score"
+        stage: _Stage,  # "enhance", "generate" or "score"
         scene: int,  # from 1
         cost: float | None,  # USD of the run so far
     ) -> None:
@@ -150,7 +154,7 @@ async def watch_cancellation(
     broken = False
     while True:
         try:
-            if await call_back(check):
+            if await _call_back(check):
                 return
         except (Exception, asyncio.CancelledError) as error:
             if is_cancelled():
