@@ -73,6 +73,11 @@ STATES = {  # how an error begins that is about a state, or about no argument ->
     "OPENAI_API_KEY": "half of a set of keys: names what must be set",
     "REFIMG_IMAGE_MODEL": "a setting that lacks another: names what must be set",
     "budget_usd needs prices": "a state, and what to do",
+    "the file was changed by another gallery": "a state, and what to do",
+    "images are being drawn": "a state, and what to do",
+    "the images are there": "a state, and what to do",
+    "there are no images yet": "a state, and what to do",
+    "the result does not hold its story": "a state, and what to do",
     "the answer ": "about a model's answer, and not about an argument",
     "the model refused": "the same",
     "there is no JSON object in the answer": "goes to a model, in its repair turn",
@@ -139,7 +144,7 @@ def test_no_text_has_an_old_form_of_error() -> Found:
 # one word for one thing
 
 
-SHOWN = ("refimg.view", "refimg.gallery", "refimg.validate", "refimg.cli")  # every text is shown
+SHOWN = ("refimg.view", "refimg.validate", "refimg.cli")  # every text is shown
 SAID = {"warning", "info", "error", "debug", "exception", "warn", "echo", "secho"}
 
 

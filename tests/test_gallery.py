@@ -127,7 +127,7 @@ async def test_a_result_and_a_file_that_went_apart_are_not_chosen_between(p, res
     first.choose(1, loser(result), "theirs")
     before = first.path.read_bytes()
     for own in (choose(result, 2, 1, "mine"), veto(result, 2, 1, "mine")):
-        with pytest.raises(ValueError, match=r"run\.json.*allowed: path= a new file"):
+        with pytest.raises(ValueError, match=r"path must be a new file, got .*run\.json"):
             Gallery(p, own)
         assert Gallery(p, own, path=tmp_path / "own.json").result == own
     assert first.path.read_bytes() == before
@@ -165,7 +165,7 @@ async def test_of_two_galleries_the_second_refuses_and_goes_on_when_shown_again(
     a.choose(1, 2, "A likes it")
     before = a.path.read_bytes()
     b.widgets.cards[2].choose.click()
-    assert "show it again" in b.message and "show it again" in b.widgets.status.value
+    assert "show this one again" in b.message and "show this one again" in b.widgets.status.value
     for decide in (b.choose, b.veto):
         with pytest.raises(ValueError, match="changed by another gallery"):
             decide(2, 3, "B likes it")
@@ -396,7 +396,7 @@ async def test_blind_a_scene_without_pictures_names_none_of_another_scene(p, res
     gallery.scene = 2
     name = result.scenes[0].reference.name
     for source in (str(gallery.static()), shown(gallery)):
-        assert "no picture of its own" in source and name not in source and "carried" not in source
+        assert "no image of its own" in source and name not in source and "carried" not in source
     gallery.blind = False
     assert name in str(gallery.static())
 
@@ -447,7 +447,7 @@ async def test_nothing_is_paid_before_prompts_are_seen_and_an_edit_is_what_is_se
     fields = [w for w in widgets(gallery.widgets.box) if isinstance(w, ipywidgets.Textarea)]
     fields[1].value = "a keeper, scene 2, in the fog"
     assert "in the fog" in shown(gallery)
-    press(gallery, "Draw the pictures")
+    press(gallery, "Draw the images")
     await finished(gallery)
     assert gallery.message == ""
     prompts = {r.slot.split("/")[0]: r.prompt for r in p.image_model.requests}
@@ -465,7 +465,7 @@ async def test_a_blank_prompt_is_refused_in_words_and_nothing_is_drawn(tmp_path)
     gallery = Gallery(p, story(1), output_dir=tmp_path)
     await gallery.enhance()
     gallery.prompts[0] = "  "
-    press(gallery, "Draw the pictures")
+    press(gallery, "Draw the images")
     await finished(gallery)
     assert "not blank" in shown(gallery)
     assert p.image_model.requests == []
@@ -524,7 +524,7 @@ async def test_stop_ends_it_and_says_so(tmp_path):
     p = pipeline(FakeImages(seconds=30))
     gallery = Gallery(p, story(1), output_dir=tmp_path)
     await gallery.enhance()
-    press(gallery, "Draw the pictures")
+    press(gallery, "Draw the images")
     await asyncio.sleep(0.3)
     press(gallery, "Stop")
     await finished(gallery)
@@ -536,11 +536,11 @@ async def test_an_error_is_told_and_the_next_click_works(tmp_path):
     broken = pipeline(FakeImages(lambda request, number: RuntimeError("<b>no</b> credit\x1b[31m")))
     gallery = Gallery(broken, story(1), generation_id="run", output_dir=tmp_path)
     await gallery.enhance()
-    press(gallery, "Draw the pictures")
+    press(gallery, "Draw the images")
     await finished(gallery)
     assert "<b>no</b> credit" in shown(gallery)
     broken.image_model.script = None
-    press(gallery, "Draw the pictures")
+    press(gallery, "Draw the images")
     await finished(gallery)
     assert gallery.result is not None
 
@@ -555,7 +555,7 @@ async def test_a_file_that_cannot_be_written_is_told(p, result, tmp_path):
 async def test_the_kernel_is_not_held_while_pictures_are_drawn(tmp_path):
     gallery = Gallery(pipeline(FakeImages(seconds=0.3)), story(1), output_dir=tmp_path)
     await gallery.enhance()
-    press(gallery, "Draw the pictures")
+    press(gallery, "Draw the images")
     ticks = 0
     while not gallery.task.done():
         await asyncio.sleep(0.01)

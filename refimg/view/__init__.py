@@ -47,6 +47,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name != "Gallery":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from refimg.gallery import Gallery
+    from refimg.view.gallery import Gallery
 
     return Gallery
