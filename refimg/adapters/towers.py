@@ -197,7 +197,8 @@ def _clip_parts(folder: Path) -> tuple[Any, Any, Any]:
     """Read the CLIPModel of a folder, every weight of it, its image processor and tokenizer."""
     library, weights = import_transformers(), _file(folder, "model.safetensors")
     if not (folder / "tokenizer.json").is_file():
-        _file(folder, "vocab.json"), _file(folder, "merges.txt")
+        for name in ("vocab.json", "merges.txt"):
+            _file(folder, name)
     log, options = library.utils.logging, {"use_safetensors": True, "output_loading_info": True}
     shown = log.is_progress_bar_enabled()
     log.disable_progress_bar()

@@ -4,7 +4,7 @@ Every public name of the rooms can be imported from here. The gallery comes only
 for, because it knows the pipeline.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from refimg.view.charts import (
     dimension_rise,
@@ -22,6 +22,9 @@ from refimg.view.tables import (
     score_table,
     variation_grid,
 )
+
+if TYPE_CHECKING:
+    from refimg.view.gallery import Gallery
 
 __all__ = [
     "Gallery",
