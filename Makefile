@@ -6,7 +6,9 @@ BIN := .venv/bin
 
 unexport PYTHONPATH PYTHONHOME MPLBACKEND
 NO_KEYS := env -u OPENAI_API_KEY -u OPENAI_BASE_URL -u REPLICATE_API_TOKEN -u REFIMG_SANDBOX
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# More processes than cores, since many tests wait; one thread each, or torch's threads get in each other's way.
+ONE_THREAD := OMP_NUM_THREADS=1
+PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 FIRST := nbs/03_pipeline.ipynb
 AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
@@ -37,7 +39,7 @@ lint: setup
 	$(BIN)/python tools/check_sync.py
 
 notebooks: setup
-	$(NO_KEYS) $(BIN)/nbdev_test --n_workers 2
+	$(NO_KEYS) $(ONE_THREAD) $(BIN)/nbdev_test --n_workers 3
 
 checks: setup
 	@$(MAKE) --no-print-directory -j 2 lint notebooks

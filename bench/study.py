@@ -64,7 +64,7 @@ CHUNK = 10  # prompts or stories a part
 CARRIED = ("subject", "colour", "style")  # what a reference of the painter hands on
 WEIGHTS = "refimg/sandbox/weights/*/*"
 SOURCES = ("bench/study.py", "tools/train_sandbox/captions.py", "tools/train_sandbox/pictures.py",
-           "refimg/*.py", "refimg/sandbox/*.py", WEIGHTS)
+           "refimg/*.py", "refimg/*/*.py", WEIGHTS)
 
 
 class Arm(NamedTuple):

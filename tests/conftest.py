@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 
@@ -24,3 +25,10 @@ def pytest_collection_modifyitems(items: list) -> None:
     if os.environ.get("REFIMG_TEST_ALL") != "1":
         for item in (item for item in items if item.get_closest_marker("all")):
             item.add_marker(pytest.mark.skip(reason="only in make test-all (REFIMG_TEST_ALL=1)"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def collector() -> None:
+    """What stands in memory by now need not be looked through by every later collection."""
+    gc.collect()
+    gc.freeze()

@@ -416,11 +416,12 @@ async def test_a_refused_content_gets_one_more_prediction(server, name):
     assert (seeds[0] != seeds[1]) == (name == FLUX)
 
 
-async def test_the_safe_ones_are_kept(server, tmp_path):
+async def test_the_safe_ones_are_kept(tmp_path):
     """Two refusals in a row for one of four variations: it is lost, and nothing else."""
-    server.script(["nsfw", None, None, None, "nsfw"])
-    made = await generate_images("a keeper", 4, output_dir=tmp_path, model=images(server))
-    assert len(made) == 3 and len(server.requests("create")) == 5
+    with start_image_server(seconds=0.6) as server:  # all four are asked for before one ends
+        server.script(["nsfw", None, None, None, "nsfw"])
+        made = await generate_images("a keeper", 4, output_dir=tmp_path, model=images(server))
+        assert len(made) == 3 and len(server.requests("create")) == 5
 
 
 async def test_one_more_prediction_needs_money(server):

@@ -335,6 +335,7 @@ def run(code: str) -> str:
     return made.stdout.strip()
 
 
+@pytest.mark.all
 def test_both_libraries_are_imported_whatever_torchvision_lacks():
     assert run(MEND) in ("declared", "whole")
 

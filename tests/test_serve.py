@@ -20,7 +20,7 @@ from refimg.adapters.towers import import_transformers
 from refimg.enhance import Critique, critic_messages, parse_critique
 from tests.fakes import FakeImages, FakeScorer
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.all]
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 
 

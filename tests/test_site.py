@@ -172,7 +172,7 @@ def test_a_page_opens_without_trouble(base, page, name):
 
 
 WITH_CODE = ("index.html", "storage/secrets.html")  # elsewhere its colours are the same, and many
-KINDS = (*WITH_CODE, "view.html", "pages/parameters.html")  # front, room, results, written page
+KINDS = (*WITH_CODE, "view/sheet.html", "pages/parameters.html")  # front, room, results, text
 
 
 @pytest.mark.slow

@@ -234,6 +234,7 @@ def shipped() -> pd.DataFrame:
     return pd.read_parquet(study.TARGET)
 
 
+@pytest.mark.all
 def test_the_shipped_table_is_whole(shipped):
     assert study.PROMPTS >= 200 and study.STORIES >= 100
     check_rows(shipped, study.PROMPTS, study.STORIES)
@@ -256,7 +257,8 @@ def test_the_shipped_table_is_of_this_painter_these_weights_and_these_texts(ship
                 assert row.sent_prompt == sent
 
 
-@pytest.mark.parametrize("part", ["prompts", pytest.param("stories", marks=pytest.mark.all)])
+@pytest.mark.all
+@pytest.mark.parametrize("part", ["prompts", "stories"])
 def test_a_part_of_the_shipped_table_can_be_made_again(shipped, tmp_path, part):
     arm = ARM[part, "enhanced", 0.08]
     path = study.make_part(tmp_path / "part.parquet", arm, range(1))

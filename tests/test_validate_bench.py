@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BENCH = sorted((ROOT / "bench").glob("[!_]*.py"))
 
 
+@pytest.mark.all
 def test_the_benchmark_runs_small():
     command = [sys.executable, "bench/statistics.py", "--quick", "200"]
     made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
