@@ -8,14 +8,14 @@ unexport PYTHONPATH PYTHONHOME MPLBACKEND
 NO_KEYS := env -u OPENAI_API_KEY -u OPENAI_BASE_URL -u REPLICATE_API_TOKEN -u REFIMG_SANDBOX
 # More processes than cores, since many tests wait; one thread each, or torch's threads get in each other's way.
 ONE_THREAD := OMP_NUM_THREADS=1
-PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
+PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 FIRST := nbs/03_pipeline.ipynb
 AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 export JUPYTER_PATH := $(CURDIR)/.venv/share/jupyter
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo lint notebooks checks test test-all lab bench bench-long docs readme clean
+.PHONY: help setup demo lint notebooks unit test test-all lab bench bench-long docs readme clean
 
 help:
 	@echo "make demo   a story through the whole pipeline, offline, into output/demo/"
@@ -39,16 +39,17 @@ lint: setup
 	$(BIN)/python tools/check_sync.py
 
 notebooks: setup
-	$(NO_KEYS) $(ONE_THREAD) $(BIN)/nbdev_test --n_workers 3
+	$(NO_KEYS) $(ONE_THREAD) $(BIN)/nbdev_test --n_workers 2
 
-checks: setup
-	@$(MAKE) --no-print-directory -j 2 lint notebooks
+unit: setup
+	$(PYTEST) $(MORE)
 
-test: checks
-	$(PYTEST)
+test: setup
+	@$(MAKE) --no-print-directory -j 3 lint notebooks unit
 
-test-all: checks
-	REFIMG_TEST_ALL=1 $(PYTEST) --cov=refimg --cov-report=term --cov-fail-under=90
+test-all: setup
+	@REFIMG_TEST_ALL=1 $(MAKE) --no-print-directory -j 3 lint notebooks unit \
+		MORE="--cov=refimg --cov-report=term --cov-fail-under=90"
 
 lab: setup
 	$(BIN)/jupyter lab $(AS_ROOT) --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/$(FIRST)
