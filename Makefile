@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-unexport PYTHONPATH PYTHONHOME MPLBACKEND
+unexport PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE MPLBACKEND
 NO_KEYS := env -u OPENAI_API_KEY -u OPENAI_BASE_URL -u REPLICATE_API_TOKEN -u REFIMG_SANDBOX
 # More processes than cores, since many tests wait; one thread each, or torch's threads get in each other's way.
 ONE_THREAD := OMP_NUM_THREADS=1

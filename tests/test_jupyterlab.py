@@ -13,9 +13,7 @@ import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
-import nbformat
 import pytest
-from nbformat.v4 import new_code_cell, new_notebook
 
 from refimg import StoryResult
 
@@ -195,6 +193,9 @@ def tab_to(page, text: str) -> None:
 def gallery_notebook(place: Path) -> Path:
     """A notebook that shows a gallery over models that cost nothing, and the JSON it keeps."""
     shutil.copy2(ROOT / "tests" / "fakes.py", place / "work" / "fakes.py")
+    import nbformat  # takes seconds
+    from nbformat.v4 import new_code_cell, new_notebook
+
     cells = [new_code_cell(STORY.strip()), new_code_cell(GALLERY.strip())]
     kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
     made = new_notebook(cells=cells, metadata=kernel)

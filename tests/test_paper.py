@@ -14,13 +14,14 @@ import re
 from pathlib import Path
 from statistics import fmean, stdev
 
-import nbformat
 import pandas as pd
 import pytest
 from scipy.stats import t
 
+from .house import read_notebook
+
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = nbformat.read(ROOT / "nbs" / "04_validate.ipynb", as_version=4).cells
+PAGE = read_notebook(ROOT / "nbs" / "04_validate.ipynb").cells
 STUDY = pd.read_parquet(ROOT / "bench" / "results" / "study.parquet")
 LATENCY = ROOT / "bench" / "results" / "story_latency.json"
 NUMBER = re.compile(r"[-+]?\d*\.?\d+")
