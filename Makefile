@@ -8,7 +8,7 @@ unexport PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE MPLBACKEND
 NO_KEYS := env -u OPENAI_API_KEY -u OPENAI_BASE_URL -u REPLICATE_API_TOKEN -u REFIMG_SANDBOX
 # More processes than cores, since many tests wait; one thread each, or torch's threads get in each other's way.
 ONE_THREAD := OMP_NUM_THREADS=1
-PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 FIRST := nbs/03_pipeline.ipynb
 AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
@@ -45,7 +45,7 @@ unit: setup
 	$(PYTEST) $(MORE)
 
 test: setup
-	@$(MAKE) --no-print-directory -j 3 lint notebooks unit
+	@$(MAKE) --no-print-directory -j 2 lint notebooks && $(MAKE) --no-print-directory unit
 
 test-all: setup
 	@REFIMG_TEST_ALL=1 $(MAKE) --no-print-directory -j 3 lint notebooks unit \
