@@ -45,10 +45,12 @@ unit: setup
 	$(PYTEST) $(MORE)
 
 test: setup
-	@$(MAKE) --no-print-directory -j 2 lint notebooks && $(MAKE) --no-print-directory unit
+	@$(MAKE) --no-print-directory -j 2 lint notebooks
+	@$(MAKE) --no-print-directory unit
 
 test-all: setup
-	@REFIMG_TEST_ALL=1 $(MAKE) --no-print-directory -j 3 lint notebooks unit \
+	@$(MAKE) --no-print-directory -j 2 lint notebooks
+	@REFIMG_TEST_ALL=1 $(MAKE) --no-print-directory unit \
 		MORE="--cov=refimg --cov-report=term --cov-fail-under=90"
 
 lab: setup
