@@ -30,7 +30,7 @@ from pydantic import (
 from .engine.fence import fence, read_fences
 from .engine.instructions import CRITIC, DIMENSIONS, DIRECTOR, NEGATIVE
 from .engine.intent import lost_intent
-from .engine.costs import add_costs
+from .engine.costs import sum_known
 from .engine.protocols import ChatModel, CleanText, Message, Reply, Usage
 
 # %% auto #0
@@ -406,7 +406,7 @@ class Enhancement:
             iterations=self.iterations, final_score=best and best.critique,
             total_iterations=len(self.iterations), stop_reason=reason,
             director=self.director.name, critic=self.critic.name,
-            cost=add_costs(reply and reply.cost for reply in self.bill), seconds=seconds,
+            cost=sum_known(reply and reply.cost for reply in self.bill), seconds=seconds,
             warnings=self.warnings + lost_intent(self.original, final))
 
 # %% ../nbs/00_enhance.ipynb #871feb31

@@ -43,6 +43,7 @@ class Hub:
 
     def __init__(self, files: dict[str, bytes]):
         self.files, self.faults, self.gets, self.heads = files, {}, [], []
+        self.commits: dict[str, str] = {}  # of a file that is of another commit than the rest
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -82,7 +83,8 @@ class Hub:
         request.send_response(206 if first else 200)
         if first:
             request.send_header("Content-Range", f"bytes {first}-{len(data) - 1}/{len(data)}")
-        for key, value in {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes",
+        commit = self.commits.get(name, COMMIT)
+        for key, value in {"ETag": f'"{etag}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes",
                            "Content-Length": len(data) - first}.items():
             request.send_header(key, str(value))
         request.end_headers()
@@ -342,3 +344,21 @@ def test_revisions_are_told_apart(online, tmp_path):
     one = Checkpoint("a/b", "main", (("model.safetensors",),))
     one.fetch()
     assert one.here() and Checkpoint("a/b", "f" * 40, one.needs).here() is None
+
+
+def test_a_branch_that_moves_between_two_downloads_is_fetched_again(online):
+    hub = online({"config.json": b"{}", "merges.txt": b"a b"})
+    hub.commits["config.json"] = "e" * 40
+    moving = Checkpoint("a/b", "main", (("config.json",), ("merges.txt",)))
+    with pytest.raises(OSError, match="changed meanwhile: fetch"):
+        moving.fetch()
+    hub.commits.clear()
+    assert moving.fetch() == moving.here()
+
+
+def test_files_that_go_between_two_looks_are_said_to_be_gone(tmp_path, monkeypatch):
+    scorer = PickScore(tiny_transformers(), device="cpu")
+    monkeypatch.setattr(type(scorer.source), "here", lambda self: None)
+    monkeypatch.setattr(scorer, "missing", lambda: None)
+    with pytest.raises(ValueError, match="are gone: fetch"):
+        scorer.embedder()

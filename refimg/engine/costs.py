@@ -28,7 +28,7 @@ from refimg.engine.protocols import (
 )
 
 # %% auto #0
-__all__ = ['Prices', 'BudgetSpent', 'Budget', 'add_costs', 'Estimate', 'estimate']
+__all__ = ['Prices', 'BudgetSpent', 'Budget', 'sum_known', 'Estimate', 'estimate']
 
 # %% ../../nbs/engine/costs.ipynb #c0570008
 class Prices(Protocol):
@@ -215,13 +215,13 @@ class _PaidImages(_Paid):
         return await adopt(prediction_id, **passed) if adopt else None
 
 # %% ../../nbs/engine/costs.ipynb #c057001e
-def add_costs(
-    costs: Iterable[float | None],  # USD of each call
+def sum_known(
+    values: Iterable[float | None],  # USD, seconds or tokens
 ) -> float | None:
     """Add them up; None where one is unknown."""
-    costs = list(costs)
-    known = [cost for cost in costs if cost is not None]
-    return math.fsum(known) if len(known) == len(costs) else None
+    given = list(values)
+    known = [value for value in given if value is not None]
+    return math.fsum(known) if len(known) == len(given) else None
 
 
 class Estimate(BaseModel, frozen=True):
@@ -252,7 +252,7 @@ def estimate(
     def total(scenes: Sequence[tuple[Usage, Usage]]) -> float | None:
         costs = [prices.chat_cost(name, usage) for scene in scenes if agents
                  for name, usage in zip(agents, scene, strict=True)]
-        return add_costs([*costs, *[each] * images])
+        return sum_known([*costs, *[each] * images])
 
     names = dict.fromkeys([*agents, image_model])
     unpriced = [name for name in names if prices.price_of(name) is None]

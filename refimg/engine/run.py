@@ -19,7 +19,7 @@ from pydantic import BaseModel
 
 from . import tasks
 from .candidates import CandidateGroup, SceneNotes, ScoringQueue
-from .costs import add_costs
+from .costs import sum_known
 from .prompts import compose_prompt, scene_context
 from refimg.engine.protocols import (
     Call,
@@ -372,7 +372,7 @@ class StoryRun:
 
     def total_cost(self) -> float | None:
         """Add up the USD of all calls so far, those before a rerun too; None if one is unknown."""
-        return add_costs([self.spent, *chain(*(scene.notes.bill for scene in self.scenes))])
+        return sum_known([self.spent, *chain(*(scene.notes.bill for scene in self.scenes))])
 
     def fill_missing_references(self) -> dict[int, Path]:
         """Return the reference of every scene: its own, or the nearest one that stands in."""

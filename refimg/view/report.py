@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from ..engine.costs import sum_known
 from ..engine.results import SceneResult, StoryResult
 from ..storage.extras import missing_extra
 from ..storage.files import check_id, write_atomic
@@ -51,13 +51,6 @@ from refimg.view.tables import (
 __all__ = ['report']
 
 # %% ../../nbs/view/report.ipynb #8dbb4116
-def _sum(values: Iterable[float | None]) -> float | None:
-    """Add up some numbers; None where one of them is not known."""
-    given = list(values)
-    known = [value for value in given if value is not None]
-    return math.fsum(known) if len(known) == len(given) else None
-
-
 def _told(value: float | None, form: str, more: bool = False) -> str:
     """Write a number, or that it is unknown."""
     return "unknown" if value is None else f"{'at least ' * more}{value:{form}}"
@@ -69,19 +62,19 @@ def _costs(result: StoryResult) -> Html:
     def tokens(scene: SceneResult) -> float | None:
         used = [item.usage for item in scene.enhancement.iterations]
         failed = scene.enhancement.stop_reason == "failed"
-        return None if failed else _sum(u and u.input_tokens + u.output_tokens for u in used)
+        return None if failed else sum_known(u and u.input_tokens + u.output_tokens for u in used)
 
     def row(name: str, scenes: list[SceneResult], usd: float | None) -> list[str]:
         more = any(s.enhancement.stop_reason in ("error", "failed")
                    or s.enhancement.negative_prompt is not None for s in scenes)
-        spent = [_sum(scene.timings.get(part) for scene in scenes) for part in WORK]
-        return [name, _told(_sum(map(tokens, scenes)), ",.0f", more),
+        spent = [sum_known(scene.timings.get(part) for scene in scenes) for part in WORK]
+        return [name, _told(sum_known(map(tokens, scenes)), ",.0f", more),
                 str(sum(len(scene.variations) for scene in scenes)),
                 *(_told(seconds, ",.1f") for seconds in spent), _told(usd, ",.4f")]
 
     rows = []
     for s in result.scenes:
-        usd = _sum([s.enhancement.cost, *(v.image.cost for v in s.variations)])
+        usd = sum_known([s.enhancement.cost, *(v.image.cost for v in s.variations)])
         rows.append(row(f"scene {s.scene}", [s], usd if s.variations else None))
     rows.append(row("run", result.scenes, result.cost))
     head = ["", "tokens", "images", *(f"{part}, s" for part in WORK), "USD"]
