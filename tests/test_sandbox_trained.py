@@ -352,6 +352,7 @@ print(logging.getLogger().handlers)
 """
 
 
+@pytest.mark.all
 def test_loading_leaves_the_root_logger_as_it_is():
     made = subprocess.run([sys.executable, "-c", ROOT_HANDLERS], capture_output=True, text=True,
                           check=True, timeout=120)
