@@ -481,7 +481,9 @@ def process(servers, folder: Path, *words: object) -> subprocess.Popen:
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-@pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("stop", "code"), [
+    (signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.all),
+])  # fmt: skip
 def test_a_hanging_run_is_cancelled_at_the_provider_too_and_resumed(
     servers, story, tmp_path, stop, code
 ):

@@ -82,7 +82,9 @@ def seconds_to_stop(kernel: Kernel, cell: str, servers, hanging: tuple[int, int]
     return took
 
 
-@pytest.mark.parametrize("cell", [AWAITED, SYNC], ids=["await", "run_sync"])
+@pytest.mark.parametrize("cell", [
+    pytest.param(AWAITED, id="await"), pytest.param(SYNC, id="run_sync", marks=pytest.mark.all),
+])  # fmt: skip
 @pytest.mark.parametrize("what", HANGING)
 def test_stop_ends_calls_that_hang_and_leaves_no_orphan(tmp_path, kernel, servers, what, cell):
     llm, images = servers
