@@ -9,9 +9,10 @@ from tests.servers.images import start_image_server
 from tests.servers.llm import start_llm_server
 
 
+@pytest.mark.all
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [2, pytest.param(5, marks=pytest.mark.all)])
-def test_after_a_kill_the_same_run_goes_on_where_it_was(tmp_path, kills):
+def test_after_a_kill_the_same_run_goes_on_where_it_was(tmp_path):
+    kills = 5
     points = [STEPS * k // (kills + 1) for k in range(1, kills + 1)]
     with start_llm_server() as llm, start_image_server(seconds=0.2) as images:
         found = kill_and_run_again(tmp_path, llm, images, points)
