@@ -139,7 +139,7 @@ def image_faults(p: Plan) -> list[dict]:
 
 def hurry() -> None:
     """Nothing; from here on this process waits in hundredths of what it would wait."""
-    retry._BACKOFF, retry._GAP, retry._LONGEST = (0.01, 0.05), (0.01, 0.05), 0.1
+    retry._BACKOFF, retry._SPREAD, retry._LONGEST = (0.01, 0.05), 0.05, 0.1
     replicate.fetch = partial(download.fetch, seconds=1.0, most=1_000_000)
 
 

@@ -426,7 +426,7 @@ def test_names_say_the_model_and_any_host_but_openais(monkeypatch):
     assert "@" in OpenAIChat("gpt-x", base_url="http://api.openai.com/v1").name
     local = OpenAIChat("qwen3", base_url="http://localhost:11434/v1")
     assert local.name == "openai:qwen3 @ localhost:11434"
-    assert local.provider == "openai @ localhost:11434"
+    assert local.account.provider == "openai @ localhost:11434"
     assert repr(local) == f"OpenAIChat({local.name!r})"
     monkeypatch.setenv("OPENAI_BASE_URL", "https://stray.example/v1")
     assert OpenAIChat("gpt-x").name == "openai:gpt-x @ stray.example"

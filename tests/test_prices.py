@@ -21,7 +21,7 @@ from refimg.adapters.prices import (
     Price,
     PriceTable,
 )
-from refimg.adapters.retry import Failure, ProviderError, RunLimits, attempts
+from refimg.adapters.retry import Account, Failure, ProviderError, RunLimits
 from refimg.engine.costs import Budget, BudgetSpent, estimate
 from refimg.engine.protocols import Call
 from refimg.engine.usage import expected_usage
@@ -266,7 +266,7 @@ class Hanging:
         def read(error):
             return Failure("never", repr(error))
 
-        return await attempts("p", once, read, seconds=0.02, call=call)
+        return await Account("p").attempts(once, read, seconds=0.02, call=call)
 
 
 @pytest.fixture

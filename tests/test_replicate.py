@@ -25,7 +25,7 @@ from refimg.adapters.predictions import (
     failure,
 )
 from refimg.adapters.replicate import ReplicateImages
-from refimg.adapters.retry import ProviderError, RunLimits
+from refimg.adapters.retry import Account, ProviderError, RunLimits
 from refimg.engine.protocols import Call
 from refimg.generate import GenerationFailed, ImageRequest, generate_images
 from refimg.sandbox.agents import Critic, Director
@@ -60,7 +60,7 @@ def other():
 def quick(monkeypatch):
     """Let every wait take a fraction of its time; what the server does is as much faster."""
     for module, name, value in [
-        (retry, "_BACKOFF", (0.02, 0.05)), (retry, "_GAP", (0.02, 0.05)), (retry, "_LONGEST", 0.3),
+        (retry, "_BACKOFF", (0.02, 0.05)), (retry, "_SPREAD", 0.05), (retry, "_LONGEST", 0.3),
         (replicate, "_FETCH", (0.02, 0.05)), (predictions, "_POLL", (0.03, 0.3)),
         (predictions, "_CANCEL", (0.6, 0.05)), (predictions, "_LATE", 0.6),
         (predictions, "_GRACE", 2.0),
@@ -332,7 +332,7 @@ async def test_a_lost_prediction_is_at_most_two_seconds_older_than_its_create(se
     old = await client.models.predictions.async_create(NANO, wish)
     server.advance(age)
     path, body = f"/v1/models/{NANO}/predictions", {"input": wish}
-    creates = PendingCreates(Connection(client, "replicate"), path, body, NANO, lost=1)
+    creates = PendingCreates(Connection(client, Account("replicate")), path, body, NANO, lost=1)
     assert ((await creates.create()).id == old.id) == found
     assert len(server.requests("create")) == 2 - found and creates.lost == 1 - found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 import time
 import traceback
 import weakref
@@ -11,7 +12,7 @@ import weakref
 import pytest
 
 from refimg.adapters import retry
-from refimg.adapters.retry import Failure, ProviderError, RunLimits, attempts
+from refimg.adapters.retry import Account, Failure, ProviderError, RunLimits
 from refimg.engine.protocols import Call
 
 KEY = "sk-" + "abc123" * 5
@@ -22,7 +23,7 @@ def scaled(monkeypatch):
     """A hundredth of the real waits."""
     monkeypatch.setattr(retry, "_BACKOFF", (0.005, 0.2))
     monkeypatch.setattr(retry, "_LONGEST", 0.6)
-    monkeypatch.setattr(retry, "_GAP", (0.01, 0.15))
+    monkeypatch.setattr(retry, "_SPREAD", 0.02)
 
 
 class Said(Exception):
@@ -59,7 +60,7 @@ AGAIN, NEVER, DOWN = Failure("again", "503"), Failure("never", "400"), Failure("
 
 
 async def ask(provider: Provider, name: str = "p", seconds: float = 5, **more):
-    return await attempts(name, provider, read, seconds=seconds, call=Call(**more))
+    return await Account(name).attempts(provider, read, seconds=seconds, call=Call(**more))
 
 
 async def test_an_answer_needs_one_call():
@@ -138,13 +139,13 @@ async def test_a_retry_that_waits_is_not_made_once_the_provider_is_down():
 
 
 async def test_calls_queued_behind_a_throttled_provider_end_when_it_is_down():
-    limits = RunLimits(10)
-    with pytest.raises(ProviderError):
-        await ask(Provider(Failure("never", "429", wait=0.05, throttled=True)), limits=limits)
-    retry._pace("p").gap = 1000.0
+    limits, account = RunLimits(10), Account("p")
+    account.lane.limit = 1
+    await account.lane.enter()
     calls = [asyncio.create_task(ask(Provider("yes"), limits=limits)) for _ in range(20)]
     await asyncio.sleep(0)
-    limits.down["p"] = DOWN
+    limits.down[account] = DOWN
+    account.lane.leave()
     ends = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 60)
     assert {str(end) for end in ends} == {"p: 401"}
 
@@ -162,7 +163,7 @@ async def test_a_call_that_hides_its_timeout_is_late_all_the_same():
             raise Said(NEVER) from None
 
     with pytest.raises(ProviderError, match=r"no answer within 0\.02 s"):
-        await attempts("p", wraps, read, seconds=0.02)
+        await Account("p").attempts(wraps, read, seconds=0.02)
 
 
 @pytest.mark.parametrize("asked", [0, 0.0, -5, None, float("nan")])
@@ -171,7 +172,7 @@ async def test_a_wait_of_nothing_is_no_wait_that_was_asked_for(asked, monkeypatc
     provider = Provider(Failure("again", "429", wait=asked, throttled=True), "yes")
     began = time.perf_counter()
     await ask(provider)
-    assert time.perf_counter() - began >= 0.05 and retry._pace("p").gap == 0.01
+    assert time.perf_counter() - began >= 0.05 and Account("p").lane.held_until == -math.inf
 
 
 @pytest.mark.parametrize("asked", [0.2, 1e9])
@@ -230,7 +231,7 @@ async def test_an_error_that_a_call_raises_itself_counts():
     provider, limits = Provider(ProviderError("elsewhere", DOWN)), RunLimits(1)
     with pytest.raises(ProviderError, match="p: 401"):
         await ask(provider, limits=limits)
-    assert limits.down["p"] == DOWN
+    assert limits.down[Account("p")] == DOWN
 
 
 async def test_a_retry_needs_approval_and_a_late_answer_may_be_paid():
@@ -246,11 +247,11 @@ async def test_a_retry_needs_approval_and_a_late_answer_may_be_paid():
 
 
 class Bucket:
-    """A provider with a token bucket, as Replicate describes its own."""
+    """A provider with a token bucket, as Replicate describes its own; a call takes `seconds`."""
 
-    def __init__(self, per_second: float, burst: int, hint: bool):
-        self.rate, self.burst, self.hint = per_second, burst, hint
-        self.tokens, self.at, self.refused, self.served = burst, time.monotonic(), 0, []
+    def __init__(self, per_second: float, burst: int, hint: bool, seconds: float = 0.05):
+        self.rate, self.burst, self.hint, self.seconds = per_second, burst, hint, seconds
+        self.tokens, self.at, self.refused, self.served = burst, time.monotonic(), 0, 0
 
     async def __call__(self):
         await asyncio.sleep(0.002)
@@ -262,49 +263,145 @@ class Bucket:
             wait = (1 - self.tokens) / self.rate
             raise Said(Failure("again", "429", wait=wait if self.hint else None, throttled=True))
         self.tokens -= 1
-        self.served.append(now)
+        self.served += 1
+        await asyncio.sleep(self.seconds)
         return "yes"
 
 
 @pytest.mark.parametrize("hint", [True, False])
-async def test_four_at_once_survive_a_burst_of_one(hint):
-    bucket, limits = Bucket(per_second=10, burst=1, hint=hint), RunLimits(16)
-    for _ in range(4):
-        answers = await asyncio.gather(*(ask(bucket, limits=limits) for _ in range(4)))
-        assert answers == ["yes"] * 4
-    assert limits.tokens >= 0 and bucket.refused <= 8
+async def test_a_token_bucket_is_kept_busy_and_seldom_refuses(hint):
+    bucket, limits, places = Bucket(200, 16, hint), RunLimits(320), asyncio.Semaphore(16)
+
+    async def one():
+        async with places:
+            return await ask(bucket, limits=limits)
+
+    assert await asyncio.gather(*(one() for _ in range(320))) == ["yes"] * 320
+    assert bucket.refused < 64
 
 
-async def test_no_gap_without_a_429_and_none_for_others():
-    await ask(Provider(Failure("again", "429", throttled=True, wait=0.01), "yes"), "a")
-    fast = Provider("yes")
-    await asyncio.gather(*(ask(fast, "b") for _ in range(50)))
-    assert retry._pace("b").gap == 0 < retry._pace("a").gap
+async def test_one_429_halves_what_is_under_way_and_holds_nobody_up():
+    release, throttled = asyncio.Event(), Failure("again", "429", throttled=True)
+
+    async def slow():
+        await release.wait()
+        return "yes"
+
+    lane, limits = Account("p").lane, RunLimits(100)
+    calls = [asyncio.create_task(ask(slow, limits=limits)) for _ in range(9)]
+    await asyncio.sleep(0)
+    assert lane.under_way == 9 and lane.limit == math.inf
+    refused = asyncio.create_task(ask(Provider(throttled, "yes"), limits=limits))
+    await asyncio.sleep(0.02)
+    assert lane.limit == 5 and lane.held_until == -math.inf
+    release.set()
+    assert await asyncio.gather(*calls, refused) == ["yes"] * 10
+    assert lane.under_way == 0 and 5 < lane.limit < 7
 
 
-async def test_the_gap_shrinks_with_success_and_ends():
-    await ask(Provider(Failure("again", "429", throttled=True, wait=0.08), "yes"))
-    seen = [retry._pace("p").gap]
-    for _ in range(40):
-        await ask(Provider("yes"))
-        seen.append(retry._pace("p").gap)
-    assert seen[0] == 0.08 and seen[-1] == 0
-    assert sorted(seen, reverse=True) == seen
+async def test_never_more_calls_than_the_limit_are_under_way():
+    lane, most = Account("p").lane, 0
+    lane.limit = 3
+
+    async def counted():
+        nonlocal most
+        most = max(most, lane.under_way)
+        await asyncio.sleep(0.001)
+        assert lane.under_way <= max(3, lane.limit)
+        return "yes"
+
+    await asyncio.gather(*(ask(counted) for _ in range(40)))
+    assert 3 <= most <= 10 and lane.under_way == 0
 
 
-async def test_a_burst_of_429s_widens_the_gap_once():
-    pace = retry._pace("p")
+async def test_a_server_error_slows_nobody_but_its_call():
+    await ask(Provider(Failure("again", "503", wait=0.05), AGAIN, "yes"))
+    lane = Account("p").lane
+    assert (lane.limit, lane.held_until) == (math.inf, -math.inf)
+
+
+async def test_a_wait_that_was_asked_for_holds_every_call_of_the_account_and_no_other():
+    asked = Failure("again", "429", throttled=True, wait=0.2)
+    first = asyncio.create_task(ask(Provider(asked, "yes"), "a"))
+    await asyncio.sleep(0.02)
+    begun = time.monotonic()
+    await ask(Provider("yes"), "b")
+    assert time.monotonic() - begun < 0.1
+    ends, Account("a").lane.limit = [], 8
+
+    async def ended():
+        await ask(Provider("yes"), "a")
+        ends.append(time.monotonic() - begun)
+
+    await asyncio.gather(first, *(ended() for _ in range(5)))
+    assert all(end > 0.15 for end in ends) and max(ends) - min(ends) > 0.001  # not in step
+
+
+async def test_two_keys_at_one_provider_do_not_share_a_fate():
+    one, two = (Account.of("p", key) for key in ("first-key", "second-key"))
+    assert one != two and "first" not in repr(one)
+    limits = RunLimits(10)
+    with pytest.raises(ProviderError):
+        await one.attempts(Provider(DOWN), read, seconds=5, call=Call(limits=limits))
+    said = await two.attempts(Provider("yes"), read, seconds=5, call=Call(limits=limits))
+    assert said == "yes" and one.lane is not two.lane
+
+
+async def test_a_retry_is_told_once_and_by_refimg(caplog):
+    caplog.set_level(0)
+    await ask(Provider(AGAIN, "yes"))
+    assert {record.name for record in caplog.records} - {"asyncio"} == {"refimg.adapters.retry"}
+
+
+async def test_a_burst_of_429s_halves_the_limit_once():
+    lane = Account("p").lane
+    for _ in range(8):
+        await lane.enter()
+    now = asyncio.get_running_loop().time()
     for _ in range(5):
-        pace.narrow(0.02, sent=-2)
-    assert pace.gap == 0.02
-    pace.narrow(0.02, sent=asyncio.get_running_loop().time())
-    assert pace.gap == 0.04
+        lane.narrow(now - 2)
+    assert lane.limit == 4
+    lane.narrow(asyncio.get_running_loop().time())
+    assert lane.limit == 2
 
 
-def test_event_loops_one_after_another_have_a_pace_each():
+async def test_a_kept_place_is_left_by_its_caller():
+    account = Account("p")
+    assert await account.attempts(Provider("yes"), read, seconds=5, keep=True) == "yes"
+    assert account.lane.under_way == 1
+    with pytest.raises(ProviderError):
+        await account.attempts(Provider(NEVER), read, seconds=5, keep=True)
+    assert account.lane.under_way == 1
+    account.lane.leave()
+
+
+async def test_a_cancelled_call_leaves_its_place_wherever_it_waits():
+    lane = Account("p").lane
+    lane.limit = 1
+    for provider in (Provider(9.0), Provider(Failure("again", "429", wait=0.5, throttled=True))):
+        tasks = [asyncio.create_task(ask(provider)) for _ in range(4)]
+        await asyncio.sleep(0.05)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert lane.under_way == 0
+
+
+async def test_throttled_calls_have_a_budget_of_their_own():
+    throttled = Failure("again", "429", throttled=True)
+    limits = RunLimits(10)
+    for _ in range(4):
+        assert await ask(Provider(throttled, throttled, "yes"), limits=limits) == "yes"
+    assert (limits.tokens, limits.throttles) == (8, 2)
+    with pytest.raises(ProviderError):
+        await ask(Provider(throttled), limits=limits)
+    assert limits.tokens == 8
+
+
+def test_event_loops_one_after_another_have_a_lane_each():
     async def run():
         throttled = Provider(Failure("again", "429", throttled=True, wait=0.01), "yes")
-        assert retry._pace("p").gap == 0
+        assert Account("p").lane.limit == math.inf
         await asyncio.gather(*(ask(throttled) for _ in range(3)))
         return weakref.ref(asyncio.get_running_loop())
 

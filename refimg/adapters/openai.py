@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel
 
 from .prices import PriceTable
-from .retry import Failure, attempts
+from .retry import Account, Failure
 from ..engine.protocols import Call, Message, Reply, Usage
 from ..storage.secrets import log_line, remember
 
@@ -227,7 +227,8 @@ class OpenAIChat:
         self.model, self.base_url = model or DEFAULT_MODELS["director"], url.rstrip("/")
         self.timeout, self.host = timeout, urlsplit(url).netloc
         at = "" if _origin(url) == _origin(_OPENAI) else f" @ {self.host}"
-        self.provider, self.name = f"openai{at}", f"openai:{self.model}{at}"
+        self.account = Account.of(f"openai{at}", key)
+        self.name = f"openai:{self.model}{at}"
         self._own = client and client.with_options(max_retries=0, timeout=timeout)
         self._clients, self._prices = _Clients(self.base_url, key or "none", timeout), PriceTable()
 
@@ -247,7 +248,7 @@ class OpenAIChat:
     ) -> Reply:
         """Return the model's next message; a ProviderError where none was to be had."""
         once = partial(self._reply_once, messages, schema)
-        return await attempts(self.provider, once, failure, seconds=self.timeout, call=call)
+        return await self.account.attempts(once, failure, seconds=self.timeout, call=call)
 
     async def _reply_once(self, messages: list[Message], schema: type[BaseModel] | None) -> Reply:
         """Return the reply to one attempt, in the best form that the server knows."""

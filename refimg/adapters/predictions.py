@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
 
-from .retry import Failure, ProviderError, attempts
+from .retry import Account, Failure, Lane, ProviderError
 from ..engine.protocols import Call
 from ..storage.secrets import log_line
 
@@ -80,9 +80,9 @@ class Connection:
     def __init__(
         self,
         client: Client,  # of the SDK
-        provider: str,  # its name in errors and for the retry limits
+        account: Account,  # whose retry limits are kept
     ):
-        self.client, self.provider = client, provider
+        self.client, self.account = client, account
         self.uploads: dict[str, Any] = {}  # for the image model, by content
         self.pending: dict[str, PendingCreates] = {}  # by input
         # The one use of a private part of the SDK. No public call of replicate 1.0.7 sends a header
@@ -119,7 +119,8 @@ class Connection:
             async with asyncio.timeout(seconds):  # before that of `attempts`, which may be billed
                 return await once()
 
-        return await attempts(self.provider, in_time, failure, seconds=seconds + 5, call=call)
+        return await self.account.attempts(
+            in_time, failure, seconds=seconds + 5, call=call)
 
     async def upload(self, data: bytes) -> str | None:
         """Upload a JPEG file and return its address; None where the answer has none."""
@@ -368,6 +369,7 @@ class PredictionRequest:
     ):
         self.connection, self.timeout, self.call = connection, timeout, call
         self.prediction: Prediction | None = None  # made, and not known to have ended
+        self._lane: Lane | None = None  # that it is under way on
         self._key, deadline = json.dumps([path, body], sort_keys=True), max(5, ceil(timeout))
         own = PendingCreates(connection, path, body or {}, model, deadline)
         self._creates = connection.pending.setdefault(self._key, own)
@@ -380,6 +382,8 @@ class PredictionRequest:
         """Cancel the prediction, and any duplicate once no call waits for this input."""
         creates = self._creates
         creates.calls -= 1
+        if self._lane:
+            self._lane.leave()
         if not creates.calls:
             self.connection.pending.pop(self._key, None)
         if self.prediction or (creates.lost and not creates.calls):
@@ -403,8 +407,10 @@ class PredictionRequest:
                     self.call.started(self.prediction.id)
             return self.prediction
 
-        seconds, provider = min(30.0, self.timeout), self.connection.provider
-        return await attempts(provider, once, read, seconds=seconds, call=self.call)
+        seconds, account = min(30.0, self.timeout), self.connection.account
+        made = await account.attempts(once, read, seconds=seconds, call=self.call, keep=True)
+        self._lane = account.lane
+        return made
 
     async def adopt(self, prediction_id: str) -> Prediction:
         """Take over a prediction begun before; a Connection- or ProviderError if there is none."""
@@ -417,7 +423,7 @@ class PredictionRequest:
     async def wait(self, prediction: Prediction) -> Prediction:
         """Return the prediction when it has ended; a ProviderError where that is not seen."""
         (pause, longest), begun = _POLL, _loop_time()
-        number, provider = prediction.id, self.connection.provider
+        number, provider = prediction.id, self.connection.account.provider
         try:
             async with asyncio.timeout(self.timeout):
                 while not prediction.ended:

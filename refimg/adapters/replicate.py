@@ -30,7 +30,7 @@ from refimg.adapters.predictions import (
     failure,
 )
 from .prices import PriceTable
-from .retry import Failure, ProviderError
+from .retry import Account, Failure, ProviderError
 from ..engine.protocols import Call, GeneratedImage, ImageRequest
 from ..storage.files import read_image
 from ..storage.secrets import log_line, remember
@@ -81,7 +81,7 @@ class _Server:
             own = os.environ.get("REPLICATE_API_TOKEN", "")
         token = (token or own).strip()
         if client:
-            url, token = Connection(client, "").address
+            url, token = Connection(client, Account("")).address
         elif not token:
             raise ValueError(f"REPLICATE_API_TOKEN must be set, or api_token given, for {url}: "
                              "an address given as base_url needs a token of its own")
@@ -117,7 +117,7 @@ class _Server:
 
         importlib.import_module("stamina")  # so that the event loop imports nothing slow
         client = self.client or Client(api_token=self.token, base_url=self.base_url)
-        return Connection(client, self.name)
+        return Connection(client, Account.of(self.name, self.token))
 
     async def _held(self, connection: Connection) -> AsyncIterator[None]:
         """Yield once; forget the connection, and close it if it is ours, as the loop shuts down."""
@@ -149,12 +149,12 @@ class _Server:
         import stamina
 
         passing, own = (httpx.HTTPError, NoImage, OSError), self.base_url if self.foreign else None
-        retry = stamina.AsyncRetryingCaller(
-            attempts=4, timeout=None, wait_initial=_FETCH[0], wait_max=_FETCH[1],
+        retrying = stamina.retry(
+            on=passing, attempts=4, timeout=None, wait_initial=_FETCH[0], wait_max=_FETCH[1],
             wait_jitter=_FETCH[0],
         )
         try:
-            return await retry(passing, fetch, prediction.url, own=own)
+            return await retrying(fetch)(prediction.url, own=own)
         except (*passing, ValueError) as error:
             told = f"the image of prediction {prediction.id}: {failure(error).text}"
             raise ProviderError(self.name, Failure("never", told, paid=True)) from error

@@ -6,9 +6,13 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
+import math
+import random
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count
 from typing import Literal, TypeVar
 from weakref import WeakKeyDictionary
@@ -17,7 +21,7 @@ from ..engine.protocols import Call
 from ..storage.secrets import log_line
 
 # %% auto #0
-__all__ = ['Failure', 'ProviderError', 'RunLimits', 'attempts']
+__all__ = ['Failure', 'ProviderError', 'RunLimits', 'Lane', 'Account']
 
 # %% ../../nbs/adapters/retry.ipynb #329b4cb2
 _logger = logging.getLogger(__name__)
@@ -26,10 +30,17 @@ _TRIES = 6  # of one call, at most
 _ALONE = 3  # retries of a call outside of a run
 _BACKOFF = (0.5, 20.0)  # seconds before the first retry, and at most, where nobody asks for more
 _LONGEST = 60.0  # seconds that a provider may make us wait
-_GAP = (1.0, 15.0)  # seconds between calls after a 429 without a hint, and at most
-_STREAK = 8  # successes in a row after which that gap is halved
+_SPREAD = 1.0  # seconds at most between calls that a provider made wait, so that none is in step
 
 _T = TypeVar("_T")
+
+
+def _foreign(record: logging.LogRecord) -> bool:
+    """Tell whether a record of stamina's is about another package's calls."""
+    return not str(getattr(record, "stamina.callable", "")).startswith("refimg.")
+
+
+logging.getLogger("stamina").addFilter(_foreign)  # a retry of ours is told by our own logger
 
 # %% ../../nbs/adapters/retry.ipynb #4024c0be
 @dataclass(frozen=True)
@@ -39,7 +50,7 @@ class Failure:
     kind: Literal["again", "never", "down"]  # try again; this call never works; no call will
     text: str  # what happened, for a person
     wait: float | None = None  # seconds the provider asked for, as it said it; None: it did not
-    throttled: bool = False  # True: too many calls (429), so the next ones keep their distance
+    throttled: bool = False  # True: too many calls (429), so fewer are made at once
     paid: bool = False  # True: it may be billed all the same, as a call that timed out may be
 
 # %% ../../nbs/adapters/retry.ipynb #79990d6d
@@ -71,112 +82,186 @@ class RunLimits:
         self,
         planned_calls: int | None = None,  # of the run if nothing goes wrong; None: one call alone
     ):
-        self.tokens = _ALONE if planned_calls is None else max(8, planned_calls // 5)
-        self.down: dict[str, Failure] = {}  # by provider: why it is not asked again
+        alone, calls = planned_calls is None, planned_calls or 0
+        self.tokens = _ALONE if alone else max(8, calls // 5)
+        self.throttles = _ALONE if alone else max(8, calls)  # retries after a 429
+        self.down: dict[Account, Failure] = {}  # why it is not asked again
 
-    def take(self) -> bool:
+    def take(
+        self,
+        throttled: bool = False,  # whether the attempt was refused as one too many
+    ) -> bool:
         """Take one retry; False where none is left."""
+        if throttled:
+            self.throttles -= 1
+            return self.throttles >= 0
         self.tokens -= 1
         return self.tokens >= 0
 
 # %% ../../nbs/adapters/retry.ipynb #03bdbd7c
+def _jittered(wait: float) -> float:
+    """Return the seconds to wait, and up to a second more."""
+    return wait + random.uniform(0, min(wait, _SPREAD))
+
+
 @dataclass
-class _Pace:
-    """How calls to one provider are spaced, in seconds of the event loop's clock."""
+class Lane:
+    """How many calls on an account may be under way at once, and until when none may start."""
 
-    gap: float = 0.0  # between the starts of two calls
-    free_at: float = 0.0  # when the next may start
-    narrowed: float = -1.0  # when the last 429 came
-    streak: int = 0  # successes since
+    limit: float = math.inf  # calls at once; inf: the provider has never said no
+    under_way: int = 0  # calls
+    held_until: float = -math.inf  # by the event loop's clock
+    narrowed: float = -math.inf  # when the limit was last halved
+    _freed: asyncio.Event = field(default_factory=asyncio.Event, repr=False)
 
-    async def turn(self, gone: Callable[[], bool]) -> None:
-        """Return when a call may start, or when it need not."""
+    async def enter(self) -> None:
+        """Return when one more call may be under way; `leave` ends it."""
+        while self.under_way + 1 > max(1, self.limit):
+            await self._freed.wait()
+        self.under_way += 1
+
+    def leave(self) -> None:
+        """Make room for the next call."""
+        self.under_way -= 1
+        self._wake()
+
+    async def run(
+        self,
+        attempt: Callable[[], Awaitable[_T]],  # makes a call
+        keep: bool = False,  # True: an answer is under way on, until the caller leaves
+    ) -> _T:
+        """Return what the attempt gives, under way as soon as it may be."""
+        await self.enter()
+        kept = False
+        try:
+            answer = await attempt()
+            kept = keep
+            return answer
+        finally:
+            if not kept:
+                self.leave()
+
+    async def turn(self) -> None:
+        """Return when the provider may be asked again."""
         clock = asyncio.get_running_loop().time
-        while not gone() and (wait := self.free_at - clock()) > 0:
-            await asyncio.sleep(wait)
-        self.free_at = max(self.free_at, clock() + self.gap)
+        while (wait := self.held_until - clock()) > 0:
+            await asyncio.sleep(_jittered(wait))
 
-    def narrow(self, hint: float | None, sent: float) -> None:
-        """Wait, and keep a distance from now on, after a 429 to a call that was sent then."""
-        now, fresh = asyncio.get_running_loop().time(), sent >= self.narrowed
-        hint = min(hint, _LONGEST) if hint and hint > 0 else _GAP[0]
-        self.gap = min(_GAP[1], max(hint, self.gap * (2 if fresh else 1)))
-        self.free_at, self.narrowed, self.streak = max(self.free_at, now + hint), now, 0
+    def narrow(
+        self,
+        sent: float,  # when the call that was throttled had been sent
+        wait: float | None = None,  # seconds that the provider asks for; None: it does not
+    ) -> None:
+        """Halve what may be under way, and hold the next calls back."""
+        now = asyncio.get_running_loop().time()
+        if sent >= self.narrowed:
+            self.limit, self.narrowed = max(1.0, min(self.limit, self.under_way) / 2), now
+        if wait is not None:
+            self.held_until = max(self.held_until, now + wait)
 
     def widen(self) -> None:
-        """Count a success; enough of them halve the distance."""
-        self.streak += 1
-        if self.gap and self.streak >= _STREAK:
-            self.gap, self.streak = (self.gap / 2 if self.gap > 0.1 else 0.0), 0
+        """Count a success: after as many as are under way at once, there may be one more."""
+        self.limit += 1 / self.limit
+        self._wake()
 
+    def _wake(self) -> None:
+        """Let who waits for a place look again; an event that was waited for holds its loop."""
+        self._freed.set()
+        self._freed = asyncio.Event()
 
-_paces: WeakKeyDictionary = WeakKeyDictionary()  # event loop -> provider -> its pace
-
-
-def _pace(provider: str) -> _Pace:
-    """Return the provider's pace in the running event loop."""
-    own = _paces.setdefault(asyncio.get_running_loop(), {})
-    return own.setdefault(provider, _Pace())
 
 # %% ../../nbs/adapters/retry.ipynb #f9ffb103
-async def _attempt(
-    provider: str, call_once: Callable[[], Awaitable[_T]], read: Callable[[Exception], Failure],
-    seconds: float, limits: RunLimits,
-) -> _T:
-    """Return the answer of one attempt."""
-    pace, loop = _pace(provider), asyncio.get_running_loop()
-    await pace.turn(lambda: provider in limits.down)
-    if provider in limits.down:
-        raise ProviderError(provider, limits.down[provider])
-    sent = loop.time()
-    try:
-        async with asyncio.timeout(seconds) as limit:
-            answer = await call_once()
-        pace.widen()
-        return answer
-    except ProviderError as error:
-        failure = error.failure
-    except Exception as error:
-        late = Failure("again", f"no answer within {seconds:g} s", paid=True)
-        failure = late if limit.expired() else read(error)
-    if failure.kind == "down":
-        limits.down[provider] = failure
-    if failure.throttled:
-        pace.narrow(failure.wait, sent)
-    raise ProviderError(provider, failure)
+def _bounded(wait: float | None) -> float | None:
+    """Return the seconds that a provider asks for, at most a minute; None: no wait."""
+    return min(wait, _LONGEST) if wait and wait > 0 else None
 
-# %% ../../nbs/adapters/retry.ipynb #4d1dfbcd
-async def attempts(
-    provider: str,  # who is asked: one name for one account at one host
-    call_once: Callable[[], Awaitable[_T]],  # makes one attempt
-    read: Callable[[Exception], Failure],  # says what an exception of the attempt means
-    *,
-    seconds: float,  # in total, for each attempt
-    call: Call | None = None,  # from the run: its limits, and who is asked before a retry
-) -> _T:
-    """Return what an attempt gives; a ProviderError where none gives anything."""
-    import stamina
 
-    call, tried = call or Call(), count(1)
-    limits = call.limits or RunLimits()
+_lanes: WeakKeyDictionary = WeakKeyDictionary()  # event loop -> account -> its lane
 
-    def again(error: Exception) -> bool | float:
-        """Say whether to try again; a number is the seconds to wait first."""
-        if not isinstance(error, ProviderError) or error.failure.kind != "again":
-            return False
-        if next(tried) >= _TRIES or not limits.take():
-            return False
-        if call.may_retry and not call.may_retry(error.paid):
-            return False
-        _logger.info("%s; trying again, %d retries left", error, limits.tokens)
-        wait = error.failure.wait
-        return min(wait, _LONGEST) if wait and wait > 0 else True
 
-    retry = stamina.AsyncRetryingCaller(
-        attempts=None,
-        timeout=None,
-        wait_initial=_BACKOFF[0],
-        wait_max=_BACKOFF[1],
-        wait_jitter=_BACKOFF[0],
-    )
-    return await retry(again, _attempt, provider, call_once, read, seconds, limits)
+@dataclass(frozen=True)
+class Account:
+    """Who is asked, and on whose account: what a provider's limits belong to."""
+
+    provider: str  # one name for one host
+    digest: str = ""  # tells one key from another, and says nothing of either
+
+    @classmethod
+    def of(
+        cls,
+        provider: str,  # one name for one host
+        key: str,  # that is sent there
+    ) -> Account:
+        """Return the account that the key opens."""
+        return cls(provider, hashlib.sha256(key.encode("utf-8", "replace")).hexdigest()[:16])
+
+    @property
+    def lane(self) -> Lane:
+        """Its lane in the running event loop."""
+        own = _lanes.setdefault(asyncio.get_running_loop(), {})
+        return own.setdefault(self, Lane())
+
+    async def _attempt(
+        self, call_once: Callable[[], Awaitable[_T]], read: Callable[[Exception], Failure],
+        seconds: float, limits: RunLimits,
+    ) -> _T:
+        """Return the answer of one attempt, under way on the account's lane."""
+        lane = self.lane
+        await lane.turn()
+        if self in limits.down:
+            raise ProviderError(self.provider, limits.down[self])
+        sent = asyncio.get_running_loop().time()
+        try:
+            async with asyncio.timeout(seconds) as limit:
+                answer = await call_once()
+            lane.widen()
+            return answer
+        except ProviderError as error:
+            failure = error.failure
+        except Exception as error:
+            late = Failure("again", f"no answer within {seconds:g} s", paid=True)
+            failure = late if limit.expired() else read(error)
+        if failure.kind == "down":
+            limits.down[self] = failure
+        if failure.throttled:
+            lane.narrow(sent, _bounded(failure.wait))
+        raise ProviderError(self.provider, failure)
+
+    async def attempts(
+        self,
+        call_once: Callable[[], Awaitable[_T]],  # makes one attempt
+        read: Callable[[Exception], Failure],  # says what an exception of the attempt means
+        *,
+        seconds: float,  # in total, for each attempt
+        call: Call | None = None,  # from the run: its limits, and who is asked before a retry
+        keep: bool = False,  # True: an answer is under way on, until the caller leaves the lane
+    ) -> _T:
+        """Return what an attempt gives; a ProviderError where none gives anything."""
+        import stamina
+
+        call, tried = call or Call(), count(1)
+        limits = call.limits or RunLimits()
+
+        def again(error: Exception) -> bool | float:
+            """Say whether to try again; a number is the seconds to wait first."""
+            if not isinstance(error, ProviderError) or error.failure.kind != "again":
+                return False
+            if next(tried) >= _TRIES or not limits.take(error.failure.throttled):
+                return False
+            if call.may_retry and not call.may_retry(error.paid):
+                return False
+            _logger.info("%s; trying again, %d retries left", error, limits.tokens)
+            wait = _bounded(error.failure.wait)
+            return _jittered(wait) if wait else True
+
+        retrying = stamina.retry(
+            on=again,
+            attempts=None,
+            timeout=None,
+            wait_initial=_BACKOFF[0],
+            wait_max=_BACKOFF[1],
+            wait_jitter=_BACKOFF[0],
+        )
+        attempt = partial(self._attempt, call_once, read, seconds, limits)
+        return await retrying(self.lane.run)(attempt, keep)
+

@@ -45,10 +45,12 @@ class LLMServer:
     """A running server; leaving the `with` ends its process."""
 
     def __init__(
-        self, seconds: float = 0.0, formats: Iterable[str] = FORMATS, lengths: bool = False
+        self, seconds: float = 0.0, formats: Iterable[str] = FORMATS, lengths: bool = False,
+        bucket: tuple[float, float] | None = None,
     ):
         command = [sys.executable, "-m", "tests.servers.llm", str(seconds), *formats]
         command += ["--lengths"] * lengths
+        command += ["--bucket", *map(str, bucket)] if bucket else []
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self._process = subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
         self.origin = f"http://127.0.0.1:{int(self._process.stdout.readline())}"
@@ -82,7 +84,8 @@ class LLMServer:
 
 def start_llm_server(**options: Any) -> LLMServer:
     """A server that is ready; `seconds` a good answer takes, `formats` of answers it knows,
-    `lengths` for answers of lifelike length and the usage that follows from it."""
+    `lengths` for answers of lifelike length and the usage that follows from it, `bucket` for a
+    token bucket that fills at so many calls a second and holds so many."""
     return LLMServer(**options)
 
 
@@ -242,16 +245,32 @@ def formless(body: dict[str, Any], formats: list[str]) -> str | None:
 class _Server(ThreadingHTTPServer):
     daemon_threads, request_queue_size = True, 128
 
-    def __init__(self, seconds: float, formats: list[str], lengths: bool):
+    def __init__(
+        self, seconds: float, formats: list[str], lengths: bool, bucket: list[float] | None
+    ):
         super().__init__(("127.0.0.1", 0), _Handler)
+        self.bucket, self.tokens, self.filled = bucket, bucket and bucket[1], time.monotonic()
         self.seconds, self.formats, self.lock = seconds, formats, threading.Lock()
         self.faults, self.record, self.lengths = [], [], lengths
 
     def handle_error(self, request: Any, address: Any) -> None:
         """Nothing: a client that hung up is no news."""
 
+    def throttle(self) -> dict[str, Any] | None:
+        """A 429 with the time to the next token, where the bucket is empty."""
+        rate, most = self.bucket
+        now = time.monotonic()
+        self.tokens = min(most, self.tokens + (now - self.filled) * rate)
+        self.filled = now
+        if self.tokens < 1:
+            return {"fault": "429-ms", "after": (1 - self.tokens) / rate}
+        self.tokens -= 1
+        return None
+
     def take(self, role: str, raw: str) -> dict[str, Any]:
         """The first item of the script that is for this role and body, taken out of it."""
+        if self.bucket and (throttled := self.throttle()):
+            return throttled
         for at, item in enumerate(self.faults):
             made = item if isinstance(item, dict) else {"fault": item}
             if made.get("role") in (None, role) and made.get("match", "") in raw:
@@ -362,6 +381,7 @@ def main() -> None:
     parser.add_argument("seconds", type=float)
     parser.add_argument("formats", nargs="*")
     parser.add_argument("--lengths", action="store_true")
+    parser.add_argument("--bucket", nargs=2, type=float)
     server = _Server(**vars(parser.parse_args()))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     print(server.server_address[1], flush=True)
