@@ -127,8 +127,9 @@ def test_each_run_has_a_seed_of_its_own():
     assert len(set(seeds)) == len(seeds)
 
 
-@pytest.mark.parametrize("again", [None, 0.12])
-@pytest.mark.parametrize("shown", [{}, {"subject": "fox", "colour": "red"}, {"subject": "cat"}])
+@pytest.mark.parametrize(("shown", "again"), [
+    ({}, None), ({"subject": "fox", "colour": "red"}, 0.12), ({"subject": "cat"}, 0.12),
+])  # fmt: skip
 def test_the_chances_are_those_of_the_painter(again, shown):
     stated, n = read_prompt(TWICE), 2000
     chances = study.chances(TWICE, stated, shown, again)

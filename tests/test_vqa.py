@@ -371,6 +371,7 @@ assert VqaScore("maker/tiny").missing()
 '''
 
 
+@pytest.mark.all  # test_clip_weights has the same of another scorer
 def test_fetched_from_a_hub_and_mended(checkpoints, tmp_path):
     log, cache = tmp_path / "log.txt", tmp_path / "home"
     hub = subprocess.Popen([sys.executable, "-c", HUB, checkpoints["llava"], log],
