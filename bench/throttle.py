@@ -30,6 +30,7 @@ from tests.servers.llm import start_llm_server
 
 LONG = True
 STORIES, SCENES, SHARE = 8, 4, 0.15
+AFTER = 0.0  # seconds that an answer with a Retry-After asks for
 CHAT, IMAGES = ("429-after", "500", "503"), ("429", "500", "503")
 RATE, BURST = 8.0, 16.0  # of the token bucket, in calls a second and in calls
 
@@ -68,11 +69,14 @@ def both(seed: int, chat: float, image: float) -> tuple[float, float, float]:
     with start_llm_server(seconds=chat) as llm, start_image_server(seconds=image) as images:
         asyncio.run(seconds(llm, images, 1, num_variations=1, max_enhancement_iterations=1))
         clean = asyncio.run(seconds(llm, images, SCENES))
-        llm.script(faults(seed, CHAT, after=0))
+        llm.script(faults(seed, CHAT, after=AFTER))
         kinds = ("create", "get", "output", "upload")
         images.script([one for k, on in enumerate(kinds, 1)
-                       for one in faults(seed + 100 * k, IMAGES, on=on, retry_after=0, seconds=0)])
-        return clean, asyncio.run(seconds(llm, images, SCENES)), 0.0
+                       for one in faults(seed + 100 * k, IMAGES, on=on, retry_after=AFTER, seconds=0)])
+        faulty = asyncio.run(seconds(llm, images, SCENES))
+        asked = [one for one in llm.requests() if one["fault"] in ("429-after", "503")]
+        asked += [one for one in images.requests() if one["fault"]]
+        return clean, faulty, AFTER * len(asked)
 
 
 def mixture(chat: float, image: float) -> tuple[list[tuple], dict[str, float]]:
