@@ -71,8 +71,9 @@ def both(seed: int, chat: float, image: float) -> tuple[float, float, float]:
         clean = asyncio.run(seconds(llm, images, SCENES))
         llm.script(faults(seed, CHAT, after=AFTER))
         kinds = ("create", "get", "output", "upload")
+        more = {"retry_after": AFTER, "seconds": 0}
         images.script([one for k, on in enumerate(kinds, 1)
-                       for one in faults(seed + 100 * k, IMAGES, on=on, retry_after=AFTER, seconds=0)])
+                       for one in faults(seed + 100 * k, IMAGES, on=on, **more)])
         faulty = asyncio.run(seconds(llm, images, SCENES))
         asked = [one for one in llm.requests() if one["fault"] in ("429-after", "503")]
         asked += [one for one in images.requests() if one["fault"]]
