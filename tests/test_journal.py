@@ -272,6 +272,18 @@ async def test_without_a_journal_nothing_is_paid(tmp_path):
     assert model.calls == 0
 
 
+@pytest.mark.parametrize("lock", ["BEGIN IMMEDIATE", "BEGIN EXCLUSIVE"])
+async def test_a_new_journal_that_another_process_is_opening_is_waited_for(tmp_path, lock):
+    other = sqlite3.connect(tmp_path / "journal.db", isolation_level=None, check_same_thread=False)
+    other.execute("CREATE TABLE other (x)")
+    other.execute(lock)
+    free = threading.Timer(0.2, other.execute, ["COMMIT"])
+    free.start()
+    assert (await images(tmp_path, Paid()).generate(request())).data == b"image 1"
+    free.join()
+    other.close()
+
+
 async def test_old_parts_are_swept_and_new_ones_are_not(tmp_path):
     await images(tmp_path, Paid()).generate(request())
     names = ("old.part", ".refimg-old.tmp", "new.part", ".refimg-new.tmp")

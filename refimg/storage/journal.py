@@ -72,7 +72,7 @@ class _Entry:
 _TABLE = """CREATE TABLE IF NOT EXISTS calls (
     key TEXT PRIMARY KEY, output_dir TEXT, generation_id TEXT, slot TEXT, model TEXT,
     request TEXT, started REAL, prediction TEXT, done REAL, result TEXT, facts TEXT)"""
-_BUSY = 30.0  # seconds to wait for another process
+_BUSY, _AGAIN = 30.0, 0.02  # seconds to wait for another process, and to the next try
 
 
 class _Database:
@@ -128,10 +128,17 @@ class _Database:
             _logger.warning("%s: its answer is not in the journal, %r", entry.slot, error)
 
     def _execute(self, *statement: Any) -> list[tuple]:
-        path = self.folder / "journal.db"
-        with closing(sqlite3.connect(path, timeout=_BUSY, isolation_level=None)) as database:
-            database.execute("PRAGMA synchronous=FULL")
-            return database.execute(*statement).fetchall()
+        path, until = self.folder / "journal.db", time.monotonic() + _BUSY
+        while True:
+            try:
+                with closing(sqlite3.connect(path, timeout=_BUSY, isolation_level=None)) as database:
+                    database.execute("PRAGMA synchronous=FULL")
+                    return database.execute(*statement).fetchall()
+            except sqlite3.OperationalError as error:
+                busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
+                if not busy or time.monotonic() > until:
+                    raise
+                time.sleep(_AGAIN)  # SQLite itself does not wait where it might wait for ever
 
     def _make(self) -> None:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
