@@ -257,6 +257,7 @@ class Pipeline:
         settings = await asyncio.to_thread(self._checked, story, enhancements)
         director, critic, images = self._paid()
         if self.journal is not None:
+            await self.journal.check()
             images = self.journal.images(images, output_dir=folder, generation_id=name)
         traces = TraceTree.open(Path(output_dir), name)
         try:

@@ -43,6 +43,7 @@ def main() -> None:
     from refimg.adapters.openai import OpenAIChat
     from refimg.adapters.replicate import ReplicateImages
     from refimg.storage import journal
+    from refimg.storage.database import Database
 
     steps = itertools.count(1)
 
@@ -59,8 +60,7 @@ def main() -> None:
 
         return both
 
-    database = journal._Database
-    for owner, name in ((database, "_execute"), (database, "_write"), (generate, "save_numbered")):
+    for owner, name in ((Database, "_execute"), (Database, "_write"), (generate, "save_numbered")):
         setattr(owner, name, stepped(getattr(owner, name)))
     folder, (key, token) = Path(options.folder), keys(options.name)
     chat = OpenAIChat("gpt", base_url=options.llm, api_key=key)

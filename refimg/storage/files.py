@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import platform
 import re
 import secrets
 import shutil
@@ -18,14 +19,15 @@ from functools import lru_cache
 from io import BytesIO
 from itertools import count
 from pathlib import Path
+from zlib import crc32
 
 from filelock import FileLock, Timeout
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from pydantic_core import to_json
 
 # %% auto #0
-__all__ = ['check_id', 'check_stem', 'decode_image', 'read_image', 'clean_text', 'encode_png', 'write_atomic', 'sweep_temporary',
-           'save_numbered', 'TraceTree', 'write_trace']
+__all__ = ['check_id', 'check_stem', 'decode_image', 'read_image', 'clean_text', 'encode_png', 'sync_folder', 'write_atomic',
+           'sweep_temporary', 'save_numbered', 'TraceTree', 'write_trace']
 
 # %% ../../nbs/storage/files.ipynb #ed4e2096
 _logger = logging.getLogger(__name__)
@@ -159,10 +161,17 @@ def encode_png(
     return out.getvalue()
 
 # %% ../../nbs/storage/files.ipynb #a3000003
+def _system() -> str:
+    """Return a name for what the numbers of processes are counted in."""
+    with suppress(OSError):
+        return f"{crc32(platform.node().encode()):08x}-{os.stat('/proc/self/ns/pid').st_ino}"
+    return f"{crc32(platform.node().encode()):08x}-0"
+
+
 def _write_temporary(
     folder: Path, data: bytes, *, private: bool = False, durable: bool = False
 ) -> Path:
-    path = folder / f".refimg-{secrets.token_hex(8)}.tmp"
+    path = folder / f".refimg-{_system()}-{os.getpid()}-{secrets.token_hex(8)}.tmp"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     try:
         with open(os.open(path, flags, 0o600 if private else 0o666), "wb") as file:
@@ -176,12 +185,25 @@ def _write_temporary(
     return path
 
 
+def sync_folder(
+    folder: Path,  # it exists
+) -> None:
+    """Force the names in the folder to the disk, where a system has a way to do it."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
 def write_atomic(
     path: Path,  # the file; its folder exists
     data: bytes,  # its new content
     *,
     private: bool = False,  # True: only its owner may read it
-    durable: bool = False,  # True: on the disk before the name is
+    durable: bool = False,  # True: it and its name are on the disk when this returns
 ) -> None:
     """Write the file whole or not at all; what was there before is replaced."""
     written = _write_temporary(path.parent, data, private=private, durable=durable)
@@ -190,20 +212,36 @@ def write_atomic(
     except BaseException:
         written.unlink(missing_ok=True)
         raise
+    if durable:
+        sync_folder(path.parent)
 
 
 def _is_old(path: Path) -> bool:
     return path.lstat().st_mtime < time.time() - 3600
 
 
+def _is_orphan(path: Path) -> bool:
+    """Tell whether the process that wrote the file has ended, as far as can be seen from here."""
+    name = re.fullmatch(r"\.refimg-([0-9a-f]{8}-\d+)-(\d+)-[0-9a-f]{16}\.tmp", path.name)
+    if not name or name[1] != _system() or os.name != "posix":
+        return False
+    try:
+        os.kill(int(name[2]), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # somebody else's
+        pass
+    return False
+
+
 def sweep_temporary(
     folder: Path,  # where files are written
     *patterns: str,  # of their temporary names, such as ".refimg-*"
 ) -> None:
-    """Remove what killed processes left there an hour ago or earlier."""
+    """Remove what killed processes of this machine left there, and what is an hour old."""
     for path in (path for pattern in patterns for path in folder.glob(pattern)):
         with suppress(OSError):
-            if path.is_file() and not path.is_symlink() and _is_old(path):
+            if path.is_file() and not path.is_symlink() and (_is_orphan(path) or _is_old(path)):
                 path.unlink()
 
 # %% ../../nbs/storage/files.ipynb #c5c7011a
@@ -259,6 +297,8 @@ def save_numbered(
 
 # %% ../../nbs/storage/files.ipynb #5d753c52
 _MARKER = ".refimg-trace"
+_TRACE = re.compile(r"\d\d_\w+\.txt|final_enhanced_prompt\.txt|\w+_(summary|trace)\.json"
+                    r"|\.refimg-.*\.tmp")
 
 
 def _remove(path: Path) -> None:
@@ -291,6 +331,7 @@ class TraceTree:
             tree._acquire()
             try:
                 tree._take()
+                sweep_temporary(Path(output_dir), ".refimg-*.tmp")
                 tree._inode = os.stat(tree._lock.lock_file).st_ino
             except BaseException:
                 tree._release()
@@ -359,7 +400,18 @@ class TraceTree:
         if self.path.is_symlink() or marker.is_symlink() or not marker.is_file():
             return False
         with marker.open("rb") as file:
-            return file.read(6) == b"refimg"
+            start = file.read(6)
+        return start == b"refimg" or (not start and self._has_only_traces())
+
+    def _has_only_traces(self) -> bool:
+        """Tell whether all that is there has our names, as after a power cut during the start."""
+        for top, folders, files in os.walk(self.path):
+            inside = Path(top) != self.path
+            if not all(_TRACE.fullmatch(name) for name in files if inside or name != _MARKER):
+                return False
+            if not all(not inside and re.fullmatch(r"scene_\d+", name) for name in folders):
+                return False
+        return True
 
     def _take(self) -> None:
         """Make the tree, or empty one that a killed run left; asides of killed runs go too."""
@@ -371,8 +423,10 @@ class TraceTree:
         if not os.path.lexists(self.path):
             staged = self._aside()
             staged.mkdir()
-            (staged / _MARKER).write_text("refimg trace tree: deleted when its run ends\n", "utf-8")
-            return os.rename(staged, self.path)
+            write_atomic(staged / _MARKER, b"refimg trace tree: deleted when its run ends\n",
+                         durable=True)
+            os.rename(staged, self.path)
+            return sync_folder(self.path.parent)
         left = f"trace folder {self.path} %s: it is left alone"
         if not self._is_ours():
             raise ValueError(left % "exists and was not made by refimg")
