@@ -36,7 +36,8 @@ from .engine.story import Scene, Story
 from .engine.tasks import GenerationCancelled, Progress, ProgressReporter, run_blocking
 from .engine.usage import story_usage
 from .enhance import ImagePromptEnhancementResult
-from .storage.files import TraceTree, check_id
+from .storage.files import check_id
+from .storage.traces import TraceTree
 
 if TYPE_CHECKING:
     from refimg.engine.costs import Estimate

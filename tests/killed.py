@@ -42,8 +42,8 @@ def main() -> None:
     from refimg import Pipeline, Scene, Story, generate
     from refimg.adapters.openai import OpenAIChat
     from refimg.adapters.replicate import ReplicateImages
-    from refimg.storage import journal
-    from refimg.storage.database import Database
+    from refimg.storage import database, journal
+    from refimg.storage.database import _File
 
     steps = itertools.count(1)
 
@@ -60,7 +60,8 @@ def main() -> None:
 
         return both
 
-    for owner, name in ((Database, "_execute"), (Database, "_write"), (generate, "save_numbered")):
+    owned = (_File, "execute"), (database, "write_atomic"), (generate, "save_numbered")
+    for owner, name in owned:
         setattr(owner, name, stepped(getattr(owner, name)))
     folder, (key, token) = Path(options.folder), keys(options.name)
     chat = OpenAIChat("gpt", base_url=options.llm, api_key=key)

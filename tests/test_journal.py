@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import os
 import random
@@ -25,7 +24,7 @@ from refimg.engine.protocols import Call
 from refimg.enhance import Critique, Message, Reply, Usage
 from refimg.generate import GeneratedImage, ImageRequest, generate_images
 from refimg.storage import journal as module
-from refimg.storage.database import Database
+from refimg.storage.database import Database, _File
 from refimg.storage.journal import Journal, default_folder
 from tests.fakes import FakeChat, FakeImages, critic, director
 
@@ -282,7 +281,7 @@ async def test_where_no_journal_can_be_nothing_is_paid(tmp_path):
 async def test_a_call_that_cannot_be_written_down_is_made_and_used(
     tmp_path, monkeypatch, caplog, broken
 ):
-    journal, model, whole = Journal(tmp_path), Paid(), Database._execute
+    journal, model, whole = Journal(tmp_path), Paid(), _File.execute
     await journal.check()
 
     def fails(self, line, *values):
@@ -292,7 +291,7 @@ async def test_a_call_that_cannot_be_written_down_is_made_and_used(
             raise sqlite3.OperationalError("disk I/O error")
         return whole(self, line, *values)
 
-    monkeypatch.setattr(Database, "_execute", fails)
+    monkeypatch.setattr(_File, "execute", fails)
     wrapped = journal.images(model, output_dir=tmp_path, generation_id="run")
     assert (await wrapped.generate(request())).data == b"image 1" and model.calls == 1
     assert caplog.text.count("disk I/O error") == 1
@@ -303,9 +302,10 @@ async def test_a_damaged_database_is_built_again_and_nothing_is_paid_again(
     tmp_path, caplog, damage
 ):
     model, slots = Paid(), [f"s_scene_{n:02d}/v1/a1" for n in range(30)]
-    first = [await images(tmp_path, model).generate(request(slot)) for slot in slots]
-    path = tmp_path / "journal.db"
-    gc.collect()
+    journal, path = Journal(tmp_path), tmp_path / "journal.db"
+    wrapped = journal.images(model, output_dir=tmp_path / "out", generation_id="run")
+    first = [await wrapped.generate(request(slot)) for slot in slots]
+    journal.database._file.close()
     data = path.read_bytes()
     match damage:
         case "gone":

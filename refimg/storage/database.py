@@ -104,9 +104,8 @@ _KEEP = """INSERT INTO calls
     VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
     ON CONFLICT (key) DO UPDATE
     SET done = excluded.done, result = excluded.result, facts = excluded.facts"""
-_ALL = """SELECT key, output_dir, generation_id, slot, model, request, started, prediction,
-    done, result, facts FROM calls LIMIT 1"""
-_FILE, _DAMAGE = "journal.db", {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+_COLUMNS = "SELECT count(*) FROM pragma_table_info('calls')"
+_DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 _BUSY, _AGAIN = 30.0, 0.02  # seconds to wait for another process, and to the next try
 
 
@@ -114,6 +113,86 @@ class _Damaged(sqlite3.DatabaseError):
     """The file is not what SQLite wrote."""
 
 
+class _File:
+    """An open SQLite file, checked when it is opened, for one thread at a time."""
+
+    def __init__(self, path: Path):
+        self.path, self.lock = path, threading.RLock()
+        self.worked = False  # whether it was ever open
+        self._connection, self._inode = None, 0
+        _files.add(self)
+
+    def execute(self, *statement: Any) -> list[tuple]:
+        """Return the statement's rows; wait for other processes, raise `_Damaged` where it is."""
+        until = time.monotonic() + _BUSY
+        while True:
+            try:
+                return self._connected().execute(*statement).fetchall()
+            except sqlite3.Error as error:
+                self.close()
+                code = getattr(error, "sqlite_errorcode", 0)
+                if code & 0xFF in _DAMAGE or code == sqlite3.SQLITE_IOERR_SHORT_READ:
+                    raise _Damaged(str(error)) from error
+                if code & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                    raise
+                time.sleep(_AGAIN)  # SQLite itself does not wait where it might wait for ever
+
+    def close(self) -> None:
+        """Close the file; the next statement opens it again."""
+        with self.lock:
+            connection, self._connection = self._connection, None
+            if connection is not None:
+                connection.close()
+
+    def _connected(self) -> sqlite3.Connection:
+        """Return the connection to the file that has the name now."""
+        with suppress(OSError):
+            if self._connection is not None and self.path.stat().st_ino == self._inode:
+                return self._connection
+        self.close()
+        connection = sqlite3.connect(
+            self.path, timeout=_BUSY, isolation_level=None, check_same_thread=False
+        )
+        try:
+            connection.execute("PRAGMA synchronous=FULL")
+            connection.execute("PRAGMA journal_mode=WAL")
+            self.path.chmod(0o600)
+            connection.execute(_TABLE)
+            found = connection.execute("PRAGMA quick_check(1)").fetchall()
+            columns = connection.execute(_COLUMNS).fetchall()
+            if (found, columns) != ([("ok",)], [(11,)]):
+                raise _Damaged(f"{found[0][0]}, {columns[0][0]} of 11 columns")
+        except BaseException:
+            connection.close()
+            raise
+        self._connection, self._inode, self.worked = connection, self.path.stat().st_ino, True
+        return connection
+
+
+_files: WeakSet[_File] = WeakSet()
+_forking: list[_File] = []
+
+
+def _before_fork() -> None:
+    """Close every file: two processes cannot share a connection."""
+    for file in list(_files):
+        file.lock.acquire()
+        file.close()
+        _forking.append(file)
+
+
+def _after_fork() -> None:
+    while _forking:
+        _forking.pop().lock.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork
+    )
+
+
+# %% ../../nbs/storage/database.ipynb #jdb00001
 class Database:
     """The journal's rows and answers, made when they are first needed; all of it blocks."""
 
@@ -122,9 +201,7 @@ class Database:
         folder: Path,  # the journal's
     ):
         self.folder, self.results, self.copies = folder, folder / "results", folder / "rows"
-        self._lock, self._connection, self._inode = threading.RLock(), None, 0
-        self._worked = False  # once it has, a call is made even if it cannot be written down
-        _databases.add(self)
+        self._file = _File(folder / "journal.db")
 
     def run(
         self,
@@ -132,12 +209,14 @@ class Database:
         *values: Any,  # for its question marks
     ) -> list[tuple]:
         """Return the rows that a statement gives; it is committed, and damage is mended first."""
-        with self._lock:
+        with self._file.lock:
+            if not self._file.worked:
+                self._make()
             try:
-                return self._execute(line, values)
+                return self._file.execute(line, values)
             except _Damaged as damage:
                 self._mend(damage)
-                return self._execute(line, values)
+                return self._file.execute(line, values)
 
     def find(
         self,
@@ -184,7 +263,10 @@ class Database:
                 data, facts = answer.text.encode(), answer.model_dump(exclude={"text"})
             else:
                 data, facts = answer.data, {k: v for k, v in vars(answer).items() if k != "data"}
-            row = _Row(entry, time.time(), self._write(bytes(data)), json.dumps(facts))
+            result = hashlib.sha256(data).hexdigest()
+            if self._read(result) is None:
+                write_atomic(self.results / result, bytes(data), private=True, durable=True)
+            row = _Row(entry, time.time(), result, json.dumps(facts))
             row.save(self.copies)
             self.run(_KEEP, *row.values)
 
@@ -192,101 +274,43 @@ class Database:
         """Raise what keeps the journal from being used."""
         self.run("SELECT 1")
 
-    def close(self) -> None:
-        """Close the file; the next statement opens it again."""
-        with self._lock:
-            connection, self._connection = self._connection, None
-            if connection is not None:
-                connection.close()
-
     @contextmanager
     def _tolerant(self, entry: Entry, what: str) -> Iterator[None]:
         """Warn of an error where the database has worked before."""
         try:
             yield
         except (OSError, ValueError, TypeError, sqlite3.Error) as error:
-            if not self._worked:
+            if not self._file.worked:
                 raise
             _logger.warning("%s: the call %s, %r", entry.slot, what, error)
 
-    def _execute(self, *statement: Any) -> list[tuple]:
-        until = time.monotonic() + _BUSY
-        while True:
-            try:
-                return self._connected().execute(*statement).fetchall()
-            except sqlite3.Error as error:
-                self.close()
-                code = getattr(error, "sqlite_errorcode", 0)
-                if code & 0xFF in _DAMAGE or code == sqlite3.SQLITE_IOERR_SHORT_READ:
-                    raise _Damaged(str(error)) from error
-                if code & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > until:
-                    raise
-                time.sleep(_AGAIN)  # SQLite itself does not wait where it might wait for ever
-
-    def _connected(self) -> sqlite3.Connection:
-        """Return the connection to the file that has the name now, checked when it is opened."""
-        path = self.folder / _FILE
-        with suppress(OSError):
-            if self._connection is not None and path.stat().st_ino == self._inode:
-                return self._connection
-        self.close()
+    def _make(self) -> None:
+        """Make the folders, and remove what killed processes left in them."""
         for folder in (self.folder, self.results, self.copies):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        connection = sqlite3.connect(
-            path, timeout=_BUSY, isolation_level=None, check_same_thread=False
-        )
-        try:
-            connection.execute("PRAGMA synchronous=FULL")
-            connection.execute("PRAGMA journal_mode=WAL")
-            path.chmod(0o600)
-            connection.execute(_TABLE)
-            self._check(connection)
-        except BaseException:
-            connection.close()
-            raise
+            sync_folder(folder.parent)
         for folder in (self.results, self.copies):
             sweep_temporary(folder, ".refimg-*", "*.part")
-            sync_folder(folder.parent)
-        self._connection, self._inode, self._worked = connection, path.stat().st_ino, True
-        return connection
-
-    @staticmethod
-    def _check(connection: sqlite3.Connection) -> None:
-        """Raise `_Damaged` where the file is not whole, or not a journal's."""
-        try:
-            connection.execute(_ALL)
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode != sqlite3.SQLITE_ERROR:
-                raise
-            raise _Damaged(str(error)) from error  # a column is missing
-        if (found := connection.execute("PRAGMA quick_check(1)").fetchall()) != [("ok",)]:
-            raise _Damaged(found[0][0])
 
     def _mend(self, damage: Exception) -> None:
         """Set the damaged file aside, and build a new one from the copies of its rows."""
-        self.close()
+        self._file.close()
         with FileLock(self.folder / ".mend.lock", mode=0o600):
             with suppress(_Damaged):
-                self._execute("SELECT 1")
+                self._file.execute("SELECT 1")
                 return  # another process has mended it
-            aside = f"{_FILE}.damaged-{secrets.token_hex(4)}"
+            aside = f"{self._file.path.name}.damaged-{secrets.token_hex(4)}"
             for tail in ("-wal", "-shm", ""):
                 with suppress(FileNotFoundError):
-                    os.replace(self.folder / f"{_FILE}{tail}", self.folder / f"{aside}{tail}")
+                    os.replace(f"{self._file.path}{tail}", self.folder / f"{aside}{tail}")
             copies = [_Row.load(path) for path in self.copies.glob("*.json")]
             rows = [row for row in copies if row and self._read(row.result) is not None]
-            self._execute("BEGIN")
+            self._file.execute("BEGIN")
             for row in rows:
-                self._execute(_KEEP, row.values)
-            self._execute("COMMIT")
+                self._file.execute(_KEEP, row.values)
+            self._file.execute("COMMIT")
         text = "the journal's database was damaged (%s) and is now %s; %d of %d answers were saved"
-        _logger.warning(text, damage, self.folder / aside, len(rows), len(copies))
-
-    def _write(self, data: bytes) -> str:
-        name = hashlib.sha256(data).hexdigest()
-        if self._read(name) is None:
-            write_atomic(self.results / name, data, private=True, durable=True)
-        return name
+        _logger.warning(text, damage, aside, len(rows), len(copies))
 
     def _read(self, name: str) -> bytes | None:
         try:
@@ -294,26 +318,3 @@ class Database:
         except OSError:
             return None
         return data if hashlib.sha256(data).hexdigest() == name else None
-
-
-_databases: WeakSet[Database] = WeakSet()
-_forking: list[Database] = []
-
-
-def _before_fork() -> None:
-    """Close every file: two processes cannot share a connection."""
-    for database in list(_databases):
-        database._lock.acquire()
-        database.close()
-        _forking.append(database)
-
-
-def _after_fork() -> None:
-    while _forking:
-        _forking.pop()._lock.release()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork
-    )
