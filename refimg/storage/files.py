@@ -12,6 +12,7 @@ import re
 import secrets
 import time
 from contextlib import suppress
+from filecmp import cmp
 from functools import lru_cache
 from io import BytesIO
 from itertools import count
@@ -267,13 +268,6 @@ def _claim(written: Path, target: Path) -> bool:
     return True
 
 
-def _holds(path: Path, data: bytes) -> bool:
-    try:
-        return path.read_bytes() == data
-    except OSError:
-        return False
-
-
 def save_numbered(
     data: bytes,  # the finished PNG
     folder: Path,  # made if it is missing
@@ -289,6 +283,7 @@ def save_numbered(
     try:
         numbered = (folder / f"{stem}_v{number}.png" for number in count(first))
         return next(target for target in numbered
-                    if _claim(written, target) or (again and _holds(target, data)))
+                    if _claim(written, target)
+                    or (again and target.is_file() and cmp(written, target, shallow=False)))
     finally:
         written.unlink(missing_ok=True)
