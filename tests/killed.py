@@ -17,7 +17,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +52,9 @@ def main() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def stepped(work: Callable) -> Callable:
-        def both(*args: Any) -> Any:
+        def both(*args: Any, **how: Any) -> Any:
             step()
-            made = work(*args)
+            made = work(*args, **how)
             step()
             return made
 
@@ -96,17 +96,17 @@ class Life:
 
     def known(self) -> tuple[int, int]:
         """How many chats are done, and how many images are done or begun, by the journal."""
-        path = self.folder / "journal" / "journal.db"
-        if not path.exists():
-            return 0, 0
-        with closing(sqlite3.connect(path)) as database:
-            try:
-                rows = database.execute("SELECT slot, done, prediction FROM calls").fetchall()
-            except sqlite3.OperationalError:  # killed before there was a table
-                return 0, 0
-        images = [done or begun for slot, done, begun in rows if slot.startswith("story_")]
-        chats = [done for slot, done, _ in rows if not slot.startswith("story_")]
-        return sum(map(bool, chats)), sum(map(bool, images))
+        folder, rows = self.folder / "journal", []
+        if (folder / "journal.db").exists():
+            with closing(sqlite3.connect(folder / "journal.db")) as database:
+                with suppress(sqlite3.OperationalError):  # killed before there was a table
+                    rows = database.execute("SELECT slot, done, prediction FROM calls").fetchall()
+        copies = (json.loads(path.read_bytes())["row"] for path in folder.glob("rows/*.json"))
+        rows += [(copy["entry"]["slot"], copy["done"], None) for copy in copies]
+        known = {slot for slot, done, begun in rows
+                 if done or (begun and slot.startswith("story_"))}
+        images = sum(slot.startswith("story_") for slot in known)
+        return len(known) - images, images
 
     def asked(self) -> tuple[int, int]:
         """How many chats and how many images the servers were asked for, by this story."""
