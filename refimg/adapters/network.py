@@ -55,7 +55,7 @@ class Direct:
         host, port = rest.rstrip("/"), None
         if found := re.fullmatch(r"([^:]+|\[.+\]):(\d+)", host):
             host, port = found[1], int(found[2])
-        bare = host.replace("[", "").replace("]", "")
+        bare = re.sub(r"^\[(.*)\]", r"\1", host)
         try:
             network = ipaddress.ip_network(bare, strict=False)
         except ValueError as error:

@@ -53,16 +53,17 @@ _OPENAI = "https://api.openai.com/v1"
 def _origin(url: str) -> str:
     """Return scheme, host and port of an address; a ValueError says what is wrong with it."""
     try:
-        parts, _ = urlsplit(url), httpx.URL(url)
+        parts, host = urlsplit(url), httpx.URL(url).host
+        port = parts.port or (443, 80)[parts.scheme == "http"]
     except (httpx.InvalidURL, ValueError):
         raise ValueError("base_url must be http://host/path or https://host/path, "
                          "got no address") from None
     if parts.username is not None or parts.password is not None:
         raise ValueError("base_url must be an address without a user and a password, got one with "
                          "them: pass the key as api_key")
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.fragment:
+    if parts.scheme not in ("http", "https") or not host or "%" in host or parts.fragment:
         raise ValueError(f"base_url must be http://host/path or https://host/path, got {url!r}")
-    return f"{parts.scheme}://{parts.hostname}:{parts.port or (443, 80)[parts.scheme == 'http']}"
+    return f"{parts.scheme}://{parts.hostname}:{port}"
 
 
 def _environment_url() -> str:
