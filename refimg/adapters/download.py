@@ -9,6 +9,7 @@ import asyncio
 import base64
 import ipaddress
 import socket
+from typing import Any
 
 import httpx
 
@@ -61,7 +62,8 @@ async def _requests(
 ) -> list[httpx.Request]:
     """Return one request for each address that may be asked; a ValueError if none may."""
     scheme, host, port = origin(url)
-    plain, more = {"Accept-Encoding": "identity"}, {"most": most}
+    plain: dict[str, str] = {"Accept-Encoding": "identity"}
+    more: dict[str, Any] = {"most": most}
     if own:
         _, known, _ = ours = origin(own)
         local = _is_loopback(host) and _is_loopback(known)

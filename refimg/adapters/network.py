@@ -21,7 +21,7 @@ import httpx
 from ..storage.secrets import remember
 
 # %% auto #0
-__all__ = ['header_value', 'Direct', 'Proxy', 'Proxies', 'trust', 'check_network', 'Unreadable', 'Body', 'Transport', 'is_unsent',
+__all__ = ['header_value', 'Direct', 'Proxy', 'Proxies', 'trust', 'check_network', 'Unreadable', 'Transport', 'is_unsent',
            'is_hopeless']
 
 # %% ../../nbs/adapters/network.ipynb #ne000009
@@ -202,7 +202,7 @@ async def _unpacked(body: AsyncIterable[bytes], most: int) -> AsyncIterator[byte
                 raise Unreadable(f"the answer must be at most {most} bytes, got more")
 
 
-class Body(httpx.AsyncByteStream):
+class _Body(httpx.AsyncByteStream):
     """A body that is unpacked as it comes, and ends after so many bytes."""
 
     def __init__(
@@ -277,7 +277,7 @@ class Transport(httpx.AsyncBaseTransport):
         packing = headers.pop("content-encoding", "")
         headers.pop("content-length", None)
         if isinstance(response.stream, httpx.AsyncByteStream):
-            response.stream = Body(response.stream, packing, most, cut=failed)
+            response.stream = _Body(response.stream, packing, most, cut=failed)
         return response
 
     async def aclose(self) -> None:

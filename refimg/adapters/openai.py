@@ -84,7 +84,8 @@ def _environment_headers() -> dict[str, str]:
         name, colon, value = (part.strip() for part in line.partition(":"))
         if colon and (not name or not re.fullmatch(r"[!-~]+", name)
                       or not re.fullmatch(r"[ -~\t]*", value)):
-            raise ValueError("OPENAI_CUSTOM_HEADERS must be lines of ASCII, each name: value")
+            raise ValueError("OPENAI_CUSTOM_HEADERS must be lines of ASCII, name: value, "
+                             "got another")
         if colon:
             sent[name] = value
     return sent
@@ -221,12 +222,11 @@ class _Clients:
         http: Any = httpx.AsyncClient(transport=Transport(), timeout=self.timeout)
         options: dict[str, Any] = {"max_retries": 0, "timeout": self.timeout, "http_client": http}
         own, sent = not _foreign(self.url), _environment_headers()
-        dropped = {name: openai.Omit() for name, value in sent.items() if not (own and value)}
-        kept = {name: value for name, value in sent.items() if own and value}
+        headers: Any = {name: (own and value) or openai.Omit() for name, value in sent.items()}
         bearer = {} if own else {"Authorization": f"Bearer {self.key}"}
         address, _, query = self.url.partition("?")
         return openai.AsyncOpenAI(
-            base_url=address, api_key=self.key, default_headers=dropped | kept | bearer,
+            base_url=address, api_key=self.key, default_headers=headers | bearer,
             default_query=dict(parse_qsl(query, keep_blank_values=True)), **options)
 
 # %% ../../nbs/adapters/openai.ipynb #e0f4715a
