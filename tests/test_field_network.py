@@ -17,7 +17,8 @@ import openai
 import pytest
 
 from refimg import Pipeline, Scene, Story, defaults
-from refimg.adapters import download, openai as chats, predictions, replicate, retry
+from refimg.adapters import download, predictions, replicate, retry
+from refimg.adapters import openai as chats
 from refimg.adapters.download import fetch
 from refimg.adapters.openai import OpenAIChat
 from refimg.adapters.prices import PRICES, PriceTable
