@@ -97,6 +97,9 @@ class Commands(TyperGroup):
         try:
             if sys.stdout is None:
                 raise OSError("standard output is closed; open it, for example with > /dev/null")
+            if words == ["--version"]:
+                typer.echo(f"refimg {metadata.version('refimg')}")
+                sys.exit(0)
             code = super().main(words, prog_name, **options) or 0
             if code == 130:  # typer makes this of Ctrl-C
                 raise KeyboardInterrupt
@@ -166,7 +169,8 @@ app = typer.Typer(
     no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]},
     help="Good reference images for video: enhance, draw, score, chain.",
     epilog="Results go to standard output, all else to standard error. Exit codes: 0 done, "
-           "1 bad input or nothing could be made, 3 finished on fallbacks, 130 cancelled.",
+           "1 bad input or nothing could be made, 3 finished on fallbacks, 130 cancelled. "
+           "The version: refimg --version.",
 )
 
 _Prompt = Annotated[str, typer.Argument(help='The prompt; "-" reads it from standard input.')]

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -53,12 +54,25 @@ def _model_name(variable: str, default: str) -> str:
     return os.environ.get(variable, "").strip() or default
 
 
+def _seconds(variable: str, default: float) -> float:
+    """Return the seconds that the environment allows, or the default."""
+    text = os.environ.get(variable, "").strip()
+    try:
+        seconds = float(text or default)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"{variable} must be a number of seconds above 0, got {text!r}")
+    return seconds
+
+
 def director() -> ChatModel:
     """Make the chat model that writes prompts."""
     if world() == "real":
         from refimg.adapters.openai import DEFAULT_MODELS, OpenAIChat
 
-        return OpenAIChat(_model_name("REFIMG_DIRECTOR", DEFAULT_MODELS["director"]))
+        name = _model_name("REFIMG_DIRECTOR", DEFAULT_MODELS["director"])
+        return OpenAIChat(name, timeout=_seconds("REFIMG_LLM_TIMEOUT", 60))
     from refimg.sandbox.agents import Director
 
     return Director()
@@ -69,7 +83,8 @@ def critic() -> ChatModel:
     if world() == "real":
         from refimg.adapters.openai import DEFAULT_MODELS, OpenAIChat
 
-        return OpenAIChat(_model_name("REFIMG_CRITIC", DEFAULT_MODELS["critic"]))
+        name = _model_name("REFIMG_CRITIC", DEFAULT_MODELS["critic"])
+        return OpenAIChat(name, timeout=_seconds("REFIMG_LLM_TIMEOUT", 60))
     from refimg.sandbox.agents import Critic
 
     return Critic()
@@ -80,7 +95,8 @@ def image_model() -> ImageModel:
     if world() == "real":
         from refimg.adapters.replicate import ReplicateImages
 
-        return ReplicateImages(_model_name("REFIMG_IMAGE_MODEL", "google/nano-banana"))
+        name = _model_name("REFIMG_IMAGE_MODEL", "google/nano-banana")
+        return ReplicateImages(name, timeout=_seconds("REFIMG_IMAGE_TIMEOUT", 300))
     from refimg.sandbox.painter import Painter
 
     return Painter()

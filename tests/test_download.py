@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refimg.adapters import download
+from refimg.adapters import download, network
 from refimg.adapters.download import NoImage, fetch, is_public
 from tests.servers.images import draw, start_image_server
 
@@ -67,7 +67,6 @@ def resolve_to(monkeypatch, *answers: list[str]) -> list[str]:
 
 FOREIGN = (
     "{other}/output/1.png",  # another port of this machine
-    "http://localhost:{port}/output/1.png",  # our server by another name
     "https://127.0.0.1:{port}/output/1.png",  # our server by another scheme
     "http://replicate.delivery/1.png",
     "https://replicate.delivery:8443/1.png",
@@ -145,7 +144,7 @@ async def tls_server(tmp_path, monkeypatch):
     theirs, ours = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     theirs.load_cert_chain(pem)
     ours.load_verify_locations(tmp_path / "cert")
-    monkeypatch.setattr(download, "_tls", lambda: ours)
+    monkeypatch.setattr(network, "trust", lambda: ours)
 
     async def talk(reader, writer):
         seen.append((await reader.readuntil(b"\r\n\r\n")).decode())

@@ -494,7 +494,7 @@ async def test_a_bomb_is_not_decoded(server, tmp_path):
 
 
 OUTSIDE = ["http://127.0.0.1:{port}/x.png", "https://127.0.0.1:{port}/x.png",
-           "http://localhost:{own}/x.png", "http://10.0.0.1/x.png", "https://example.com/x.png",
+           "http://localhost:{port}/x.png", "http://10.0.0.1/x.png", "https://example.com/x.png",
            "https://replicate.delivery@127.0.0.1:{port}/x.png", "file:///etc/passwd"]  # fmt: skip
 
 

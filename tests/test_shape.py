@@ -342,7 +342,7 @@ def test_state_is_passed_and_returned() -> Found:
 
 
 LAYERS = (
-    ("cli", "fleet", "view.gallery", "gallery"),
+    ("__main__", "cli", "fleet", "view.gallery", "gallery"),
     ("pipeline",),
     ("engine.run", "engine.candidates", "engine.many", "engine.decisions"),
     ("engine.results", "engine.settings", "engine.planning", "engine.usage"),

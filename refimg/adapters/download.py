@@ -9,10 +9,11 @@ import asyncio
 import base64
 import ipaddress
 import socket
-import ssl
-from functools import cache
+from typing import Any
 
 import httpx
+
+from .network import Proxies, Transport
 
 # %% auto #0
 __all__ = ['origin', 'is_public', 'NoImage', 'fetch']
@@ -48,24 +49,41 @@ def is_public(
     return ip.is_global and not (ip.is_multicast or ip.is_reserved)
 
 # %% ../../nbs/adapters/download.ipynb #f60e8795
-async def _requests(client: httpx.AsyncClient, url: str, own: str | None) -> list[httpx.Request]:
+def _is_loopback(host: str) -> bool:
+    """Tell whether the name or address is one of this machine for itself."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+async def _requests(
+    client: httpx.AsyncClient, url: str, own: str | None, proxies: Proxies, most: int
+) -> list[httpx.Request]:
     """Return one request for each address that may be asked; a ValueError if none may."""
     scheme, host, port = origin(url)
-    plain = {"Accept-Encoding": "identity"}
-    if own and (scheme, host, port) == origin(own):
-        return [client.build_request("GET", url, headers=plain)]
+    plain: dict[str, str] = {"Accept-Encoding": "identity"}
+    more: dict[str, Any] = {"most": most}
+    if own:
+        _, known, _ = ours = origin(own)
+        local = _is_loopback(host) and _is_loopback(known)
+        if (scheme, known if local else host, port) == ours:
+            target = httpx.URL(url).copy_with(host=known)
+            return [client.build_request("GET", target, headers=plain, extensions=more)]
     if (scheme, port) != ("https", 443) or not f".{host}".endswith(".replicate.delivery"):
         raise ValueError("url must be https on port 443 of replicate.delivery or a subdomain, got "
                          f"{scheme}://{host}:{port}")
+    if proxies.of(url):
+        return [client.build_request("GET", url, headers=plain, extensions=more)]
     look_up = asyncio.get_running_loop().getaddrinfo
     found = await look_up(host, 443, type=socket.SOCK_STREAM)
     addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
     for address in addresses:
         if not is_public(address):
             raise ValueError(f"address of {host} must be public, got {address}")
-    headers, named = plain | {"Host": host}, {"sni_hostname": host}
+    headers, more["sni_hostname"] = plain | {"Host": host}, host
     pinned = [httpx.URL(url).copy_with(host=address) for address in addresses]
-    return [client.build_request("GET", one, headers=headers, extensions=named) for one in pinned]
+    return [client.build_request("GET", one, headers=headers, extensions=more) for one in pinned]
 
 # %% ../../nbs/adapters/download.ipynb #75629c3e
 _HOPS = 4  # requests for one image, redirects included
@@ -73,12 +91,6 @@ _HOPS = 4  # requests for one image, redirects included
 
 class NoImage(RuntimeError):
     """What was fetched is no image; asking again may help."""
-
-
-@cache
-def _tls() -> ssl.SSLContext:
-    """Return what checks certificates; slow to make, so it is made once."""
-    return httpx.create_ssl_context()
 
 
 async def _answer(client: httpx.AsyncClient, requests: list[httpx.Request]) -> httpx.Response:
@@ -93,21 +105,17 @@ async def _answer(client: httpx.AsyncClient, requests: list[httpx.Request]) -> h
 
 async def _get(url: str, own: str | None, most: int) -> bytes:
     """Return the bytes at the address, or at the end of its redirects, as they came."""
-    waits, data = httpx.Timeout(30.0, connect=5.0), bytearray()
-    tls = await asyncio.to_thread(_tls)
-    async with httpx.AsyncClient(verify=tls, timeout=waits) as client:
+    waits, transport = httpx.Timeout(30.0, connect=5.0), await asyncio.to_thread(Transport)
+    async with httpx.AsyncClient(transport=transport, timeout=waits) as client:
         for _ in range(_HOPS):
-            response = await _answer(client, await _requests(client, url, own))
+            requests = await _requests(client, url, own, transport.proxies, most)
+            response = await _answer(client, requests)
             try:
                 if response.has_redirect_location:
                     url = str(httpx.URL(url).join(response.headers["location"]))
                     continue
                 response.raise_for_status()
-                async for part in response.aiter_raw():
-                    data += part
-                    if len(data) > most:
-                        raise ValueError(f"the image must be at most {most} bytes, got more")
-                return bytes(data)
+                return await response.aread()
             finally:
                 await response.aclose()
     raise ValueError(f"redirects must be at most {_HOPS - 1}, got more")

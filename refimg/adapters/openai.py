@@ -17,10 +17,18 @@ from email.utils import parsedate_to_datetime
 from functools import partial
 from json import JSONDecodeError
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
+import httpx
 from pydantic import BaseModel
 
+from refimg.adapters.network import (
+    Transport,
+    check_network,
+    header_value,
+    is_hopeless,
+    is_unsent,
+)
 from .prices import PriceTable
 from .retry import Account, Failure
 from ..engine.protocols import Call, Message, Reply, Usage
@@ -44,13 +52,18 @@ _OPENAI = "https://api.openai.com/v1"
 
 def _origin(url: str) -> str:
     """Return scheme, host and port of an address; a ValueError says what is wrong with it."""
-    parts = urlsplit(url)
+    try:
+        parts, host = urlsplit(url), httpx.URL(url).host
+        port = parts.port or (443, 80)[parts.scheme == "http"]
+    except (httpx.InvalidURL, ValueError):
+        raise ValueError("base_url must be http://host/path or https://host/path, "
+                         "got no address") from None
     if parts.username is not None or parts.password is not None:
         raise ValueError("base_url must be an address without a user and a password, got one with "
                          "them: pass the key as api_key")
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    if parts.scheme not in ("http", "https") or not host or "%" in host or parts.fragment:
         raise ValueError(f"base_url must be http://host/path or https://host/path, got {url!r}")
-    return f"{parts.scheme}://{parts.hostname}:{parts.port or (443, 80)[parts.scheme == 'http']}"
+    return f"{parts.scheme}://{parts.hostname}:{port}"
 
 
 def _environment_url() -> str:
@@ -61,6 +74,21 @@ def _environment_url() -> str:
 def _foreign(url: str) -> bool:
     """Return whether the address is another than that of the environment."""
     return _origin(url) != _origin(_environment_url())
+
+
+def _environment_headers() -> dict[str, str]:
+    """Return the headers that the SDK takes from the environment, each checked; "": not set."""
+    ids = {"OpenAI-Organization": "OPENAI_ORG_ID", "OpenAI-Project": "OPENAI_PROJECT_ID"}
+    sent = {header: header_value(name, os.environ.get(name)) for header, name in ids.items()}
+    for line in os.environ.get("OPENAI_CUSTOM_HEADERS", "").split("\n"):
+        name, colon, value = (part.strip() for part in line.partition(":"))
+        if colon and (not name or not re.fullmatch(r"[!-~]+", name)
+                      or not re.fullmatch(r"[ -~\t]*", value)):
+            raise ValueError("OPENAI_CUSTOM_HEADERS must be lines of ASCII, name: value, "
+                             "got another")
+        if colon:
+            sent[name] = value
+    return sent
 
 # %% ../../nbs/adapters/openai.ipynb #3c9f7fa5
 def _read_completion(
@@ -125,9 +153,9 @@ def failure(
     if not isinstance(error, openai.APIStatusError):
         garbled = JSONDecodeError, UnicodeDecodeError
         passing = openai.APIConnectionError, ConnectionError, TimeoutError, *garbled
-        cause = type(error.__cause__).__name__
-        unsent = cause in ("ConnectError", "ConnectTimeout", "PoolTimeout")
-        return Failure("again" if isinstance(error, passing) else "never", text, paid=not unsent)
+        again = isinstance(error, passing) and not is_hopeless(error.__cause__)
+        unsent = is_unsent(error.__cause__)
+        return Failure("again" if again else "never", text, paid=not unsent)
     status = error.status_code
     if status in (401, 402) or _NO_MONEY & {str(error.code), str(error.type)}:
         return Failure("down", text)
@@ -137,6 +165,8 @@ def failure(
         wait = _asked_wait(error.response.headers, text)
         wait = wait if wait is not None and math.isfinite(wait) and wait >= 0 else None
         return Failure("again", text, wait=wait, throttled=status == 429)
+    if status in (404, 405) and error.request.url.path == "/chat/completions":
+        text = f"{text[:400]}; the base URL has no path, and most servers want one that ends in /v1"
     return Failure("never", text)
 
 # %% ../../nbs/adapters/openai.ipynb #2f4048ae
@@ -189,14 +219,15 @@ class _Clients:
         """Make a client that does not retry, follow a redirect, or hand on foreign headers."""
         import openai.resources.chat
 
-        http = openai.DefaultAsyncHttpxClient(follow_redirects=False, timeout=self.timeout)
-        options = {"max_retries": 0, "timeout": self.timeout, "http_client": http}
-        if _foreign(self.url):
-            lines = os.environ.get("OPENAI_CUSTOM_HEADERS", "").split("\n")
-            names = ["OpenAI-Organization", "OpenAI-Project", *(x.split(":")[0] for x in lines)]
-            dropped = {name.strip(): openai.Omit() for name in names}
-            options["default_headers"] = dropped | {"Authorization": f"Bearer {self.key}"}
-        return openai.AsyncOpenAI(base_url=self.url, api_key=self.key, **options)
+        http: Any = httpx.AsyncClient(transport=Transport(), timeout=self.timeout)
+        options: dict[str, Any] = {"max_retries": 0, "timeout": self.timeout, "http_client": http}
+        own, sent = not _foreign(self.url), _environment_headers()
+        headers: Any = {name: (own and value) or openai.Omit() for name, value in sent.items()}
+        bearer = {} if own else {"Authorization": f"Bearer {self.key}"}
+        address, _, query = self.url.partition("?")
+        return openai.AsyncOpenAI(
+            base_url=address, api_key=self.key, default_headers=headers | bearer,
+            default_query=dict(parse_qsl(query, keep_blank_values=True)), **options)
 
 # %% ../../nbs/adapters/openai.ipynb #e0f4715a
 class OpenAIChat:
@@ -219,18 +250,22 @@ class OpenAIChat:
             raise ValueError("client must be the only address and key, got base_url or api_key too")
         url = str(client.base_url) if client else base_url or _environment_url()
         known = None if _foreign(url) else os.environ.get("OPENAI_API_KEY")
-        key = client.api_key if client else (api_key or known or "").strip()
+        named = "api_key" if api_key else "OPENAI_API_KEY"
+        key = client.api_key if client else header_value(named, api_key or known)
         if not key and _origin(url) == _origin(_OPENAI):
             raise ValueError("OPENAI_API_KEY is not set, and api.openai.com needs a key: set it, "
                              "or pass api_key; a server of your own needs none")
         remember(key)
-        self.model, self.base_url = model or DEFAULT_MODELS["director"], url.rstrip("/")
+        check_network()
+        _environment_headers()
+        self.model = model or DEFAULT_MODELS["director"]
+        self.base_url = url.partition("?")[0].rstrip("/")
         self.timeout, self.host = timeout, urlsplit(url).netloc
         at = "" if _origin(url) == _origin(_OPENAI) else f" @ {self.host}"
         self.account = Account.of(f"openai{at}", key)
         self.name = f"openai:{self.model}{at}"
         self._own = client and client.with_options(max_retries=0, timeout=timeout)
-        self._clients, self._prices = _Clients(self.base_url, key or "none", timeout), PriceTable()
+        self._clients, self._prices = _Clients(url, key or "none", timeout), PriceTable()
 
     def __repr__(self) -> str:
         return f"OpenAIChat({self.name!r})"

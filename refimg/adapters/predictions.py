@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
 
+from .network import Unreadable, is_hopeless, is_unsent
 from .retry import Account, Failure, Lane, ProviderError
 from ..engine.protocols import Call
 from ..storage.secrets import log_line
@@ -70,6 +71,7 @@ def failure(error: Exception) -> Failure:
             return Failure("again", text, error.wait, error.status == 429)
         return Failure("never", text)
     passing = isinstance(error, (httpx.TransportError, OSError, json.JSONDecodeError))
+    passing = passing and not is_hopeless(error)
     named = ": ".join(filter(None, (type(error).__name__, text)))
     return Failure("again" if passing else "never", named)
 
@@ -238,7 +240,7 @@ def _not_made(error: BaseException) -> bool:
     """Tell whether a create that ended like this can have made no prediction."""
     if isinstance(error, Refusal):
         return error.status < 500
-    return isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout))
+    return is_unsent(error)
 
 
 def _loop_time() -> float:
@@ -441,7 +443,7 @@ class PredictionRequest:
         except TimeoutError:
             told = f"prediction {number} had not ended after {self.timeout:g} s"
             raise ProviderError(provider, Failure("never", told, paid=True)) from None
-        except (Refusal, httpx.HTTPError) as error:
+        except (Refusal, httpx.HTTPError, Unreadable) as error:
             raise ProviderError(provider, replace(failure(error), paid=True)) from error
         self.prediction = None
         return prediction

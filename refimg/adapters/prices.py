@@ -99,12 +99,19 @@ def _known(cost: float | None, name: str, by: str) -> float:
 class PriceTable:
     """The published prices, and above them the rows of the file that REFIMG_PRICES names."""
 
+    def __init__(self) -> None:
+        self._good: dict[str, dict[str, Price]] = {}  # by file: its rows when last read
+        self.rows()
+
     def rows(self) -> dict[str, Price]:
         """Return every row by the name of its model."""
         path = os.environ.get("REFIMG_PRICES", "").strip()
         try:
-            return PRICES | (_read(path, os.stat(path).st_mtime_ns) if path else {})
+            self._good[path] = _read(path, os.stat(path).st_mtime_ns) if path else {}
+            return PRICES | self._good[path]
         except (OSError, ValueError) as error:
+            if path in self._good:
+                return PRICES | self._good[path]
             form = '{model: {"input": USD, "output": USD} or {"image": USD} or {"second": USD}}'
             text = f"REFIMG_PRICES must be a JSON file, {form}, got {path!r}: {error}"
             raise ValueError(text) from error

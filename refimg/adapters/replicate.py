@@ -23,6 +23,7 @@ import httpx
 
 from .download import NoImage, fetch, origin
 from .inputs import Capabilities, known_capabilities, read_schema
+from .network import Transport, check_network, header_value
 from refimg.adapters.predictions import (
     Connection,
     Prediction,
@@ -48,6 +49,7 @@ _REPLICATE = "https://api.replicate.com"
 _SIDE = 1536  # pixels of a reference image
 _KEEP = 1800.0  # seconds that an upload is used
 _UPLOAD = 60.0  # seconds for one attempt
+_SCHEMA = {"most": 8_000_000}  # bytes of a model's page
 _FETCH = (0.2, 2.0)  # seconds before an image is fetched again, at first and at most
 
 
@@ -79,15 +81,16 @@ class _Server:
                              f"{base_url!r} and {'a token' if token else None}")
         if origin(url) == origin(environment):
             own = os.environ.get("REPLICATE_API_TOKEN", "")
-        token = (token or own).strip()
         if client:
             url, token = Connection(client, Account("")).address
-        elif not token:
+        elif httpx.URL(url).query or httpx.URL(url).fragment:
+            raise ValueError("base_url must be an address without ? and #, got one with them")
+        elif not (token := header_value("api_token", token or own)):
             raise ValueError(f"REPLICATE_API_TOKEN must be set, or api_token given, for {url}: "
                              "an address given as base_url needs a token of its own")
-        elif not re.fullmatch(r"[!-~]+", token):
-            raise ValueError("api_token must be ASCII without blanks, got other characters")
-        self.base_url, self.token, self.client = url.rstrip("/"), token, client
+        check_network()
+        self.base_url = re.sub("/v1$", "", url.rstrip("/"))  # the paths of requests begin with it
+        self.token, self.client, self.prices = token or "", client, PriceTable()
         self.connections: dict[asyncio.AbstractEventLoop, tuple] = {}
         remember(token)
 
@@ -116,7 +119,8 @@ class _Server:
         from replicate.client import Client
 
         importlib.import_module("stamina")  # so that the event loop imports nothing slow
-        client = self.client or Client(api_token=self.token, base_url=self.base_url)
+        client = self.client or Client(
+            api_token=self.token, base_url=self.base_url, transport=Transport())
         return Connection(client, Account.of(self.name, self.token))
 
     async def _held(self, connection: Connection) -> AsyncIterator[None]:
@@ -236,7 +240,7 @@ class ReplicateImages:
         connection, known = await self.server.connection(), known_capabilities(name)
 
         async def page() -> dict[str, Any]:
-            answer = (await connection.ask("GET", path)).json()
+            answer = (await connection.ask("GET", path, extensions=_SCHEMA)).json()
             if not isinstance(answer, dict):
                 raise ConnectionError(f"the server sent no model: {str(answer)[:80]!r}")
             return answer
@@ -332,7 +336,7 @@ class ReplicateImages:
         prediction, data = tried[-1], await self.server.fetch(tried[-1])
         times = [each.seconds for each in tried if each.seconds is not None]
         seconds = sum(times) if len(times) == len(tried) else None
-        cost = PriceTable().image_cost(self.name, seconds)
+        cost = self.server.prices.image_cost(self.name, seconds)
         seed = inputs.get("seed")
         if type(seed) is not int:  # the log of a model with seeds may report the one it took
             logs = str(prediction.data.get("logs") or "")

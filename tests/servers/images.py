@@ -37,6 +37,8 @@ from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
+from .bombs import zip_bomb
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 TERMINAL = ("succeeded", "failed", "canceled", "aborted")
 OUTCOMES = {  # name -> how the prediction ends
@@ -471,6 +473,11 @@ async def serve_one(world: World, request: dict, writer: asyncio.StreamWriter) -
         await asyncio.sleep(fault.get("seconds", 3600))
     if what in ("hang", "reset"):
         writer.transport.abort()
+        return False
+    if what == "zip-bomb":
+        encoding, body = zip_bomb(fault)
+        headers = {"content-type": "application/json", "content-encoding": encoding}
+        await send(writer, Answer(fault.get("status", 200), body, **headers))
         return False
     if what.isdigit():
         await send(writer, problem(int(what), fault, request["headers"]))

@@ -27,12 +27,15 @@ import sys
 import threading
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
 from refimg.enhance import read_fences
+
+from .bombs import zip_bomb
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DIMENSIONS = ("completeness", "specificity", "professionalism", "cinematography", "brand_alignment")
@@ -319,7 +322,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.seen = self.server.record[-1]
         if wrong:
             self.answer(400, {}, wrong)
-        elif self.path != "/v1/chat/completions" or self.command != "POST":
+        elif self.path.partition("?")[0] != "/v1/chat/completions" or self.command != "POST":
             self.answer(404, {}, error(f"no such path: {self.path}"))
         else:
             self.fault(item, body, headers)
@@ -329,6 +332,8 @@ class _Handler(BaseHTTPRequestHandler):
         name, text = item["fault"], good(body)
         if made := name and refused(item, headers):
             return self.answer(*made)
+        if name == "zip-bomb":
+            return self.bomb(item)
         if name == "hang":
             time.sleep(item.get("seconds", 60))
         if name in ("reset", "hang"):
@@ -358,6 +363,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
         self.wfile.flush()
         self.close_connection |= bool(extra)
+
+    def bomb(self, item: dict[str, Any]) -> None:
+        """A body that is large when it is unpacked."""
+        encoding, data = zip_bomb(item)
+        self.head(item.get("status", 200), {"Content-Encoding": encoding}, len(data))
+        self.close_connection = True
+        with suppress(OSError):
+            self.wfile.write(data)
 
     def drip(self, text: str, seconds: float) -> None:
         """The answer, byte by byte."""
