@@ -98,9 +98,9 @@ class Life:
         """How many chats are done, and how many images are done or begun, by the journal."""
         folder, rows = self.folder / "journal", []
         if (folder / "journal.db").exists():
-            with closing(sqlite3.connect(folder / "journal.db")) as database:
-                with suppress(sqlite3.OperationalError):  # killed before there was a table
-                    rows = database.execute("SELECT slot, done, prediction FROM calls").fetchall()
+            no_table = suppress(sqlite3.OperationalError)  # killed before there was one
+            with closing(sqlite3.connect(folder / "journal.db")) as database, no_table:
+                rows = database.execute("SELECT slot, done, prediction FROM calls").fetchall()
         copies = (json.loads(path.read_bytes())["row"] for path in folder.glob("rows/*.json"))
         rows += [(copy["entry"]["slot"], copy["done"], None) for copy in copies]
         known = {slot for slot, done, begun in rows
