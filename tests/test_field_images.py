@@ -267,7 +267,8 @@ def near(image: Image.Image, colour: tuple[int, ...], by: int = 4) -> bool:
     ("P", "PNG"),
 ])  # fmt: skip
 def test_a_colour_profile_is_converted_to_srgb(tmp_path, mode, form):
-    image = Image.new("RGB", (16, 16), (180, 60, 40)).convert(mode)
+    image = Image.new("RGB", (16, 16), (180, 60, 40))
+    image = image.quantize(4) if mode == "P" else image.convert(mode)
     data = saved(image, form, icc_profile=profile(), quality=100)
     assert near(decode_image(data), (197, 43, 19)) and decode_image(data).info == {}
     (tmp_path / "mine").write_bytes(data)
@@ -316,12 +317,13 @@ def test_a_png_with_much_text_is_read(kind):
 def test_much_hidden_text_is_still_bounded(caplog):
     import tracemalloc
 
-    bomb = zlib.compress(bytes(200_000_000), 9)
-    notes = PngImagePlugin.PngInfo()
+    bomb, hidden = zlib.compress(bytes(200_000_000), 9), b""
     for name, body in [(b"zTXt", b"note\0\0"), (b"zTXt", b"refimg-truth\0\0"), (b"iCCP", b"p\0\0"),
                        (b"iTXt", b"refimg-truth\0\1\0\0\0")]:
-        notes.add(name, body + bomb)
-    data = saved(NOISE, "PNG", pnginfo=notes)
+        check = zlib.crc32(name + body + bomb)
+        hidden += struct.pack(">I", len(body + bomb)) + name + body + bomb + struct.pack(">I", check)
+    plain = saved(NOISE, "PNG")
+    data = plain[:33] + hidden + plain[33:]
     tracemalloc.start()
     try:
         image = decode_image(data)
@@ -484,7 +486,7 @@ async def test_an_address_as_reference_is_said_to_be_no_file(tmp_path, url):
     await refused_unpaid(own, told, tmp_path / "o", story=Story.load(tmp_path / "story.yaml"))
     with pytest.raises(ValueError, match=told) as caught:
         await generate_images("a", 1, output_dir=tmp_path / "o", model=FakeImages(), references=url)
-    assert url.replace("//a", "/a") in str(caught.value), "as it was given, as far as a path keeps it"
+    assert f"{url.partition('//')[0]}//" in str(caught.value), "not as a path shows it"
 
 
 async def test_image_data_as_reference_is_said_to_be_no_file(tmp_path):

@@ -11,8 +11,8 @@ None for a good answer. An item waits for a request of its kind (`on`: create, g
 model, upload or output; create if not said), and for one whose body contains `match`, where given.
 `delayed` waits and then does it, `late` does it and then waits, `lost` does it and hangs up.
 What goes wrong later, with the prediction or its output, is told at its create; there `output` is
-what the prediction gives, with "{url}" for its image's address, and `body` that image in base64. Images depend on
-prompt and seed; without a seed, on prompt and the number of the prediction.
+what the prediction gives, with "{url}" for its image's address, and `body` that image in base64.
+Images depend on prompt and seed; without a seed, on prompt and the number of the prediction.
 """
 
 from __future__ import annotations
