@@ -158,7 +158,9 @@ def decode_image(
     return pixels
 
 # %% ../../nbs/storage/images.ipynb #0aa19ec3
-_ADDRESS = re.compile(r"(?:^|/)(data:(?=[\w.+/-]*[;,])|[a-z][a-z0-9+.-]+:(?=/))/*(.+)", re.I | re.S)
+_ADDRESS = re.compile(
+    r"(?:^|/)(data:(?=[\w.+/-]*[;,])|[a-z][a-z0-9+.-]+:(?=/))/*(.+)", re.I | re.S
+)
 
 
 def read_image(
