@@ -193,7 +193,7 @@ class Prediction:
     @property
     def failure(self) -> Failure:
         """Why there is no image, for a prediction without one."""
-        gave = f"no image in its output, {str(self.data.get('output')):.80}"
+        gave = f"no image in its output, {self.data.get('output')!r:.80}"
         why = gave if self.status == "succeeded" else self.data.get("error")
         text = f"prediction {self.id} {self.status}: {why}"
         return Failure("never", text, paid=self.status != "aborted")

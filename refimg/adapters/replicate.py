@@ -272,7 +272,8 @@ class ReplicateImages:
             self.version = str(latest.get("id") or "")
         shape = self.capabilities.shape_inputs
         if own := {name: self.inputs[name] for name in shape & self.inputs.keys()}:
-            _logger.warning("%s draws as its inputs say, %s: no aspect ratio is sent", self.name, own)
+            told = "%s draws as its inputs say, %s: no aspect ratio is sent"
+            _logger.warning(told, self.name, own)
         elif not shape & self.capabilities.fields.keys():
             _logger.warning("%s has no input for the aspect ratio: it decides itself", self.name)
 
