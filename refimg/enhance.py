@@ -265,7 +265,7 @@ class EnhancementTrace:
     ) -> None:
         """Write one file."""
         if self.folder is not None:
-            from refimg.storage.files import write_trace
+            from refimg.storage.traces import write_trace
 
             write_trace(self.folder, name, content)
 

@@ -36,7 +36,8 @@ from .engine.story import Scene, Story
 from .engine.tasks import GenerationCancelled, Progress, ProgressReporter, run_blocking
 from .engine.usage import story_usage
 from .enhance import ImagePromptEnhancementResult
-from .storage.files import TraceTree, check_id
+from .storage.files import check_id
+from .storage.traces import TraceTree
 
 if TYPE_CHECKING:
     from refimg.engine.costs import Estimate
@@ -257,6 +258,7 @@ class Pipeline:
         settings = await asyncio.to_thread(self._checked, story, enhancements)
         director, critic, images = self._paid()
         if self.journal is not None:
+            await self.journal.check()
             images = self.journal.images(images, output_dir=folder, generation_id=name)
         traces = TraceTree.open(Path(output_dir), name)
         try:

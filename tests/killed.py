@@ -42,7 +42,8 @@ def main() -> None:
     from refimg import Pipeline, Scene, Story, generate
     from refimg.adapters.openai import OpenAIChat
     from refimg.adapters.replicate import ReplicateImages
-    from refimg.storage import journal
+    from refimg.storage import database, journal
+    from refimg.storage.database import _File
 
     steps = itertools.count(1)
 
@@ -59,8 +60,8 @@ def main() -> None:
 
         return both
 
-    database = journal._Database
-    for owner, name in ((database, "_execute"), (database, "_write"), (generate, "save_numbered")):
+    owned = (_File, "execute"), (database, "write_atomic"), (generate, "save_numbered")
+    for owner, name in owned:
         setattr(owner, name, stepped(getattr(owner, name)))
     folder, (key, token) = Path(options.folder), keys(options.name)
     chat = OpenAIChat("gpt", base_url=options.llm, api_key=key)

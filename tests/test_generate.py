@@ -624,7 +624,8 @@ def test_a_forked_child_has_threads_of_its_own(tmp_path):
 
 
 async def test_the_painters_truth_goes_from_the_bytes_into_the_file(tmp_path):
-    notes = generate.encode_png(Image.new("RGB", (4, 4), "gold"), {"refimg-truth": '{"painter": 1}'})
+    gold = Image.new("RGB", (4, 4), "gold")
+    notes = generate.encode_png(gold, {"refimg-truth": '{"painter": 1}'})
     (made,) = await generate_images("p", 1, output_dir=tmp_path, model=FakeImages(lambda *_: notes))
     assert text_of(made.image_path)["refimg-truth"] == '{"painter": 1}'
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import random
+import shutil
 import signal
 import sqlite3
 import stat
@@ -14,6 +15,7 @@ import sys
 import textwrap
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from refimg.engine.protocols import Call
 from refimg.enhance import Critique, Message, Reply, Usage
 from refimg.generate import GeneratedImage, ImageRequest, generate_images
 from refimg.storage import journal as module
+from refimg.storage.database import Database, _File
 from refimg.storage.journal import Journal, default_folder
 from tests.fakes import FakeChat, FakeImages, critic, director
 
@@ -259,17 +262,90 @@ async def test_what_is_paid_is_returned_even_if_it_cannot_be_written(tmp_path, m
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     assert (await images(tmp_path, Paid()).generate(request())).data == b"image 1"
     assert "not in the journal" in caplog.text and not results(tmp_path)
 
 
-async def test_without_a_journal_nothing_is_paid(tmp_path):
-    (tmp_path / "journal.db").write_bytes(b"this is no database" * 100)
-    model = Paid()
-    with pytest.raises(sqlite3.DatabaseError):
-        await images(tmp_path, model).generate(request())
+async def test_where_no_journal_can_be_nothing_is_paid(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    model, journal = Paid(), Journal(tmp_path / "file" / "journal")
+    with pytest.raises(ValueError, match="journal must be a folder that can be written"):
+        await journal.check()
+    with pytest.raises(OSError):
+        await journal.images(model, output_dir=tmp_path, generation_id="run").generate(request())
     assert model.calls == 0
+
+
+@pytest.mark.parametrize("broken", ["find", "begin", "keep"])
+async def test_a_call_that_cannot_be_written_down_is_made_and_used(
+    tmp_path, monkeypatch, caplog, broken
+):
+    journal, model, whole = Journal(tmp_path), Paid(), _File.execute
+    await journal.check()
+
+    def fails(self, line, *values):
+        if line.startswith("SELECT" if broken == "find" else "INSERT") and (
+            (broken == "keep") == ("excluded.done" in line)
+        ):
+            raise sqlite3.OperationalError("disk I/O error")
+        return whole(self, line, *values)
+
+    monkeypatch.setattr(_File, "execute", fails)
+    wrapped = journal.images(model, output_dir=tmp_path, generation_id="run")
+    assert (await wrapped.generate(request())).data == b"image 1" and model.calls == 1
+    assert caplog.text.count("disk I/O error") == 1
+
+
+@pytest.mark.parametrize("damage", ["text", "zeros", "short", "empty", "gone", "another"])
+async def test_a_damaged_database_is_built_again_and_nothing_is_paid_again(
+    tmp_path, caplog, damage
+):
+    model, slots = Paid(), [f"s_scene_{n:02d}/v1/a1" for n in range(30)]
+    journal, path = Journal(tmp_path), tmp_path / "journal.db"
+    wrapped = journal.images(model, output_dir=tmp_path / "out", generation_id="run")
+    first = [await wrapped.generate(request(slot)) for slot in slots]
+    journal.database._file.close()
+    data = path.read_bytes()
+    match damage:
+        case "gone":
+            path.unlink()
+        case "another":
+            path.unlink()
+            with closing(sqlite3.connect(path)) as other:
+                other.execute("CREATE TABLE calls (number)")
+        case _:
+            path.write_bytes({"text": b"this is no database" * 100, "empty": b"",
+                              "zeros": data[:4096] + bytes(8192) + data[12288:],
+                              "short": data[: len(data) // 2]}[damage])
+    again = [await images(tmp_path, model).generate(request(slot)) for slot in slots]
+    assert again == first and model.calls == 30
+    assert caplog.records and all(record.levelname == "WARNING" for record in caplog.records)
+    assert damage in ("empty", "gone") or list(tmp_path.glob("journal.db.damaged-*"))
+
+
+async def test_a_lost_log_of_the_database_loses_no_answer(tmp_path, caplog):
+    model, wrapped = Paid(), images(tmp_path, Paid())
+    first = await wrapped.generate(request())
+    wal = tmp_path / "journal.db-wal"
+    assert wal.exists()
+    copy = tmp_path / "copy"
+    shutil.copytree(tmp_path, copy, ignore=shutil.ignore_patterns("copy"))
+    (copy / "journal.db-wal").write_bytes(wal.read_bytes()[:5000])
+    (copy / "journal.db-shm").unlink()
+    again = Journal(copy).images(model, output_dir=tmp_path / "out", generation_id="run")
+    assert await again.generate(request()) == first and model.calls == 0
+    assert "comes from the copy" in caplog.text
+
+
+async def test_the_inputs_of_a_model_are_part_of_what_is_asked(tmp_path):
+    model = Paid()
+    for guidance in (2, 9, 2):
+        model.inputs = {"guidance": guidance}
+        await images(tmp_path, model).generate(request())
+    model.inputs = {}
+    await images(tmp_path, model).generate(request())
+    assert model.calls == 3
 
 
 @pytest.mark.parametrize("lock", ["BEGIN IMMEDIATE", "BEGIN EXCLUSIVE"])
@@ -323,7 +399,7 @@ async def test_nobody_else_can_read_it(tmp_path):
         os.umask(before)
     folders, files = ({name: mode for name, is_folder, mode in found if is_folder is kind}
                       for kind in (True, False))
-    assert folders == {"journal": 0o700, "results": 0o700}
+    assert folders == dict.fromkeys(["journal", "results", "rows"], 0o700)
     assert set(files.values()) == {0o600} and {"journal.db", "journal.db-wal"} <= files.keys()
 
 
@@ -348,7 +424,7 @@ def noting(threads: set[int], inner):
 
 async def test_the_event_loop_never_touches_the_disk(tmp_path, monkeypatch):
     threads = set()
-    methods = ((module._Database, name) for name in ("find", "begin", "note", "keep"))
+    methods = ((Database, name) for name in ("find", "begin", "note", "keep"))
     for owner, name in (*methods, (module, "_image_request")):
         monkeypatch.setattr(owner, name, noting(threads, getattr(owner, name)))
     await images(tmp_path, Remote()).generate(request())
@@ -518,6 +594,7 @@ CHILD = """
     from pathlib import Path
     from refimg.generate import GeneratedImage, ImageRequest
     from refimg.storage import journal as module
+    from refimg.storage.database import Database
 
     folder, point, scenes = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 
@@ -536,7 +613,7 @@ CHILD = """
 
     counts = {}
     def COUNT(name):
-        counts[name] = counts.get(name, -1) + 1
+        counts[name] = counts.get(name, -2) + 1  # the first answer is two files
         return counts[name] if name == "replace" else 1
 
     def log(kind, what):
@@ -559,12 +636,12 @@ CHILD = """
             return GeneratedImage(data=f"a harbour {seed}".encode() * 1000, seed=seed,
                                   provider_id=prediction)
 
-    database = module._Database
+    database = Database
     if point == "before begin": around(database, "begin", before=die)
     if point == "after begin": around(database, "begin", after=die)
     if point == "before keep": around(database, "keep", before=die)
-    if point == "before rename": around(module.os, "replace", before=die)
-    if point == "after rename": around(module.os, "replace", after=die)
+    if point == "before rename": around(os, "replace", before=die)
+    if point == "after rename": around(os, "replace", after=die)
     if point == "after done": around(database, "keep", after=die)
 
     async def main():

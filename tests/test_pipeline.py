@@ -14,8 +14,8 @@ from PIL import Image
 from refimg import GenerationFailed, Pipeline, Scene, Story
 from refimg.generate import Candidate, GeneratedImage
 from refimg.score import RawScore
-from refimg.storage.files import TraceTree
 from refimg.storage.journal import Journal
+from refimg.storage.traces import TraceTree
 from tests.fakes import FakeChat, FakeImages, FakeScorer, critic, critique, director, picture
 
 BOOM = RuntimeError("boom")

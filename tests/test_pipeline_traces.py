@@ -19,7 +19,7 @@ from PIL import Image
 
 from refimg.generate import GenerationFailed
 from refimg.pipeline import GenerationCancelled, Pipeline, Scene, Story
-from refimg.storage import files
+from refimg.storage import files, traces
 
 from .fakes import FakeChat, FakeImages, FakeScorer, critic, critique, director, picture
 from .test_view import HOSTILE
@@ -444,7 +444,7 @@ def check_unharmed(result) -> None:
 async def test_trace_files_that_cannot_be_written_do_not_matter(tmp_path, monkeypatch, caplog):
     plain = files._write_temporary
     monkeypatch.setattr(files, "_write_temporary", lambda folder, data, **how: (
-        full_disk() if TRACES in str(folder) else plain(folder, data, **how)))
+        full_disk() if folder.name.startswith("scene_") else plain(folder, data, **how)))
     with caplog.at_level(logging.WARNING):
         check_unharmed(await pipeline().run(
             story(), generation_id="id", output_dir=tmp_path / "images"))
@@ -453,7 +453,7 @@ async def test_trace_files_that_cannot_be_written_do_not_matter(tmp_path, monkey
 
 
 async def test_a_scenes_folder_that_cannot_be_made_does_not_matter(tmp_path, monkeypatch):
-    monkeypatch.setattr(files.TraceTree, "scene", full_disk)
+    monkeypatch.setattr(traces.TraceTree, "scene", full_disk)
     check_unharmed(await pipeline().run(
         story(), generation_id="id", output_dir=tmp_path / "images"))
 
@@ -484,14 +484,14 @@ async def test_a_file_in_the_place_of_a_scenes_folder_does_not_matter(tmp_path, 
 
 
 async def test_a_tree_that_cannot_be_removed_does_not_fail_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(files.shutil, "rmtree", full_disk)
+    monkeypatch.setattr(traces.shutil, "rmtree", full_disk)
     check_unharmed(await pipeline().run(
         story(), generation_id="id", output_dir=tmp_path / "images"))
 
 
 async def test_a_place_where_no_tree_can_be_made_is_named_or_does_without(tmp_path, monkeypatch):
     """Images can be written, the folder beside them cannot be made: a volume of a container."""
-    monkeypatch.setattr(files.TraceTree, "_take", full_disk)
+    monkeypatch.setattr(traces.TraceTree, "_take", full_disk)
     made = pipeline()
     try:
         check_unharmed(await made.run(

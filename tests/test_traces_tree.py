@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from refimg.storage.files import TraceTree, write_trace
+from refimg.storage.traces import TraceTree, write_trace
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -43,7 +43,7 @@ def snapshot(folder: Path) -> dict[str, str]:
 
 HOLDER = """
 import sys, time
-from refimg.storage.files import TraceTree, write_trace
+from refimg.storage.traces import TraceTree, write_trace
 tree = TraceTree.open(sys.argv[1], sys.argv[2])
 write_trace(tree.scene(1), "00_original_prompt.txt", "of the killed run")
 print("held", flush=True)
@@ -155,9 +155,9 @@ def test_a_killed_process_is_taken_over(output, root, hold):
 
 DYING = """
 import os, shutil, sys
-from refimg.storage import files
-tree = files.TraceTree.open(sys.argv[1], "a")
-files.write_trace(tree.scene(1), "x.txt", "x")
+from refimg.storage import traces
+tree = traces.TraceTree.open(sys.argv[1], "a")
+traces.write_trace(tree.scene(1), "x.txt", "x")
 die = lambda *_, **__: os.kill(os.getpid(), 9)
 {patch}
 tree.close()
@@ -174,9 +174,9 @@ def test_a_run_killed_while_closing_blocks_and_leaves_nothing(output, patch):
 
 OPENING = """
 import os, sys
-from refimg.storage import files
+from refimg.storage import traces
 os.rename = lambda *_: os.kill(os.getpid(), 9)
-files.TraceTree.open(sys.argv[1], "a")
+traces.TraceTree.open(sys.argv[1], "a")
 """
 
 

@@ -41,7 +41,7 @@ from refimg.engine.tasks import (
 )
 from ..enhance import EnhancementTrace, ImagePromptEnhancementResult, enhance_prompt_iterative
 from ..generate import GenerationFailed
-from ..storage.files import TraceTree, write_trace
+from ..storage.traces import TraceTree, write_trace
 
 # %% auto #0
 __all__ = ['RunAgent', 'enhance_scene', 'SceneRun', 'StoryRun', 'load_capabilities', 'load_models']

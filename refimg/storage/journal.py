@@ -7,16 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
-import logging
 import os
 import sqlite3
 import threading
-import time
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Future
-from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,133 +29,16 @@ from refimg.engine.protocols import (
     Message,
     Reply,
 )
-from .files import sweep_temporary, write_atomic
+from .database import Database, Entry, digest
 
 # %% auto #0
 __all__ = ['default_folder', 'Journal']
 
 # %% ../../nbs/storage/journal.ipynb #f1ee0a85
-_logger = logging.getLogger(__name__)
-
-
 def default_folder() -> Path:
     """Return where the journal is if nobody says: under REFIMG_CACHE, or in the user's cache."""
     given = os.environ.get("REFIMG_CACHE", "").strip()
     return (Path(given).expanduser() if given else user_cache_path("refimg")) / "journal"
-
-# %% ../../nbs/storage/journal.ipynb #04e5a43a
-def _digest(value: Any) -> str:
-    """Return the sha256 of a plain value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """One call, as the journal knows it."""
-
-    output_dir: str
-    generation_id: str
-    slot: str
-    model: str
-    request: str  # sha256 of what is asked
-
-    @property
-    def key(self) -> str:
-        """Return what tells it from every other call."""
-        return _digest(asdict(self))
-
-# %% ../../nbs/storage/journal.ipynb #35310e44
-_TABLE = """CREATE TABLE IF NOT EXISTS calls (
-    key TEXT PRIMARY KEY, output_dir TEXT, generation_id TEXT, slot TEXT, model TEXT,
-    request TEXT, started REAL, prediction TEXT, done REAL, result TEXT, facts TEXT)"""
-_BUSY, _AGAIN = 30.0, 0.02  # seconds to wait for another process, and to the next try
-
-
-class _Database:
-    """The journal's rows and result files, made when they are first needed; all of it blocks."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.results, self._made = folder, folder / "results", False
-
-    def run(self, line: str, *values: Any) -> list[tuple]:
-        """Return the rows that a statement gives; it is committed."""
-        if not self._made:
-            self._make()
-            self._made = True
-        return self._execute(line, values)
-
-    def find(self, entry: _Entry, kind: type) -> tuple[Any, str | None]:
-        """Return the stored answer, or None, and the prediction that was begun, if one was."""
-        line = "SELECT prediction, result, facts FROM calls WHERE key = ?"
-        for prediction, result, facts in self.run(line, entry.key):
-            data = self._read(result) if result else None
-            if data is None:
-                return None, prediction
-            found = {"text": data.decode()} if kind is Reply else {"data": data}
-            return kind(**found, **json.loads(facts)), None
-        return None, None
-
-    def begin(self, entry: _Entry) -> None:
-        """Write that the call is about to be made."""
-        line = """INSERT INTO calls (key, output_dir, generation_id, slot, model, request, started)
-            VALUES (?, ?, ?, ?, ?, ?, ?)
-            ON CONFLICT (key) DO UPDATE SET started = excluded.started, prediction = NULL"""
-        self.run(line, entry.key, *asdict(entry).values(), time.time())
-
-    def note(self, entry: _Entry, prediction: str) -> None:
-        """Write the id of the call's prediction, or a warning that says why it could not."""
-        try:
-            line = "UPDATE calls SET prediction = ? WHERE key = ?"
-            self.run(line, str(prediction), entry.key)
-        except Exception as error:
-            _logger.warning("%s: its prediction is not in the journal, %r", entry.slot, error)
-
-    def keep(self, entry: _Entry, answer: Reply | GeneratedImage) -> None:
-        """Write the answer, then that the call is done, or a warning that says why it could not."""
-        try:
-            if isinstance(answer, Reply):
-                data, facts = answer.text.encode(), answer.model_dump(exclude={"text"})
-            else:
-                data, facts = answer.data, {k: v for k, v in vars(answer).items() if k != "data"}
-            result = self._write(bytes(data))
-            line = "UPDATE calls SET done = ?, result = ?, facts = ? WHERE key = ?"
-            self.run(line, time.time(), result, json.dumps(facts), entry.key)
-        except Exception as error:
-            _logger.warning("%s: its answer is not in the journal, %r", entry.slot, error)
-
-    def _execute(self, *statement: Any) -> list[tuple]:
-        path, until = self.folder / "journal.db", time.monotonic() + _BUSY
-        while True:
-            try:
-                with closing(sqlite3.connect(path, timeout=_BUSY, isolation_level=None)) as database:
-                    database.execute("PRAGMA synchronous=FULL")
-                    return database.execute(*statement).fetchall()
-            except sqlite3.OperationalError as error:
-                busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
-                if not busy or time.monotonic() > until:
-                    raise
-                time.sleep(_AGAIN)  # SQLite itself does not wait where it might wait for ever
-
-    def _make(self) -> None:
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.results.mkdir(mode=0o700, exist_ok=True)
-        self._execute("PRAGMA journal_mode=WAL")
-        (self.folder / "journal.db").chmod(0o600)
-        self._execute(_TABLE)
-        sweep_temporary(self.results, ".refimg-*", "*.part")
-
-    def _write(self, data: bytes) -> str:
-        name = hashlib.sha256(data).hexdigest()
-        if self._read(name) is None:
-            write_atomic(self.results / name, data, private=True, durable=True)
-        return name
-
-    def _read(self, name: str) -> bytes | None:
-        try:
-            data = (self.results / name).read_bytes()
-        except OSError:
-            return None
-        return data if hashlib.sha256(data).hexdigest() == name else None
 
 # %% ../../nbs/storage/journal.ipynb #82cde77a
 _flights: dict[tuple[Path, str], Future] = {}
@@ -188,9 +67,23 @@ async def _single_flight(place: tuple[Path, str], work: Callable[[], Awaitable])
         own.set_exception(failure) if failure else own.set_result(answer)
 
 # %% ../../nbs/storage/journal.ipynb #32453765
+_pool: list[ThreadPoolExecutor] = []  # of one, made anew after a fork
+
+
+def _start(function: Callable, *args: Any) -> asyncio.Future:
+    """Begin the function in a thread that does nothing but write and read the journal."""
+    if not _pool:
+        _pool.append(ThreadPoolExecutor(4, "refimg-journal"))
+    return asyncio.get_running_loop().run_in_executor(_pool[0], function, *args)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.clear)
+
+
 async def _thread(function: Callable, *args: Any) -> Any:
     """Return what the function does in a thread; a cancellation gives it a moment to end."""
-    work = asyncio.get_running_loop().run_in_executor(None, function, *args)
+    work = _start(function, *args)
     try:
         return await asyncio.shield(work)
     except asyncio.CancelledError:
@@ -217,19 +110,19 @@ class _Recorded:
         self, slot: str, request: str, kind: type, ask: Callable[..., Awaitable], call: Call | None
     ) -> Any:
         """Return the answer of an earlier run, or the one that is asked for now, once for all."""
-        entry = _Entry(*self._run, slot, self._model.name, request)
+        entry = Entry(*self._run, slot, self._model.name, request)
         place = self._journal.folder, entry.key
         return await _single_flight(place, lambda: self._answer(entry, kind, ask, call))
 
     async def _answer(
-        self, entry: _Entry, kind: type, ask: Callable[..., Awaitable], call: Call | None
+        self, entry: Entry, kind: type, ask: Callable[..., Awaitable], call: Call | None
     ) -> Any:
         """Return the stored answer, that of a prediction which is still there, or a new one."""
-        database, loop, prediction = self._journal.database, asyncio.get_running_loop(), None
+        database, prediction = self._journal.database, None
         takes, adopt = (getattr(self._model, name, None) for name in ("takes_call", "adopt"))
 
         def note(number: str) -> None:
-            loop.run_in_executor(None, database.note, entry, number)
+            _start(database.note, entry, number)
 
         if not self._journal.refresh:
             answer, prediction = await _thread(database.find, entry, kind)
@@ -263,16 +156,17 @@ class _RecordedChat(_Recorded):
         """Return the model's answer, of now or of an earlier run."""
         self._calls += 1
         shape = schema.model_json_schema() if schema else None
-        request = _digest([[[m.role, m.content] for m in messages], shape])
+        request = digest([[[m.role, m.content] for m in messages], shape])
         ask = partial(self._model.reply, messages, **({"schema": schema} if schema else {}))
         return await self._recorded(f"{self._place}/{self._calls}", request, Reply, ask, call)
 
 
-def _image_request(request: ImageRequest) -> str:
+def _image_request(request: ImageRequest, inputs: dict[str, Any]) -> str:
     """Return the hash of what an image model is asked; the content of its references counts."""
     asked = request.model_dump(exclude={"slot", "references"})
     paths = (Path(path) for path in request.references)
-    return _digest([asked, [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]])
+    parts = [asked, [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]]
+    return digest([*parts, {k: repr(v) for k, v in inputs.items()}] if inputs else parts)
 
 
 class _RecordedImages(_Recorded):
@@ -287,9 +181,10 @@ class _RecordedImages(_Recorded):
         """Return the model's image, of now or of an earlier run."""
         if not request.slot:
             raise ValueError("slot must be the place of the image in its run, got ''")
-        digest = await _thread(_image_request, request)
+        inputs = getattr(self._model, "inputs", None) or {}
+        asked = await _thread(_image_request, request, inputs)
         ask = partial(self._model.generate, request)
-        return await self._recorded(request.slot, digest, GeneratedImage, ask, call)
+        return await self._recorded(request.slot, asked, GeneratedImage, ask, call)
 
 # %% ../../nbs/storage/journal.ipynb #90af9841
 class Journal:
@@ -302,10 +197,18 @@ class Journal:
         refresh: bool = False,  # True: every call is paid again, and its new answer kept
     ):
         self.folder = Path(folder).expanduser().resolve() if folder else default_folder().resolve()
-        self.refresh, self.database = refresh, _Database(self.folder)
+        self.refresh, self.database = refresh, Database(self.folder)
 
     def __repr__(self) -> str:
         return f"Journal({str(self.folder)!r})"
+
+    async def check(self) -> None:
+        """Raise a ValueError where the folder cannot hold a journal."""
+        try:
+            await _thread(self.database.check)
+        except (OSError, sqlite3.Error) as error:
+            text = f"journal must be a folder that can be written, got {str(self.folder)!r}: "
+            raise ValueError(text + str(error)) from error
 
     def chat(
         self,
