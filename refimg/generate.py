@@ -32,6 +32,7 @@ from refimg.storage.files import (
     read_image,
     save_numbered,
 )
+from .storage.images import is_blank
 
 if TYPE_CHECKING:
     from refimg.score import ImageScores
@@ -100,10 +101,14 @@ class Candidate:
     _saving: asyncio.Task | None = field(default=None, init=False, repr=False)
 
     async def decode(self) -> Candidate:
-        """Decode the bytes, once; a ValueError says why they are no image."""
+        """Decode the bytes, once; a ValueError says why they are no image, or a blank one."""
         async def work() -> None:
             if self.pixels is None:
-                self.pixels = await _in_thread(decode_image, self.generated.data)
+                pixels = await _in_thread(decode_image, self.generated.data)
+                if is_blank(pixels):
+                    colour = pixels.getpixel((0, 0))
+                    raise ValueError(f"the image is blank, {colour} all over: perhaps a filter's")
+                self.pixels = pixels
 
         self._decoding = self._decoding or asyncio.ensure_future(work())
         await asyncio.shield(self._decoding)
@@ -193,6 +198,10 @@ def check_model(
     if not whole or not 1 <= num_variations <= 20:
         raise ValueError(
             f"num_variations must be a whole number from 1 to 20, got {num_variations!r}")
+    check = getattr(model, "check_request", None)
+    if check and re.fullmatch(r"[1-9][0-9]*:[1-9][0-9]*", str(aspect_ratio)):
+        files = (Path("reference.png"),) * references
+        check(ImageRequest(prompt="a scene", aspect_ratio=aspect_ratio, references=files))
     if model.aspect_ratios is None:
         good = re.fullmatch(r"[1-9][0-9]*:[1-9][0-9]*", str(aspect_ratio))
         allowed = "W:H in whole numbers, like 16:9"

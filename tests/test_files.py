@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from refimg.storage import files
+from refimg.storage import images
 from refimg.storage.files import (
     check_id,
     check_stem,
@@ -328,7 +328,7 @@ def test_read_image_names_the_path_in_every_refusal(tmp_path, monkeypatch):
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     os.mkfifo(tmp_path / "pipe")
-    monkeypatch.setattr(files, "_MAX_BYTES", 1000)
+    monkeypatch.setattr(images, "_MAX_BYTES", 1000)
     (tmp_path / "large.png").write_bytes(b"x" * 1001)
     reasons = {
         "text.png": "not a readable",

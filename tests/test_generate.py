@@ -624,14 +624,15 @@ def test_a_forked_child_has_threads_of_its_own(tmp_path):
 
 
 async def test_the_painters_truth_goes_from_the_bytes_into_the_file(tmp_path):
-    notes = generate.encode_png(Image.new("RGB", (4, 4)), {"refimg-truth": '{"painter": 1}'})
+    gold = Image.new("RGB", (4, 4), "gold")
+    notes = generate.encode_png(gold, {"refimg-truth": '{"painter": 1}'})
     (made,) = await generate_images("p", 1, output_dir=tmp_path, model=FakeImages(lambda *_: notes))
     assert text_of(made.image_path)["refimg-truth"] == '{"painter": 1}'
 
 
 async def test_nothing_foreign_reaches_the_disk(tmp_path):
     out = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(out, "PNG")
+    Image.new("RGB", (8, 8), "gold").save(out, "PNG")
     model = FakeImages(lambda *_: out.getvalue() + b"<script>ALIVE</script>")
     (made,) = await generate_images("p", 1, output_dir=tmp_path, model=model)
     assert b"ALIVE" not in made.image_path.read_bytes()

@@ -92,10 +92,10 @@ def test_ranges_and_required_inputs_are_held():
     with pytest.raises(ValueError, match="steps must be 1 to 50, got 99"):
         takes.build_input(**ASKED, more={"steps": 99})
     needed = read_schema(schema({"prompt": PROMPT, "image": URI}, ["prompt", "image"]))
-    with pytest.raises(ValueError, match="references must be at least 1 for this model, got 0"):
+    with pytest.raises(ValueError, match=r"references must be at least 1 for this model, .*got 0"):
         needed.build_input(**ASKED)
     other = read_schema(schema({"prompt": PROMPT, "mode": {"type": "string"}}, ["mode"]))
-    with pytest.raises(ValueError, match="mode must be given"):
+    with pytest.raises(ValueError, match="inputs must hold mode, which the model requires"):
         other.build_input(**ASKED)
 
 

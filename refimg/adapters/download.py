@@ -10,6 +10,7 @@ import base64
 import ipaddress
 import socket
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 import httpx
 
@@ -87,6 +88,7 @@ async def _requests(
 
 # %% ../../nbs/adapters/download.ipynb #75629c3e
 _HOPS = 4  # requests for one image, redirects included
+_BEGINNINGS = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF87a", b"GIF89a")
 
 
 class NoImage(RuntimeError):
@@ -121,6 +123,17 @@ async def _get(url: str, own: str | None, most: int) -> bytes:
     raise ValueError(f"redirects must be at most {_HOPS - 1}, got more")
 
 
+def _read_data_uri(url: str, most: int) -> bytes:
+    """Return what stands in the address itself, in base64 or with percent signs."""
+    head, _, body = url.partition(",")
+    data = unquote_to_bytes(body) if len(body) <= 4 * most + 100 else bytes(most + 1)
+    if head.lower().endswith(";base64"):
+        data = base64.b64decode(data + b"==")
+    if len(data) > most:
+        raise ValueError(f"url must hold at most {most} bytes, got more")
+    return data
+
+
 async def fetch(
     url: str,  # where the provider says that the image is
     *,
@@ -129,16 +142,14 @@ async def fetch(
     seconds: float = 60.0,  # in total
 ) -> bytes:
     """Return the image's bytes, undecoded; a ValueError if it must not be fetched."""
-    if isinstance(url, str) and url.startswith("data:"):
-        head, _, body = url.partition(",")
-        if not head.endswith(";base64") or len(body) > most * 4 // 3 + 4:
-            raise ValueError("url must be a small image in base64, got "
-                             f"{head!r:.100} with {len(body)} characters")
-        data = base64.b64decode(body)
+    if isinstance(url, str) and url[:5].lower() == "data:":
+        data = await asyncio.to_thread(_read_data_uri, url, most)
     else:
         async with asyncio.timeout(seconds):
             data = await _get(url, own, most)
-    webp = data[:4] == b"RIFF" and data[8:12] == b"WEBP"
-    if not webp and not data.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")):
-        raise NoImage(f"{len(data)} bytes that are no PNG, JPEG or WebP, first {data[:16]!r}")
+    inner = (data[:4], data[8:12]) == (b"RIFF", b"WEBP") or (
+        data[4:8] == b"ftyp" and b"avi" in data[8:40])
+    if not inner and not data.startswith(_BEGINNINGS):
+        names = "PNG, JPEG, WebP, AVIF or GIF"
+        raise NoImage(f"{len(data)} bytes that are no {names}, first {data[:16]!r}")
     return data

@@ -7,14 +7,33 @@ from __future__ import annotations
 
 import math
 import re
+from bisect import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
+
+from .outputs import may_hold_image
 
 # %% auto #0
 __all__ = ['KNOWN_MODELS', 'Capabilities', 'known_capabilities', 'read_schema']
 
 # %% ../../nbs/adapters/inputs.ipynb #6a779cfc
+def _pixels(entry: dict[str, Any]) -> list[int]:
+    """List the pixels that a side may have, in steps of 16 where the model has no other."""
+    if listed := entry.get("enum"):
+        return sorted(value for value in listed if isinstance(value, int) and value > 0)
+    low, high = int(entry.get("minimum") or 16), int(entry.get("maximum") or 8192)
+    own = max(1, int(entry.get("multipleOf") or 1))
+    step = own if own > 16 else math.lcm(16, own)
+    return list(range(-(-max(low, 1) // step) * step, high + 1, step)) or sorted({low, high})
+
+
+def _listed(pixels: list[int]) -> str:
+    short = pixels if len(pixels) < 9 else [pixels[0], "…", pixels[-1]]
+    return ", ".join(map(str, short))
+
+
 @dataclass(frozen=True)
 class Capabilities:
     """What a model can be asked for, and its names for that."""
@@ -26,6 +45,10 @@ class Capabilities:
     seed: bool = False  # whether it has an input `seed`
     negative_prompt: bool = False  # whether it has an input `negative_prompt`
     aspect_ratios: tuple[str, ...] | None = None  # "W:H"; None: any
+    prompt: str = "prompt"  # name of the input for the prompt; "": it has none
+    gives_images: bool = True  # False: its output cannot be an image
+    ratio: str = "aspect_ratio"  # name of the input for the aspect ratio
+    words: dict[str, str] = field(default_factory=dict)  # "W:H" -> the model's own word for it
     sized: bool = False  # True: it has width and height in place of an aspect ratio
     fields: dict[str, dict] = field(default_factory=dict)  # its schema, by input; {}: not read
     required: tuple[str, ...] = ()  # inputs that must be given
@@ -34,6 +57,11 @@ class Capabilities:
     def max_references(self) -> int:
         """How many reference images a call may carry; 0: none."""
         return self.most if self.reference else 0
+
+    @property
+    def shape_inputs(self) -> set[str]:
+        """The inputs that decide about the shape of an image."""
+        return {"width", "height"} if self.sized else {self.ratio}
 
     def build_input(
         self,
@@ -46,7 +74,12 @@ class Capabilities:
         more: dict[str, Any] | None = None,  # inputs of this model alone, by their own names
     ) -> dict[str, Any]:
         """Build the input of one prediction; a ValueError where the model cannot take it."""
-        inputs = dict(more or {}) | {"prompt": prompt} | self._reference_input(references)
+        if not self.gives_images:
+            raise ValueError("model must give images, got one whose output cannot be an image")
+        if not self.prompt:
+            raise ValueError("model must have an input for the prompt, got one with "
+                             f"{', '.join(self.fields)}")
+        inputs = dict(more or {}) | {self.prompt: prompt} | self._reference_input(references)
         if seed is not None:
             if not self.seed:
                 raise ValueError(f"seed must be None for this model, got {seed!r}")
@@ -57,12 +90,8 @@ class Capabilities:
                 raise ValueError(f"negative_prompt must be None for this model, "
                                  f"got {negative_prompt!r:.80}")
             inputs["negative_prompt"] = negative_prompt
-        if self.sized:
-            wide, high = map(int, aspect_ratio.split(":"))
-            scale = math.sqrt(2**20 / (wide * high)) / 16  # a megapixel, in steps of 16 pixels
-            inputs |= {"width": 16 * round(wide * scale), "height": 16 * round(high * scale)}
-        elif not self.fields or "aspect_ratio" in self.fields:
-            inputs["aspect_ratio"] = aspect_ratio
+        if not self.shape_inputs & inputs.keys():
+            inputs |= self._size(aspect_ratio) if self.sized else self._ratio(aspect_ratio)
         if self.fields and (wrong := "; ".join(self._problems(inputs))):
             raise ValueError(wrong)
         return inputs
@@ -75,10 +104,45 @@ class Capabilities:
                 f"references must be at most {most} for this model, got {len(references)}"
             )
         if not references and self.needs_reference:
-            raise ValueError("references must be at least 1 for this model, got 0")
+            raise ValueError("references must be at least 1 for this model, such as a story's "
+                             "initial_reference_image, got 0")
         if self.reference is None or not references:
             return {}
         return {self.reference: list(references) if self.many else references[0]}
+
+    def _ratio(self, aspect_ratio: str) -> dict[str, Any]:
+        """Return the aspect ratio in the model's own word for it."""
+        allowed = self.fields.get(self.ratio, {}).get("enum")
+        if allowed and aspect_ratio not in self.words:
+            told = (f"aspect_ratio must be one of {', '.join(map(str, allowed))}, "
+                    f"got {aspect_ratio!r:.80}")
+            if own := [word for word in allowed if word not in self.words.values()]:
+                told += f"; a word may be chosen by inputs={{{self.ratio!r}: {own[0]!r}}}"
+            raise ValueError(told)
+        if self.fields and self.ratio not in self.fields:
+            return {}
+        return {self.ratio: self.words.get(aspect_ratio, aspect_ratio)}
+
+    def _size(self, aspect_ratio: str) -> dict[str, Any]:
+        """Return width and height in that ratio, as near to a megapixel as the limits allow."""
+        wide, high = map(int, aspect_ratio.split(":"))
+        widths, heights = (_pixels(self.fields.get(side, {})) for side in ("width", "height"))
+        scale = math.sqrt(2**20 / (wide * high)) / 16
+        plain = 16 * round(wide * scale), 16 * round(high * scale)
+        if plain[0] in widths and plain[1] in heights:
+            return dict(zip(("width", "height"), plain, strict=True))
+        sizes = {}  # how far the ratio is off, by size
+        for width in widths:
+            at = bisect(heights, width * high / wide)
+            for height in heights[max(0, at - 1) : at + 1]:
+                sizes[width, height] = abs(math.log(width / height * high / wide))
+        best = min(sizes.values(), default=math.inf)
+        if best > 0.05:
+            raise ValueError(f"aspect_ratio must be one that {_listed(widths)} wide and "
+                             f"{_listed(heights)} high can have, got {aspect_ratio!r}")
+        good = [size for size, off in sizes.items() if off <= max(best, 0.02)]
+        width, height = min(good, key=lambda size: abs(size[0] * size[1] - 2**20))
+        return {"width": width, "height": height}
 
     def _problems(self, inputs: dict[str, Any]) -> Iterator[str]:
         """Yield what the schema does not allow."""
@@ -94,8 +158,8 @@ class Capabilities:
                 if not low <= value <= high:
                     yield f"{name} must be {low} to {high}, got {value}"
         for name in self.required:
-            if name not in inputs:
-                yield f"{name} must be given, the model requires it"
+            if name not in inputs and "default" not in self.fields.get(name, {}):
+                yield f"inputs must hold {name}, which the model requires"
 
 # %% ../../nbs/adapters/inputs.ipynb #a691b1d0
 _SHARED = ("1:1", "4:3", "3:4", "16:9", "9:16")
@@ -146,6 +210,36 @@ def _folded(entry: dict, schemas: dict) -> dict:
     return folded
 
 
+_COMMON = ((1, 1), (4, 3), (3, 2), (16, 9), (5, 4), (21, 9), (2, 1))
+_RATIOS = ("aspect_ratio", "image_size", "size", "ratio", "orientation")
+_PROMPTS = ("prompt", "text", "text_prompt", "prompt_text", "positive_prompt", "caption")
+
+
+def _meant_ratio(word: Any) -> str | None:
+    """Return the aspect ratio that a model's word means; None where that is not clear."""
+    text = str(word).lower()
+    numbers = re.search(r"([1-9]\d*)\s?[:x×_/-]\s?([1-9]\d*)", text)
+    if not numbers:
+        return "1:1" if "square" in text else None
+    wide, high = map(int, numbers.groups())
+    upright = re.search("portrait|vertical|tall", text)
+    if (upright and wide > high) or (re.search("landscape|horizontal|wide", text) and wide < high):
+        wide, high = high, wide
+    if max(wide, high) > 50:  # pixels
+        both = (*_COMMON, *((h, w) for w, h in _COMMON))
+        near = [(w, h) for w, h in both if abs(wide / high * h / w - 1) < 0.02]
+        exact = Fraction(wide, high).limit_denominator(21)
+        wide, high = near[0] if near else exact.as_integer_ratio()
+    return f"{wide}:{high}"
+
+
+def _ratio_words(entry: dict) -> dict[str, str]:
+    """Return what a model calls each aspect ratio; its plain "W:H" before any other word."""
+    meant = [(_meant_ratio(word), word) for word in entry.get("enum") or ()]
+    meant.sort(key=lambda pair: pair[0] != pair[1])
+    return {ratio: word for ratio, word in reversed(meant) if ratio}
+
+
 def _reference(fields: dict[str, dict], wanted: str | None) -> str | None:
     """Return the name of the reference input, which is the wanted one where one is wanted."""
     files = [name for name, entry in fields.items()
@@ -172,8 +266,10 @@ def read_schema(
         fields = {name: _folded(given[name], schemas) for name in order}
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"the model's schema cannot be read: {error!r}") from error
-    listed = fields.get("aspect_ratio", {}).get("enum")
-    ratios = (r for r in listed or () if re.fullmatch(r"[1-9]\d*:[1-9]\d*", str(r)))
+    named = {name: _ratio_words(fields.get(name, {})) for name in _RATIOS}
+    ratio = next((n for n in _RATIOS if named[n]), "aspect_ratio")
+    ratio = "aspect_ratio" if "aspect_ratio" in fields else ratio
+    prompts = (n for n in _PROMPTS if n in fields and "enum" not in fields[n])
     expected = known.reference if known and known.reference in fields else None
     name = _reference(fields, reference_input or expected)
     entry = fields.get(name, {})
@@ -185,7 +281,11 @@ def read_schema(
         needs_reference=name in required,
         seed="seed" in fields,
         negative_prompt="negative_prompt" in fields,
-        aspect_ratios=tuple(ratios) if listed else None,
+        aspect_ratios=tuple(named[ratio]) if fields.get(ratio, {}).get("enum") else None,
+        prompt=next((n for n in prompts if fields[n].get("type", "string") == "string"), ""),
+        gives_images=may_hold_image(schemas.get("Output"), schemas),
+        ratio=ratio,
+        words=named[ratio],
         sized={"width", "height"} <= fields.keys() and "aspect_ratio" not in fields,
         fields=fields,
         required=tuple(required),

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import httpx
 
 from .network import Unreadable, is_hopeless, is_unsent
+from .outputs import image_addresses, is_empty
 from .retry import Account, Failure, Lane, ProviderError
 from ..engine.protocols import Call
 from ..storage.secrets import log_line
@@ -187,21 +188,31 @@ class Prediction:
         return self.status in ("succeeded", "failed", "canceled", "aborted")
 
     @property
+    def addresses(self) -> list[str]:
+        """Where its image may be, the likeliest first; []: it has none."""
+        return image_addresses(self.data.get("output")) if self.status == "succeeded" else []
+
+    @property
     def failure(self) -> Failure:
-        """Why there is no image, for a prediction that did not succeed."""
-        text = f"prediction {self.id} {self.status}: {self.data.get('error')}"
+        """Why there is no image, for a prediction without one."""
+        gave = f"no image in its output, {self.data.get('output')!r:.80}"
+        why = gave if self.status == "succeeded" else self.data.get("error")
+        text = f"prediction {self.id} {self.status}: {why}"
         return Failure("never", text, paid=self.status != "aborted")
 
     @property
     def refused(self) -> bool:
-        """Whether the content was refused."""
-        return bool(_REFUSED.search(str(self.data.get("error") or "")))
+        """Whether the content was refused; an output without any content says so too."""
+        succeeded = self.status == "succeeded"
+        said = self.data.get("output" if succeeded else "error")
+        named = not self.addresses and bool(_REFUSED.search(str(said or "")))
+        return named or (succeeded and is_empty(said))
 
     @property
     def worth_another(self) -> bool:
         """Whether one more prediction of its kind may succeed."""
         passing = _PASSING.search(str(self.data.get("error") or ""))
-        return self.status == "failed" and (self.refused or bool(passing))
+        return self.refused or (self.status == "failed" and bool(passing))
 
     def next_seed(self, seed: int | None) -> int | None:
         """Return the seed of one more prediction: another one if the content was refused."""
@@ -220,16 +231,6 @@ class Prediction:
         """Seconds that it ran; None: the server does not say."""
         seconds = self.metrics.get("predict_time")
         return seconds if isinstance(seconds, (int, float)) and seconds >= 0 else None
-
-    @property
-    def url(self) -> str:
-        """Address of the first image; a ValueError where there is none."""
-        output = self.data.get("output")
-        first = output[0] if isinstance(output, list) and output else output
-        if not isinstance(first, str):
-            raise ValueError(f"output of prediction {self.id} must be the address of an image, "
-                             f"got {str(output)[:80]!r}")
-        return first
 
 # %% ../../nbs/adapters/predictions.ipynb #e739b4a8
 _LATE = 1.5  # seconds that creates on their way are given when nobody wants them any more

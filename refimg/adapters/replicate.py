@@ -14,6 +14,7 @@ import math
 import os
 import re
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -153,12 +154,20 @@ class _Server:
         import stamina
 
         passing, own = (httpx.HTTPError, NoImage, OSError), self.base_url if self.foreign else None
+        *others, last = prediction.addresses or [""]
+
+        async def first_image() -> bytes:
+            for url in others:
+                with suppress(NoImage, httpx.HTTPStatusError):
+                    return await fetch(url, own=own)
+            return await fetch(last, own=own)
+
         retrying = stamina.retry(
             on=passing, attempts=4, timeout=None, wait_initial=_FETCH[0], wait_max=_FETCH[1],
             wait_jitter=_FETCH[0],
         )
         try:
-            return await retrying(fetch)(prediction.url, own=own)
+            return await retrying(first_image)()
         except (*passing, ValueError) as error:
             told = f"the image of prediction {prediction.id}: {failure(error).text}"
             raise ProviderError(self.name, Failure("never", told, paid=True)) from error
@@ -185,13 +194,17 @@ class ReplicateImages:
             raise ValueError(f"model must be owner/name or owner/name:version, got {model!r}")
         if not 0 < timeout < math.inf:
             raise ValueError(f"timeout must be a number of seconds above 0, got {timeout!r}")
-        if ours := {"prompt", "negative_prompt", "seed", "aspect_ratio"} & set(inputs or ()):
+        ratio = str((inputs or {}).get("aspect_ratio", ""))  # a word of the model's own may be
+        shape = {"aspect_ratio"} if re.fullmatch(r"\d+:\d+", ratio) else set()
+        if ours := ({"prompt", "negative_prompt", "seed"} | shape) & set(inputs or ()):
             raise ValueError("inputs must be the model's own and none that refimg sends, got "
                              f"{', '.join(sorted(ours))}")
         self.server, self.model = _Server(base_url, api_token, client), model
         self.inputs, self.reference_input = dict(inputs or {}), reference_input
         self.timeout, self.version = timeout, model.partition(":")[2]
         self.capabilities = known_capabilities(model, reference_input)
+        self._has_drawn = False
+        self.imageless = ""  # what the model gave in place of images; "": nothing that is known
         self.metrics: dict[str, dict[str, Any]] = {}  # by prediction: status, predict_time, …
 
     @property
@@ -224,7 +237,8 @@ class ReplicateImages:
     @property
     def aspect_ratios(self) -> tuple[str, ...] | None:
         """Those it has; None: any W:H."""
-        return self._known().aspect_ratios
+        known = self._known()
+        return None if known.shape_inputs & self.inputs.keys() else known.aspect_ratios
 
     def __repr__(self) -> str:
         return f"ReplicateImages({self.name!r})"
@@ -260,8 +274,27 @@ class ReplicateImages:
             return
         if not (version or known or answer.get("is_official")):
             self.version = str(latest.get("id") or "")
-        if not self.capabilities.sized and "aspect_ratio" not in self.capabilities.fields:
+        shape = self.capabilities.shape_inputs
+        if own := {name: self.inputs[name] for name in shape & self.inputs.keys()}:
+            told = "%s draws as its inputs say, %s: no aspect ratio is sent"
+            _logger.warning(told, self.name, own)
+        elif not shape & self.capabilities.fields.keys():
             _logger.warning("%s has no input for the aspect ratio: it decides itself", self.name)
+
+    def _draft(self, request: ImageRequest, **more: Any) -> dict[str, Any]:
+        return self._known().build_input(
+            prompt=request.prompt, aspect_ratio=request.aspect_ratio,
+            negative_prompt=request.negative_prompt, more=self.inputs, **more)
+
+    def check_request(
+        self,
+        request: ImageRequest,  # what would be drawn; its files are not read
+    ) -> None:
+        """Raise a ValueError where the model cannot draw that; nothing is sent."""
+        if self.imageless:
+            raise ValueError(f"model must be one that gives images, got {self.model}: "
+                             f"{self.imageless}")
+        self._draft(request, references=[""] * len(request.references))
 
     async def generate(
         self,
@@ -272,18 +305,18 @@ class ReplicateImages:
         """Draw an image with at most two predictions; a ProviderError where that fails."""
         if self.capabilities is None:
             await self.load(call=call)
-        draft = partial(
-            self._known().build_input, prompt=request.prompt, aspect_ratio=request.aspect_ratio,
-            negative_prompt=request.negative_prompt, more=self.inputs,
-        )  # fmt: skip
-        draft(seed=request.seed, references=[""] * len(request.references))
+        self._draft(request, seed=request.seed, references=[""] * len(request.references))
         urls = [await self.server.upload(path, call) for path in request.references]
         seed, tried = request.seed, []
         while True:
-            inputs = draft(seed=seed, references=urls)
+            if self.imageless:
+                raise ProviderError(self.server.name, Failure("never", self.imageless))
+            inputs = self._draft(request, seed=seed, references=urls)
             tried.append(prediction := await self._predict(inputs, call))
-            if prediction.status == "succeeded":
+            if prediction.addresses:
                 return await self._image(tried, inputs)
+            if prediction.status == "succeeded" and not (prediction.refused or self._has_drawn):
+                self.imageless = prediction.failure.text
             why, asked = prediction.failure, call and call.may_retry
             again = len(tried) == 1 and prediction.worth_another
             if not again or (asked and not asked(why.paid)):
@@ -313,7 +346,7 @@ class ReplicateImages:
             async with PredictionRequest(connection, timeout=seconds, call=call) as wanted:
                 prediction = await wanted.wait(await wanted.adopt(prediction_id))
                 self._measured(prediction)
-            if prediction.status != "succeeded":
+            if not prediction.addresses:
                 return None
             inputs = prediction.data.get("input")
             return await self._image([prediction], inputs if isinstance(inputs, dict) else {})
@@ -334,6 +367,7 @@ class ReplicateImages:
     async def _image(self, tried: list[Prediction], inputs: dict[str, Any]) -> GeneratedImage:
         """Return the image of the last prediction, with the cost of all of them."""
         prediction, data = tried[-1], await self.server.fetch(tried[-1])
+        self._has_drawn = True
         times = [each.seconds for each in tried if each.seconds is not None]
         seconds = sum(times) if len(times) == len(tried) else None
         cost = self.server.prices.image_cost(self.name, seconds)

@@ -170,8 +170,9 @@ def check_story(
         allowed = "None" if image else "'none'"
         raise ValueError(f"{name} must be {allowed}, since {image_model.name} takes no reference "
                          f"images, got {value!r}")
+    alone = len(story.scenes) > 1 and settings.chain == "none"  # scenes that get no reference
     check_model(image_model, num_variations=settings.num_variations,
-                aspect_ratio=settings.aspect_ratio)
+                aspect_ratio=settings.aspect_ratio, references=int(image is not None and not alone))
     if image is not None:
         try:
             read_image(image)

@@ -10,14 +10,16 @@ A script has one item a request, in order of arrival: a fault's name, the name w
 None for a good answer. An item waits for a request of its kind (`on`: create, get, list, cancel,
 model, upload or output; create if not said), and for one whose body contains `match`, where given.
 `delayed` waits and then does it, `late` does it and then waits, `lost` does it and hangs up.
-What goes wrong later, with the prediction or its output, is told at its create. Images depend on
-prompt and seed; without a seed, on prompt and the number of the prediction.
+What goes wrong later, with the prediction or its output, is told at its create; there `output` is
+what the prediction gives, with "{url}" for its image's address, and `body` that image in base64.
+Images depend on prompt and seed; without a seed, on prompt and the number of the prediction.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import hashlib
 import json
 import os
@@ -247,6 +249,8 @@ class Prediction:
         ended, good = status in TERMINAL, status == "succeeded"
         output = self.fault.get("url") if self.fault.get("fault") == "elsewhere" else None
         output = output or f"{origin}/output/{self.id}.png"
+        if "output" in self.fault:
+            output = json.loads(json.dumps(self.fault["output"]).replace("{url}", output))
         times = {"predict_time": self.seconds, "total_time": self.seconds} if ended else {}
         return {
             "id": self.id, "model": self.model, "version": version_of(self.model),
@@ -346,7 +350,7 @@ class World:
         model = model or names.get(body.get("version", "").rpartition(":")[2])
         if model not in MODELS:
             raise problem(404, fault, headers)
-        if not body.get("input", {}).get("prompt"):
+        if not {"prompt", "text"} & body.get("input", {}).keys():
             raise problem(422, fault, headers)
         if time.time() - self.last < self.gap:
             raise problem(429, {"seconds": 1}, headers)
@@ -434,7 +438,7 @@ async def send(writer: asyncio.StreamWriter, answer: Answer) -> None:
 async def send_output(writer: asyncio.StreamWriter, made: Prediction, fault: dict) -> bool:
     """Whether the connection may live on; the picture is sent, or what stands for it."""
     name = fault.get("fault")
-    data = draw(made.wanted, made.number)
+    data = base64.b64decode(made.fault.get("body", "")) or draw(made.wanted, made.number)
     good = Answer(200, data, **{"content-type": "image/png"})
     if name == "truncated":
         writer.write(head_of(good, len(data)) + data[: len(data) // 2])
