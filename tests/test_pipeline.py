@@ -829,7 +829,7 @@ BAD_BYTES = {
     "a web page": b"<!doctype html><title>502 Bad Gateway</title>",
     "truncated": picture(5)[:-30],
     "nothing": b"",
-    "a GIF": picture(5, form="GIF"),
+    "a BMP": picture(5, form="BMP"),
     "an SVG": b'<svg xmlns="http://www.w3.org/2000/svg"/>',
     "no bytes": GeneratedImage(data=None),
     "None": None,
