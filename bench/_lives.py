@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import importlib
 import json
 import logging
 import os
@@ -181,12 +182,8 @@ def _fork(job: dict[str, Any]) -> dict[str, Any]:
 def serve() -> None:
     """Reads a job a line, lives it, and prints what came of it."""
     sys.path.insert(0, str(ROOT))
-    import refimg.generate
-    import refimg.pipeline
-    import refimg.storage.journal
-    import tests.fakes
-    import tests.servers.images  # noqa: F401
-
+    for name in ("refimg.pipeline", "refimg.storage.journal", "tests.fakes", "tests.servers.images"):
+        importlib.import_module(name)
     for line in sys.stdin:
         print(json.dumps(_fork(json.loads(line))), flush=True)
 
@@ -237,11 +234,12 @@ def pictures(found: dict[str, Any]) -> list[bytes | None]:
 
 def leftovers(folder: Path) -> list[str]:
     """Files that a run may not leave behind; of its traces, the folder above them."""
-    traces = Path("reference_image_traces")
-    every = (path.relative_to(folder) for path in folder.rglob("*"))
-    return sorted(str(path) for path in every if path == traces
-                  or path.parts[0] != traces.name and (path.suffix in PARTS
-                                                       or path.name.startswith(".refimg-")))
+    traces, found = folder / "reference_image_traces", []
+    for path in folder.rglob("*"):
+        part = path.suffix in PARTS or path.name.startswith(".refimg-")
+        if path == traces or (part and traces not in path.parents):
+            found.append(str(path.relative_to(folder)))
+    return sorted(found)
 
 
 if __name__ == "__main__":

@@ -84,6 +84,12 @@ class Bench:
         folder.mkdir()
         return folder
 
+    def renewed(self, folder: Path) -> Path:
+        """The folder, empty again."""
+        shutil.rmtree(folder)
+        folder.mkdir()
+        return folder
+
     def all(self, judge: Callable, points: list[tuple]) -> tuple[Counter, list[str]]:
         """What came of all points, in two processes, and what there is to say of them."""
         counts, said = Counter(), []
@@ -193,7 +199,11 @@ def cut(bench: Bench, lives: Lives, folder: Path, at: int) -> list[tuple]:
     record, dead = (folder.with_name(f"{folder.name}.{kind}") for kind in ("record", "dead"))
     record.mkdir()
     first = lives.live(folder, shim={"record": str(record), "kill": at})
-    found = [("cuts", "")] if first["end"] == "killed" else [("uncut", first["end"])]
+    if first["end"] != "killed":  # it had fewer calls than others
+        shutil.rmtree(record)
+        bill_of(folder).path.unlink()
+        return cut(bench, lives, bench.renewed(folder), at - at // 20)
+    found = [("cuts", "")]
     (known, killed), bill = ids(record), bill_of(folder)
     folder.rename(dead)
     paid = bill.lines("paid", 1)
@@ -233,7 +243,7 @@ def measure(folder: Path, points: int | None, cuts: int) -> tuple[dict[str, int]
                for at in spread(bench.calls[name], points)]
     counts, said = bench.all(fail, failing)
     cutting, more = bench.all(cut, [(at,) for at in spread(bench.calls[""], cuts)])
-    names = ["cuts", "uncut", *(f"{how}_{key}" for how in CUTS for key in AFTER)]
+    names = ["cuts", *(f"{how}_{key}" for how in CUTS for key in AFTER)]
     result = {"calls": bench.calls[""]} | {key: counts[key] for key in FAILED}
     return result | {key: cutting[key] for key in names}, said + more
 
