@@ -8,6 +8,7 @@ was once asked for it still has, so a prediction can be adopted in a later life.
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import importlib
 import json
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +163,7 @@ def arm(folder: Path, record: str | None = None, at: int = 0, times: int = 0, er
     shim(os.fsencode(folder), record and os.fsencode(record), at, times, error, kill)
 
 
-def _fork(job: dict[str, Any]) -> dict[str, Any]:
+def _fork(job: dict[str, Any], live: Callable[[dict], dict]) -> dict[str, Any]:
     """What a life in a process of its own said, and the signal that ended it."""
     reading, writing = os.pipe()
     if (process := os.fork()) == 0:
@@ -179,22 +181,24 @@ def _fork(job: dict[str, Any]) -> dict[str, Any]:
     return (json.loads(text) if text else {"end": "killed", "warnings": []}) | {"signal": ended}
 
 
-def serve() -> None:
-    """Reads a job a line, lives it, and prints what came of it."""
+def serve(live: Callable[[dict], dict], modules: Iterable[str]) -> None:
+    """Imports the modules, then reads a job a line, lives it, and prints what came of it."""
     sys.path.insert(0, str(ROOT))
-    for name in ("refimg.pipeline", "refimg.storage.journal", "tests.fakes", "tests.servers.images"):
+    for name in modules:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
     for line in sys.stdin:
-        print(json.dumps(_fork(json.loads(line))), flush=True)
+        print(json.dumps(_fork(json.loads(line), live)), flush=True)
 
 
 class Lives:
     """The process that forks; leaving the `with` ends it."""
 
-    def __init__(self, preload: Path | None = None):
+    def __init__(self, preload: Path | None = None, command: Iterable[str] = (__file__,)):
         environment = os.environ | ({"LD_PRELOAD": str(preload)} if preload else {})
         self._process = subprocess.Popen(
-            [sys.executable, __file__], cwd=ROOT, env=environment, text=True,
+            [sys.executable, *command], cwd=ROOT, env=environment, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def live(self, folder: Path, **job: Any) -> dict[str, Any]:
@@ -243,4 +247,5 @@ def leftovers(folder: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    serve()
+    serve(live, ("refimg.pipeline", "refimg.storage.journal", "tests.fakes",
+                 "tests.servers.images"))

@@ -3,8 +3,8 @@
 Two stories are in one journal. A file of it, of its answers or of the first story's images is
 damaged; then the first story runs again, and the other. `wrong_images` are references that are no
 image or not those of the undisturbed run, `harmed_others` runs of the other story that failed,
-`failed` those of the first, `repaid` calls that were paid for again, and `unsaid` runs in which that
-happened without a warning that names the journal. A damaged record must load, or give one error
+`failed` those of the first, `repaid` calls that were paid for again, and `unsaid` runs in which
+that happened without a warning that names the journal. A damaged record must load, or give one error
 that names the file: `unclear_loads` do neither; `loaded_other` loaded and are not what was saved.
 `--quick N` takes every N-th damage.
 """
@@ -78,7 +78,7 @@ class Ruin:
             shutil.copytree(self.folder, folder / "open")
         shutil.copytree(self.folder, folder / "closed")
         self.bill = bill_of(self.folder).path.read_bytes()
-        self.answers = {call for call in bill_of(self.folder).lines("paid")}
+        self.answers = set(bill_of(self.folder).lines("paid"))
         self.record = StoryResult.load(self.folder / RECORD)
         if len(self.whole) != SCENES or None in self.whole + self.others:
             raise RuntimeError("a story on a good disk did not finish")
