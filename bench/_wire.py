@@ -128,7 +128,7 @@ def reflected(key: str) -> dict[str, str]:
         "percent": "".join(f"%{ord(c):02X}" for c in key), "quoted": quote(key[:5]) + key[5:],
         "escaped": "".join(f"\\u{ord(c):04x}" for c in key), "spaced": " ".join(key),
         "base64": base64.b64encode(key.encode()).decode(), "half": key[:16], "rest": key[10:],
-        "repr": repr(repr(f"'{key}\n")), "reversed case": f"token={key}&x=1",
+        "repr": repr(repr(f"'{key}\n")), "query": f"token={key}&x=1",
     }  # fmt: skip
 
 
@@ -172,7 +172,7 @@ def wire_faults() -> dict[str, Callable[[str, dict], Wire]]:
         "latin": lambda k, g: Wire(b'{"id": "\xe9\xff\xfe"}'),
         "nasty error": lambda k, g: js({"error": {"message": NASTY}, "detail": NASTY}, status=400),
         "listed error": lambda k, g: js({"error": nested(50), "detail": nested(50)}, status=422),
-        "error with 200": lambda k, g: js({"error": {"message": "no", "code": 429}, "detail": "no"}),
+        "error with 200": lambda k, g: js({"error": {"message": "no", "code": 429}}),
         "loop": lambda k, g: Wire(b"", 307, loop),
         "status 999": lambda k, g: js(g, status=999), "status 101": lambda k, g: js(g, status=101),
         "status text": lambda k, g: js(g, status="2OO"),
@@ -199,7 +199,7 @@ TEXTS: dict[str, Callable[[str], str]] = {
     "objects": lambda key: "{} " * 100_000, "lines": lambda key: "\n" * 300_000 + "a",
     "scores": lambda key: json.dumps(dict.fromkeys(llm.DIMENSIONS, 10**400)),
     "deep scores": lambda key: json.dumps(dict.fromkeys(llm.DIMENSIONS, nested(200))),
-    "object scores": lambda key: json.dumps(dict.fromkeys(llm.DIMENSIONS, {"score": NASTY})),
+    "text scores": lambda key: json.dumps(dict.fromkeys(llm.DIMENSIONS, NASTY)),
     "key": lambda key: f"A keeper with the key {key} on a stair.",
 }  # fmt: skip
 
@@ -216,10 +216,12 @@ PICTURES: dict[str, Callable[[], bytes]] = {
     "text bomb": lambda: images.png(8, 8, bytes(8 * 25)).replace(
         b"\x00\x00\x00\x00IEND", chunk(b"zTXt", b"a\0\0" + zlib.compress(b"t" * 50_000_000))
         + b"\x00\x00\x00\x00IEND"),
-    "svg": lambda: b"<svg xmlns='http://www.w3.org/2000/svg'/>", "gif": lambda: b"GIF89a" + b"x" * 99,
-    "half": lambda: images.draw({"prompt": "a"}, 1)[:200], "jpeg": lambda: b"\xff\xd8\xff" + b"j" * 999,
-    "webp": lambda: b"RIFF\xff\xff\xff\xffWEBP" + b"w" * 999, "random": lambda: bytes(range(256)) * 99,
-    "trailing": lambda: images.draw({"prompt": "a"}, 1) + b"x" * HUGE, "dots": lambda: b"." * HUGE,
+    "svg": lambda: b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+    "gif": lambda: b"GIF89a" + b"x" * 99, "jpeg": lambda: b"\xff\xd8\xff" + b"j" * 999,
+    "half": lambda: images.draw({"prompt": "a"}, 1)[:200], "dots": lambda: b"." * HUGE,
+    "webp": lambda: b"RIFF\xff\xff\xff\xffWEBP" + b"w" * 999,
+    "random": lambda: bytes(range(256)) * 99,
+    "trailing": lambda: images.draw({"prompt": "a"}, 1) + b"x" * HUGE,
 }  # fmt: skip
 OUTPUTS = (
     "http://169.254.169.254/latest/", "file:///etc/passwd", "data:image/png;base64,AAAA",

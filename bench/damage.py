@@ -4,8 +4,9 @@ Two stories are in one journal. A file of it, of its answers or of the first sto
 damaged; then the first story runs again, and the other. `wrong_images` are references that are no
 image or not those of the undisturbed run, `harmed_others` runs of the other story that failed,
 `failed` those of the first, `repaid` calls that were paid for again, and `unsaid` runs in which
-that happened without a warning that names the journal. A damaged record must load, or give one error
-that names the file: `unclear_loads` do neither; `loaded_other` loaded and are not what was saved.
+that happened without a warning that names the journal. A damaged record must load, or give one
+error that names the file: `unclear_loads` do neither; `loaded_other` loaded and are not what was
+saved.
 `--quick N` takes every N-th damage.
 """
 
