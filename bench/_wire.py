@@ -281,8 +281,11 @@ def good_document(place: str, request: dict[str, Any], origin: str, slow: bool) 
         return {"id": "f1", "name": "r.jpg", "content_type": "image/jpeg", "size": 9, "etag": "0",
                 "checksums": {}, "metadata": {}, "created_at": "2026-01-01T00:00:00Z",
                 "urls": {"get": f"{origin}/v1/files/f1"}}  # fmt: skip
+    if place == "list":
+        return {"next": None, "results": []}
     made = images.Prediction(MODEL, (request["json"] or {}).get("input", {}), 1, 0.0, {})
-    made.id = "a" * 26
+    if place in ("get", "cancel"):
+        made.id = request["path"].split("/")[3]
     made.outcome = "processing" if slow and place == "create" else "succeeded"
     return made.json(origin)
 
