@@ -39,8 +39,8 @@ from bench._lives import ROOT, Lives, serve
 from bench._wire import KEYS, MODEL, Case, cases
 
 LONG = True
-MEMORY, HOLD = 200.0, 50.0  # MB and ms that are allowed
-SECONDS = 45  # for one story
+MEMORY, HOLD, NOISE = 200.0, 50.0, 500.0  # MB and ms that are allowed; ms that a machine may add
+SECONDS = 30  # for one story
 EXPECTED = ("GenerationFailed", "ProviderError", "ValueError", "OSError")
 BUGS = re.compile(r"\b(Attribute|Type|Key|Index|Recursion|Memory|Overflow|ZeroDivision|Assertion|"
                   r"Unicode\w*|Runtime|NotImplemented)Error\b")
@@ -199,7 +199,7 @@ class Ordeal:
     def better(self, lives: Lives, number: int) -> dict[str, Any]:
         """The same; where the loop was held, the better of two runs."""
         found = self.one(lives, number)
-        if found.get("hold", 0) > HOLD:
+        if HOLD < found.get("hold", 0) < NOISE:
             again = self.one(lives, number)
             found["hold"] = min(found["hold"], again.get("hold", found["hold"]))
         return found
