@@ -232,11 +232,11 @@ class Database:
             if result and (data := self._read(result)) is not None:
                 return _Row(entry, done, result, facts).answer(kind, data), None
             if result:
-                _logger.warning("%s: its stored answer is damaged, so it is lost", entry.slot)
+                _logger.warning("%s: its answer in the journal is damaged, and lost", entry.slot)
         row = _Row.load(self.copies / f"{entry.key}.json")
         if row is None or (data := self._read(row.result)) is None:
             return None, rows[0][0] if rows else None
-        _logger.warning("%s: its row was lost, and comes from the copy", entry.slot)
+        _logger.warning("%s: the journal has lost its row, which comes from the copy", entry.slot)
         with self._tolerant(entry, "cannot be written down"):
             self.run(_KEEP, *row.values)
         return row.answer(kind, data), None
