@@ -76,10 +76,10 @@ def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     if profile:
         try:
             source = ImageCms.ImageCmsProfile(BytesIO(profile))
-            space = source.profile.xcolor_space.strip()
+            space = profile[16:20].decode("ascii").strip()  # as its header has it
             mode = "L" if space == "GRAY" else space
             if image.mode != mode and (image.mode, mode) != ("L", "RGB"):
-                raise ValueError(f"it is one for {space}, and the image is {image.mode}")
+                raise ValueError(f"it must be one for {image.mode}, got one for {space}")
             target, given = ImageCms.createProfile("sRGB"), image.convert(mode)
             made = ImageCms.profileToProfile(given, source, target, outputMode="RGB")
             image = made or image
@@ -154,7 +154,7 @@ def decode_image(
         pixels = _rgb(image if turn is None else image.transpose(turn))
     except Exception as error:
         raise ValueError(_refusal(data, error)) from error
-    pixels.info = truth_note(image.info)
+    pixels.info = {**truth_note(image.info)}
     return pixels
 
 # %% ../../nbs/storage/images.ipynb #0aa19ec3
