@@ -97,9 +97,9 @@ class Capabilities:
     def _shape(self, aspect_ratio: str) -> dict[str, Any]:
         """Return the aspect ratio in the model's own word for it, or a size that has it."""
         if self.sized:
-            sides = "width", "height"
-            size = fitting_size(*(self.fields.get(side, {}) for side in sides), aspect_ratio)
-            return dict(zip(sides, size, strict=True))
+            limits = [self.fields.get(side, {}) for side in ("width", "height")]
+            width, height = fitting_size(limits[0], limits[1], aspect_ratio)
+            return {"width": width, "height": height}
         allowed = self.fields.get(self.ratio, {}).get("enum")
         if allowed and aspect_ratio not in self.words:
             told = (f"aspect_ratio must be one of {', '.join(map(str, allowed))}, "

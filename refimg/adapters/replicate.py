@@ -278,8 +278,7 @@ class ReplicateImages:
             self.version = str(latest.get("id") or "")
         shape = self.capabilities.shape_inputs
         if shape & self.inputs.keys() or not shape & self.capabilities.fields.keys():
-            told = "%s is sent no aspect ratio: it decides itself, or its inputs do"
-            _logger.warning(told, self.name)
+            _logger.warning("%s is sent no aspect ratio: it, or its inputs, decide", self.name)
 
     def _draft(self, request: ImageRequest, **more: Any) -> dict[str, Any]:
         return self._known().build_input(
@@ -292,8 +291,7 @@ class ReplicateImages:
     ) -> None:
         """Raise a ValueError where the model cannot draw that; nothing is sent."""
         if self.imageless:
-            raise ValueError(f"model must be one that gives images, got {self.model}: "
-                             f"{self.imageless}")
+            raise ValueError(f"model must be one that gives images, got {self.imageless}")
         self._draft(request, references=[""] * len(request.references))
 
     async def generate(
