@@ -241,7 +241,7 @@ def _score_line(path: Path, scores: ImageScores, rank: int | None) -> str:
     "refimg score a.png b.png --prompt - --json < prompt.txt"))
 def score(
     images: Annotated[list[Path], typer.Argument(
-        exists=True, dir_okay=False, help="PNG, JPEG or WebP files.")],  # of one prompt
+        exists=True, dir_okay=False, help="PNG, JPEG, WebP, AVIF or GIF files.")],  # of one prompt
     prompt: Annotated[str, typer.Option(
         help='What they should show; "-" reads it from standard input.')],  # their text
     json_value: _Json = False,  # True: the records as JSON

@@ -107,7 +107,7 @@ class Candidate:
                 pixels = await _in_thread(decode_image, self.generated.data)
                 if is_blank(pixels):
                     colour = pixels.getpixel((0, 0))
-                    raise ValueError(f"the image is blank, {colour} all over: perhaps a filter's")
+                    raise ValueError(f"the image must not be blank, got {colour} all over")
                 self.pixels = pixels
 
         self._decoding = self._decoding or asyncio.ensure_future(work())

@@ -250,7 +250,7 @@ def scoring_thread() -> ThreadPoolExecutor:
 
 # %% ../nbs/02_score.ipynb #4fd41d6f
 async def score_images(
-    image_paths: Sequence[Path],  # the images of one group: PNG, JPEG or WebP files
+    image_paths: Sequence[Path],  # the image files of one group
     prompt_text: str,  # the text they are scored against; not blank
     *,
     scorers: Sequence[Scorer] | None = None,  # None: `defaults.scorers()`, []: none
@@ -286,7 +286,7 @@ async def score_images(
 
 # %% ../nbs/02_score.ipynb #bb87fe68
 async def score_image(
-    image_path: Path,  # a PNG, JPEG or WebP file
+    image_path: Path,  # an image file
     prompt_text: str,  # the text it is scored against; not blank
     *,
     scorers: Sequence[Scorer] | None = None,  # None: `defaults.scorers()`, []: none

@@ -555,12 +555,12 @@ async def test_a_chain_or_a_user_image_needs_a_model_that_takes_references(
     )
 
 
-@pytest.mark.parametrize("kind", ["missing", "text", "folder", "gif", "empty", "truncated"])
+@pytest.mark.parametrize("kind", ["missing", "text", "folder", "bmp", "empty", "truncated"])
 async def test_a_user_image_that_is_none_is_refused(refused, tmp_path, kind):
     path = tmp_path / f"{kind}.png"
     contents = {
         "text": b"hello",
-        "gif": picture(1, form="GIF"),
+        "bmp": picture(1, form="BMP"),
         "empty": b"",
         "truncated": picture(1)[:60],
     }

@@ -126,11 +126,12 @@ async def _get(url: str, own: str | None, most: int) -> bytes:
 def _read_data_uri(url: str, most: int) -> bytes:
     """Return what stands in the address itself, in base64 or with percent signs."""
     head, _, body = url.partition(",")
-    data = unquote_to_bytes(body) if len(body) <= 4 * most + 100 else bytes(most + 1)
+    small = len(body) <= 4 * most + 100  # even if each character of base64 has a percent sign
+    data = unquote_to_bytes(body) if small else b""
     if head.lower().endswith(";base64"):
         data = base64.b64decode(data + b"==")
-    if len(data) > most:
-        raise ValueError(f"url must hold at most {most} bytes, got more")
+    if not small or len(data) > most:
+        raise ValueError(f"the image in url must be at most {most} bytes, got more")
     return data
 
 

@@ -7,33 +7,17 @@ from __future__ import annotations
 
 import math
 import re
-from bisect import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from typing import Any
 
 from .outputs import may_hold_image
+from .shapes import fitting_size, ratio_words
 
 # %% auto #0
-__all__ = ['KNOWN_MODELS', 'Capabilities', 'known_capabilities', 'read_schema']
+__all__ = ['KNOWN_MODELS', 'Capabilities', 'known_capabilities', 'check_own_inputs', 'read_schema']
 
 # %% ../../nbs/adapters/inputs.ipynb #6a779cfc
-def _pixels(entry: dict[str, Any]) -> list[int]:
-    """List the pixels that a side may have, in steps of 16 where the model has no other."""
-    if listed := entry.get("enum"):
-        return sorted(value for value in listed if isinstance(value, int) and value > 0)
-    low, high = int(entry.get("minimum") or 16), int(entry.get("maximum") or 8192)
-    own = max(1, int(entry.get("multipleOf") or 1))
-    step = own if own > 16 else math.lcm(16, own)
-    return list(range(-(-max(low, 1) // step) * step, high + 1, step)) or sorted({low, high})
-
-
-def _listed(pixels: list[int]) -> str:
-    short = pixels if len(pixels) < 9 else [pixels[0], "…", pixels[-1]]
-    return ", ".join(map(str, short))
-
-
 @dataclass(frozen=True)
 class Capabilities:
     """What a model can be asked for, and its names for that."""
@@ -75,9 +59,9 @@ class Capabilities:
     ) -> dict[str, Any]:
         """Build the input of one prediction; a ValueError where the model cannot take it."""
         if not self.gives_images:
-            raise ValueError("model must give images, got one whose output cannot be an image")
+            raise ValueError("model must be one that gives images, got one whose output is none")
         if not self.prompt:
-            raise ValueError("model must have an input for the prompt, got one with "
+            raise ValueError("model must be one with an input for the prompt, got one with "
                              f"{', '.join(self.fields)}")
         inputs = dict(more or {}) | {self.prompt: prompt} | self._reference_input(references)
         if seed is not None:
@@ -91,7 +75,7 @@ class Capabilities:
                                  f"got {negative_prompt!r:.80}")
             inputs["negative_prompt"] = negative_prompt
         if not self.shape_inputs & inputs.keys():
-            inputs |= self._size(aspect_ratio) if self.sized else self._ratio(aspect_ratio)
+            inputs |= self._shape(aspect_ratio)
         if self.fields and (wrong := "; ".join(self._problems(inputs))):
             raise ValueError(wrong)
         return inputs
@@ -110,8 +94,12 @@ class Capabilities:
             return {}
         return {self.reference: list(references) if self.many else references[0]}
 
-    def _ratio(self, aspect_ratio: str) -> dict[str, Any]:
-        """Return the aspect ratio in the model's own word for it."""
+    def _shape(self, aspect_ratio: str) -> dict[str, Any]:
+        """Return the aspect ratio in the model's own word for it, or a size that has it."""
+        if self.sized:
+            limits = [self.fields.get(side, {}) for side in ("width", "height")]
+            width, height = fitting_size(limits[0], limits[1], aspect_ratio)
+            return {"width": width, "height": height}
         allowed = self.fields.get(self.ratio, {}).get("enum")
         if allowed and aspect_ratio not in self.words:
             told = (f"aspect_ratio must be one of {', '.join(map(str, allowed))}, "
@@ -122,27 +110,6 @@ class Capabilities:
         if self.fields and self.ratio not in self.fields:
             return {}
         return {self.ratio: self.words.get(aspect_ratio, aspect_ratio)}
-
-    def _size(self, aspect_ratio: str) -> dict[str, Any]:
-        """Return width and height in that ratio, as near to a megapixel as the limits allow."""
-        wide, high = map(int, aspect_ratio.split(":"))
-        widths, heights = (_pixels(self.fields.get(side, {})) for side in ("width", "height"))
-        scale = math.sqrt(2**20 / (wide * high)) / 16
-        plain = 16 * round(wide * scale), 16 * round(high * scale)
-        if plain[0] in widths and plain[1] in heights:
-            return dict(zip(("width", "height"), plain, strict=True))
-        sizes = {}  # how far the ratio is off, by size
-        for width in widths:
-            at = bisect(heights, width * high / wide)
-            for height in heights[max(0, at - 1) : at + 1]:
-                sizes[width, height] = abs(math.log(width / height * high / wide))
-        best = min(sizes.values(), default=math.inf)
-        if best > 0.05:
-            raise ValueError(f"aspect_ratio must be one that {_listed(widths)} wide and "
-                             f"{_listed(heights)} high can have, got {aspect_ratio!r}")
-        good = [size for size, off in sizes.items() if off <= max(best, 0.02)]
-        width, height = min(good, key=lambda size: abs(size[0] * size[1] - 2**20))
-        return {"width": width, "height": height}
 
     def _problems(self, inputs: dict[str, Any]) -> Iterator[str]:
         """Yield what the schema does not allow."""
@@ -210,34 +177,8 @@ def _folded(entry: dict, schemas: dict) -> dict:
     return folded
 
 
-_COMMON = ((1, 1), (4, 3), (3, 2), (16, 9), (5, 4), (21, 9), (2, 1))
 _RATIOS = ("aspect_ratio", "image_size", "size", "ratio", "orientation")
 _PROMPTS = ("prompt", "text", "text_prompt", "prompt_text", "positive_prompt", "caption")
-
-
-def _meant_ratio(word: Any) -> str | None:
-    """Return the aspect ratio that a model's word means; None where that is not clear."""
-    text = str(word).lower()
-    numbers = re.search(r"([1-9]\d*)\s?[:x×_/-]\s?([1-9]\d*)", text)
-    if not numbers:
-        return "1:1" if "square" in text else None
-    wide, high = map(int, numbers.groups())
-    upright = re.search("portrait|vertical|tall", text)
-    if (upright and wide > high) or (re.search("landscape|horizontal|wide", text) and wide < high):
-        wide, high = high, wide
-    if max(wide, high) > 50:  # pixels
-        both = (*_COMMON, *((h, w) for w, h in _COMMON))
-        near = [(w, h) for w, h in both if abs(wide / high * h / w - 1) < 0.02]
-        exact = Fraction(wide, high).limit_denominator(21)
-        wide, high = near[0] if near else exact.as_integer_ratio()
-    return f"{wide}:{high}"
-
-
-def _ratio_words(entry: dict) -> dict[str, str]:
-    """Return what a model calls each aspect ratio; its plain "W:H" before any other word."""
-    meant = [(_meant_ratio(word), word) for word in entry.get("enum") or ()]
-    meant.sort(key=lambda pair: pair[0] != pair[1])
-    return {ratio: word for ratio, word in reversed(meant) if ratio}
 
 
 def _reference(fields: dict[str, dict], wanted: str | None) -> str | None:
@@ -250,6 +191,18 @@ def _reference(fields: dict[str, dict], wanted: str | None) -> str | None:
     good = (n for n in files if re.search("image|reference", n, re.I))
     other = "mask|control|style|last_frame"
     return wanted or next((n for n in good if not re.search(other, n, re.I)), None)
+
+
+def check_own_inputs(
+    inputs: dict[str, Any],  # of the model alone, by their own names
+) -> None:
+    """Raise a ValueError for what refimg sends; a word in place of an aspect ratio is allowed."""
+    ours = {"prompt", "negative_prompt", "seed"} & inputs.keys()
+    if re.fullmatch(r"\d+:\d+", str(inputs.get("aspect_ratio", ""))):
+        ours.add("aspect_ratio")
+    if ours:
+        raise ValueError("inputs must be the model's own and none that refimg sends, got "
+                         f"{', '.join(sorted(ours))}")
 
 
 def read_schema(
@@ -266,7 +219,7 @@ def read_schema(
         fields = {name: _folded(given[name], schemas) for name in order}
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"the model's schema cannot be read: {error!r}") from error
-    named = {name: _ratio_words(fields.get(name, {})) for name in _RATIOS}
+    named = {name: ratio_words(fields.get(name, {})) for name in _RATIOS}
     ratio = next((n for n in _RATIOS if named[n]), "aspect_ratio")
     ratio = "aspect_ratio" if "aspect_ratio" in fields else ratio
     prompts = (n for n in _PROMPTS if n in fields and "enum" not in fields[n])

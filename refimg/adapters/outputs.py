@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 # %% auto #0
-__all__ = ['image_addresses', 'is_empty', 'may_hold_image']
+__all__ = ['image_addresses', 'logged_seed', 'is_empty', 'may_hold_image']
 
 # %% ../../nbs/adapters/outputs.ipynb #ea47f41d
 _ADDRESS = re.compile(r"(?:[a-z][a-z0-9+.-]*://\S+|data:(?!text/|audio/|video/).+)", re.I | re.S)
@@ -42,6 +42,14 @@ def image_addresses(
     """Return the addresses in it at which an image may be, the likeliest first."""
     texts = (value.strip() for value in _values(output) if isinstance(value, str))
     return [t for t in texts if _ADDRESS.fullmatch(t) and not _NO_IMAGE.fullmatch(t[:2000])]
+
+
+def logged_seed(
+    logs: Any,  # of a prediction, as JSON has them
+) -> int | None:
+    """Return the seed that a model says in its log it took; None where it says none."""
+    told = re.search(r"\bseed\b\D{0,4}(\d{1,19})\b", str(logs or ""), re.I)
+    return int(told[1]) if told else None
 
 
 def is_empty(

@@ -23,8 +23,14 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from .download import NoImage, fetch, origin
-from .inputs import Capabilities, known_capabilities, read_schema
+from refimg.adapters.inputs import (
+    Capabilities,
+    check_own_inputs,
+    known_capabilities,
+    read_schema,
+)
 from .network import Transport, check_network, header_value
+from .outputs import logged_seed
 from refimg.adapters.predictions import (
     Connection,
     Prediction,
@@ -134,6 +140,21 @@ class _Server:
             if not self.client:
                 await connection.close()
 
+    async def version(self, model: str, version: str, call: Call | None) -> tuple[bool, dict]:
+        """Return whether the model is official, and its version, the latest one for ""."""
+        path = f"/v1/models/{model}" + (f"/versions/{version}" if version else "")
+        connection = await self.connection()
+
+        async def once() -> dict[str, Any]:
+            answer = (await connection.ask("GET", path, extensions=_SCHEMA)).json()
+            if not isinstance(answer, dict):
+                raise ConnectionError(f"the server sent no model: {str(answer)[:80]!r}")
+            return answer
+
+        page = await connection.ask_free(once, seconds=30, call=call)
+        found = page if version else page.get("latest_version")
+        return bool(page.get("is_official")), found if isinstance(found, dict) else {}
+
     async def upload(self, path: Path, call: Call | None) -> str:
         """Return the address of a reference image, uploaded by the first call that needs it."""
         clock, connection = asyncio.get_running_loop().time, await self.connection()
@@ -194,17 +215,12 @@ class ReplicateImages:
             raise ValueError(f"model must be owner/name or owner/name:version, got {model!r}")
         if not 0 < timeout < math.inf:
             raise ValueError(f"timeout must be a number of seconds above 0, got {timeout!r}")
-        ratio = str((inputs or {}).get("aspect_ratio", ""))  # a word of the model's own may be
-        shape = {"aspect_ratio"} if re.fullmatch(r"\d+:\d+", ratio) else set()
-        if ours := ({"prompt", "negative_prompt", "seed"} | shape) & set(inputs or ()):
-            raise ValueError("inputs must be the model's own and none that refimg sends, got "
-                             f"{', '.join(sorted(ours))}")
+        check_own_inputs(inputs or {})
         self.server, self.model = _Server(base_url, api_token, client), model
         self.inputs, self.reference_input = dict(inputs or {}), reference_input
         self.timeout, self.version = timeout, model.partition(":")[2]
         self.capabilities = known_capabilities(model, reference_input)
-        self._has_drawn = False
-        self.imageless = ""  # what the model gave in place of images; "": nothing that is known
+        self.imageless: str | None = ""  # what it gave in place of images; None: it gives images
         self.metrics: dict[str, dict[str, Any]] = {}  # by prediction: status, predict_time, …
 
     @property
@@ -250,20 +266,10 @@ class ReplicateImages:
     ) -> None:
         """Connect and read the model's schema; a row of the table stands in where that fails."""
         name, _, version = self.model.partition(":")
-        path = f"/v1/models/{name}" + (f"/versions/{version}" if version else "")
-        connection, known = await self.server.connection(), known_capabilities(name)
-
-        async def page() -> dict[str, Any]:
-            answer = (await connection.ask("GET", path, extensions=_SCHEMA)).json()
-            if not isinstance(answer, dict):
-                raise ConnectionError(f"the server sent no model: {str(answer)[:80]!r}")
-            return answer
-
+        known, wanted = known_capabilities(name), self.reference_input
         try:
-            answer = await connection.ask_free(page, seconds=30, call=call)
-            latest = answer if version else answer.get("latest_version")
-            latest = latest if isinstance(latest, dict) else {}
-            schema, wanted = latest.get("openapi_schema"), self.reference_input
+            official, latest = await self.server.version(name, version, call)
+            schema = latest.get("openapi_schema")
             self.capabilities = read_schema(schema, known=known, reference_input=wanted)
         except (ProviderError, ValueError) as error:
             down = isinstance(error, ProviderError) and error.failure.kind == "down"
@@ -272,14 +278,11 @@ class ReplicateImages:
             told = "what %s takes cannot be asked, the table of known models stands in: %s"
             _logger.warning(told, self.name, log_line(str(error)))
             return
-        if not (version or known or answer.get("is_official")):
+        if not (version or known or official):
             self.version = str(latest.get("id") or "")
         shape = self.capabilities.shape_inputs
-        if own := {name: self.inputs[name] for name in shape & self.inputs.keys()}:
-            told = "%s draws as its inputs say, %s: no aspect ratio is sent"
-            _logger.warning(told, self.name, own)
-        elif not shape & self.capabilities.fields.keys():
-            _logger.warning("%s has no input for the aspect ratio: it decides itself", self.name)
+        if shape & self.inputs.keys() or not shape & self.capabilities.fields.keys():
+            _logger.warning("%s is sent no aspect ratio: it, or its inputs, decide", self.name)
 
     def _draft(self, request: ImageRequest, **more: Any) -> dict[str, Any]:
         return self._known().build_input(
@@ -292,8 +295,7 @@ class ReplicateImages:
     ) -> None:
         """Raise a ValueError where the model cannot draw that; nothing is sent."""
         if self.imageless:
-            raise ValueError(f"model must be one that gives images, got {self.model}: "
-                             f"{self.imageless}")
+            raise ValueError(f"model must be one that gives images, got {self.imageless}")
         self._draft(request, references=[""] * len(request.references))
 
     async def generate(
@@ -315,7 +317,7 @@ class ReplicateImages:
             tried.append(prediction := await self._predict(inputs, call))
             if prediction.addresses:
                 return await self._image(tried, inputs)
-            if prediction.status == "succeeded" and not (prediction.refused or self._has_drawn):
+            if prediction.status == "succeeded" and not prediction.refused and self.imageless == "":
                 self.imageless = prediction.failure.text
             why, asked = prediction.failure, call and call.may_retry
             again = len(tried) == 1 and prediction.worth_another
@@ -367,13 +369,12 @@ class ReplicateImages:
     async def _image(self, tried: list[Prediction], inputs: dict[str, Any]) -> GeneratedImage:
         """Return the image of the last prediction, with the cost of all of them."""
         prediction, data = tried[-1], await self.server.fetch(tried[-1])
-        self._has_drawn = True
+        self.imageless = None
         times = [each.seconds for each in tried if each.seconds is not None]
         seconds = sum(times) if len(times) == len(tried) else None
         cost = self.server.prices.image_cost(self.name, seconds)
         seed = inputs.get("seed")
         if type(seed) is not int:  # the log of a model with seeds may report the one it took
-            logs = str(prediction.data.get("logs") or "")
-            told = re.search(r"\bseed\b\D{0,4}(\d{1,19})\b", logs, re.I)
-            seed = int(told[1]) if told and self.capabilities and self.capabilities.seed else None
+            told = logged_seed(prediction.data.get("logs"))
+            seed = told if self.capabilities and self.capabilities.seed else None
         return GeneratedImage(data=data, seed=seed, provider_id=prediction.id, cost=cost)

@@ -78,7 +78,7 @@ class ImageRequest(BaseModel, frozen=True):
 class GeneratedImage:
     """The answer of an image model: encoded bytes and what the provider reported."""
 
-    data: bytes  # as they came: PNG, JPEG or WebP
+    data: bytes  # as they came: PNG, JPEG, WebP, AVIF or GIF
     seed: int | None = None  # as the provider reports it; None: it does not
     provider_id: str | None = None  # the provider's name for the call
     cost: float | None = None  # USD; None: unknown

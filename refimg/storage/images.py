@@ -13,7 +13,6 @@ from contextlib import suppress
 from functools import cache
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 from PIL import Image, ImageCms, UnidentifiedImageError, features
 
@@ -26,6 +25,7 @@ _logger = logging.getLogger(__name__)
 _MAX_SIDE = 16_384
 _MAX_BYTES = 100_000_000
 _MAX_CHUNK = 1_000_000  # bytes of a text or a profile in a PNG, once inflated
+_NAMES = "PNG, JPEG, WebP, AVIF or GIF"
 _TRUTH = "refimg-truth"
 _TOLD = (_TRUTH.encode(), b"Raw profile type exif")  # the texts that are read
 _IGNORED = "the colour profile of an image is ignored: %s"
@@ -76,11 +76,11 @@ def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     """Return an image in L, RGB or CMYK as RGB, in the colours that its profile means."""
     if profile:
         try:
-            source: Any = ImageCms.ImageCmsProfile(BytesIO(profile))
-            space = source.profile.xcolor_space.strip()
+            source = ImageCms.ImageCmsProfile(BytesIO(profile))
+            space = profile[16:20].decode("ascii").strip()  # as its header has it
             mode = "L" if space == "GRAY" else space
             if image.mode != mode and (image.mode, mode) != ("L", "RGB"):
-                raise ValueError(f"it is one for {space}, and the image is {image.mode}")
+                raise ValueError(f"it must be one for {image.mode}, got one for {space}")
             target, given = ImageCms.createProfile("sRGB"), image.convert(mode)
             made = ImageCms.profileToProfile(given, source, target, outputMode="RGB")
             image = made or image
@@ -130,8 +130,7 @@ def _refusal(data: bytes, error: Exception) -> str:
     if data[4:8] == b"ftyp" and b"avif" in data[8:40] and "AVIF" not in _formats():
         return "an AVIF image, which this Pillow cannot read: Pillow 11.3 or later can"
     if isinstance(error, UnidentifiedImageError):
-        names = "PNG, JPEG, WebP, AVIF or GIF"
-        return f"not a readable {names}: {len(data)} bytes, first {data[:16]!r}"
+        return f"not a readable {_NAMES}: {len(data)} bytes, first {data[:16]!r}"
     return f"image of {len(data)} bytes refused: {str(error) or type(error).__name__}"
 
 
@@ -183,7 +182,8 @@ def read_image(
             return decode_image(path.read_bytes())
     except (OSError, ValueError) as error:
         problem = cause = error
-    raise ValueError(f"an image must be an image file, got {shown}: {problem}") from cause
+    told = f"an image must be a {_NAMES} file, got {shown}: {problem}"
+    raise ValueError(told) from cause
 
 # %% ../../nbs/storage/images.ipynb #d394da96
 _FLAT = 6  # of 255, between the darkest and the brightest value of all channels
