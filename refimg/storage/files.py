@@ -5,6 +5,7 @@
 # %% ../../nbs/storage/files.ipynb #a4365b36
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -23,8 +24,11 @@ from filelock import FileLock, Timeout
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from pydantic_core import to_json
 
+from ..engine.protocols import clean_text, map_texts
+from .secrets import hide_secrets
+
 # %% auto #0
-__all__ = ['check_id', 'check_stem', 'decode_image', 'read_image', 'clean_text', 'encode_png', 'write_atomic', 'sweep_temporary',
+__all__ = ['check_id', 'check_stem', 'decode_image', 'read_image', 'encode_png', 'write_atomic', 'sweep_temporary',
            'save_numbered', 'TraceTree', 'write_trace']
 
 # %% ../../nbs/storage/files.ipynb #ed4e2096
@@ -124,7 +128,7 @@ def read_image(
     path: Path,  # a PNG, JPEG or WebP file of at most 100 MB
 ) -> Image.Image:
     """Return the file's image as `decode_image` gives it."""
-    path, cause = Path(path), None
+    path, cause = Path(os.path.expanduser(path)), None
     try:
         if not path.is_file():
             problem = "it is not a file" if path.exists() else "it does not exist"
@@ -136,13 +140,6 @@ def read_image(
         problem = cause = error
     text = f"an image must be a PNG, JPEG or WebP file, got {str(path)!r}: {problem}"
     raise ValueError(text) from cause
-
-# %% ../../nbs/storage/files.ipynb #d05011f1
-def clean_text(
-    text: str,  # any Python string
-) -> str:
-    """Return the text with what UTF-8 cannot encode replaced."""
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 # %% ../../nbs/storage/files.ipynb #cad629a8
 def encode_png(
@@ -246,7 +243,7 @@ def save_numbered(
     again: bool = False,  # True: a file on the way that holds the same bytes is taken as it is
 ) -> Path:
     """Return the new file, `{stem}_v{k}.png` with the smallest free k; none is overwritten."""
-    folder, stem = Path(folder), check_stem(stem)
+    folder, stem = Path(os.path.expanduser(folder)), check_stem(stem)
     folder.mkdir(parents=True, exist_ok=True)
     _sweep_hourly(folder, int(time.time() // 3600))
     written = _write_temporary(folder, data)
@@ -259,6 +256,7 @@ def save_numbered(
 
 # %% ../../nbs/storage/files.ipynb #5d753c52
 _MARKER = ".refimg-trace"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def _remove(path: Path) -> None:
@@ -282,7 +280,8 @@ class TraceTree:
         generation_id: str,  # the run's name, see `check_id`
     ) -> TraceTree:
         """Return a locked, empty tree; a ValueError if the name is a live run's or others'."""
-        root = Path(output_dir).resolve().parent / "reference_image_traces"
+        output_dir = Path(os.path.expanduser(output_dir))
+        root = output_dir.resolve().parent / "reference_image_traces"
         tree = cls(root / check_id(generation_id))
         with suppress(FileNotFoundError):
             if not stat.S_ISDIR(root.lstat().st_mode):
@@ -296,8 +295,12 @@ class TraceTree:
                 tree._release()
                 raise
         except OSError as error:
-            raise ValueError("output_dir must be a folder beside which traces can be written, "
-                             f"got {str(output_dir)!r}: {error}") from error
+            need = "a folder beside which traces can be written"
+            if error.errno in _NO_LOCKS:
+                need = ("on a drive that has file locks, which keep a second run from the same "
+                        "traces: give a folder on a disk of this machine, and copy the images")
+            got = f"{str(output_dir)!r}: {error}"
+            raise ValueError(f"output_dir must be {need}, got {got}") from error
         return tree
 
     def scene(
@@ -403,6 +406,6 @@ def write_trace(
     if folder is None:
         return
     try:
-        write_atomic(folder / name, _as_bytes(content))
+        write_atomic(folder / name, _as_bytes(map_texts(content, hide_secrets)))
     except OSError as error:
         _logger.warning("trace %s not written: %s", folder / name, error)
