@@ -162,7 +162,7 @@ EVIL = "".join(given for given, plain in HOSTILE.values() if plain is not None)
 
 async def test_a_run_of_hostile_texts_gives_a_record_tables_and_a_page_that_do_not_act(tmp_path):
     pipeline = Pipeline(
-        director(lambda messages, number: f"a fox {EVIL}", name=f"d{EVIL}"), critic(),
+        FakeChat([f"a fox {EVIL}"], name=f"d{EVIL}"), critic(),
         FakeImages(lambda r, n: picture(n), name=f"m{EVIL}"), [FakeScorer()],
         num_variations=1, max_enhancement_iterations=1)
     story = Story(scenes=[Scene(prompt=f"a fox {EVIL}")], title=EVIL,
