@@ -101,7 +101,7 @@ class PriceTable:
 
     def rows(self) -> dict[str, Price]:
         """Return every row by the name of its model."""
-        path = os.environ.get("REFIMG_PRICES", "").strip()
+        path = os.path.expanduser(os.environ.get("REFIMG_PRICES", "").strip())
         try:
             return PRICES | (_read(path, os.stat(path).st_mtime_ns) if path else {})
         except (OSError, ValueError) as error:

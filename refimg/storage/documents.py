@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any
 
 # %% auto #0
-__all__ = ['decode_text', 'read_json', 'read_yaml']
+__all__ = ['decode_text', 'is_json', 'read_json', 'read_yaml']
 
 # %% ../../nbs/storage/documents.ipynb #d1410008
 def decode_text(
@@ -70,6 +70,17 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"{key!r} stands twice")
         found[key] = value
     return found
+
+
+def is_json(
+    text: str,  # any
+) -> bool:
+    """Tell whether the text is one JSON value, which needs no YAML."""
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 def read_json(
