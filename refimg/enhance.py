@@ -31,7 +31,7 @@ from .engine.fence import fence, read_fences
 from .engine.instructions import CRITIC, DIMENSIONS, DIRECTOR, NEGATIVE
 from .engine.intent import lost_intent
 from .engine.costs import sum_known
-from .engine.protocols import ChatModel, CleanText, Message, Reply, Usage, plain_text
+from .engine.protocols import ChatModel, CleanText, Message, Reply, Usage, visible_text
 from .storage.secrets import SafeText
 
 # %% auto #0
@@ -423,7 +423,7 @@ async def enhance_prompt_iterative(
     trace_dir: Path | str | None = None,  # a folder for the trace; None: none is written
 ) -> ImagePromptEnhancementResult:
     """Enhance a prompt: return its best version, and every iteration that led there."""
-    text = plain_text(user_prompt) if isinstance(user_prompt, str) else ""
+    text = visible_text(user_prompt) if isinstance(user_prompt, str) else ""
     if not text.strip():
         raise ValueError(f"user_prompt must be a text that is not blank, got {user_prompt!r}")
     if type(max_iterations) is not int or not 0 <= max_iterations <= 10:
@@ -433,7 +433,7 @@ async def enhance_prompt_iterative(
     if not number or not 0 <= score_threshold <= 100:
         raise ValueError(
             f"score_threshold must be a number from 0 to 100, got {score_threshold!r}")
-    notes = plain_text(_context_text(context))
+    notes = visible_text(_context_text(context))
     if director is None or critic is None:
         from refimg import defaults
 

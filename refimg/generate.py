@@ -29,7 +29,7 @@ from refimg.engine.protocols import (
     ImageModel,
     ImageRequest,
     RawScore,
-    plain_text,
+    visible_text,
 )
 from .engine.tasks import is_cancelled
 from refimg.storage.files import (
@@ -299,7 +299,7 @@ async def generate_images(
         from refimg.defaults import image_model
 
         model = image_model()
-    text = plain_text(prompt) if isinstance(prompt, str) else ""
+    text = visible_text(prompt) if isinstance(prompt, str) else ""
     if not text.strip():
         raise ValueError(f"prompt must be a text that is not blank, got {prompt!r}")
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
@@ -320,7 +320,7 @@ async def generate_images(
         return paths, folder
 
     paths, folder = await _in_thread(look_at_files)
-    unwanted = plain_text(negative_prompt) if negative_prompt else None
+    unwanted = visible_text(negative_prompt) if negative_prompt else None
     seed = _if_taken(model, model.takes_seed, "seed", seed)
     unwanted = _if_taken(model, model.takes_negative_prompt, "negative prompt", unwanted)
     requests = [

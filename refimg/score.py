@@ -27,7 +27,7 @@ from refimg.engine.protocols import (
     RawScore,
     Scorer,
     clean_text,
-    plain_text,
+    visible_text,
 )
 from .storage.files import read_image
 from .storage.secrets import SafeText
@@ -268,7 +268,7 @@ async def score_images(
     weights: dict[str, float] | None = None,  # by scorer name; None: by name, see `WEIGHTS`
 ) -> list[ImageScores]:
     """Score the files as one group: one record per image, in order."""
-    text = plain_text(prompt_text)
+    text = visible_text(prompt_text)
     if not text.strip():
         raise ValueError(f"prompt_text must be a text that is not blank, got {prompt_text!r}")
     paths = list(image_paths)

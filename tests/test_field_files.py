@@ -211,10 +211,11 @@ def test_a_tilde_is_the_home_folder_for_commands_and_files(home, monkeypatch):
 
 
 def test_the_price_file_may_be_in_the_home_folder(home, monkeypatch):
-    from refimg.adapters.prices import read_prices
+    from refimg.adapters.prices import PRICES, PriceTable
 
-    written(home / "prices.json", "{}")
-    assert read_prices("~/prices.json") == {}
+    written(home / "prices.json", '{"mine": {"image": 0.01}}')
+    monkeypatch.setenv("REFIMG_PRICES", "~/prices.json")
+    assert PriceTable().rows().keys() == {*PRICES, "mine"}
 
 
 # drives

@@ -6,9 +6,11 @@ import html
 import json
 import logging
 import re
+from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+from PIL import Image
 
 from refimg import Pipeline, Scene, Story, StoryResult, choose
 from refimg.enhance import Reply, enhance_prompt_iterative
@@ -197,6 +199,84 @@ async def test_the_stages_on_their_own_make_texts_plain_too(tmp_path):
 def test_markers_that_only_hidden_signs_tell_apart_are_refused():
     with pytest.raises(ValueError, match="style"):
         Story(scenes=[Scene(prompt="a")], consistency_markers={"style": "a", "style\0": "b"})
+
+
+# what scorers say, and what their libraries must not
+
+
+@pytest.mark.parametrize("text, noted", [
+    ("黄昏的灯塔，守塔人穿着黄色外套", True), ("حارس المنارة عند الغروب", True),
+    ("Маяк на закате", True), ("a lighthouse at dusk, 灯塔", False), ("Été à la plage, naïve", False),
+    ("12:30 🦊", False), ("", False),
+])
+def test_a_text_in_a_script_that_english_towers_do_not_know_is_noted(text, noted):
+    from refimg.adapters.clip import Aesthetic, ClipScore, PickScore
+    from refimg.score import Batch
+
+    from .clips import tiny_open_clip, tiny_transformers
+
+    batch = Batch((Image.new("RGB", (64, 36)),), text)
+    for scorer in (PickScore(tiny_transformers()), ClipScore(tiny_open_clip())):
+        (found,) = scorer.score(batch)
+        assert found.value is not None and ("another script" in found.note) == noted
+    assert "script" not in Aesthetic(folder=tiny_open_clip()).score(batch)[0].note
+
+
+def test_a_tower_of_many_languages_is_not_noted(monkeypatch):
+    from refimg.adapters import towers
+
+    def vectors(given):
+        import torch
+
+        return torch.ones(len(given), 2)
+
+    made = towers.Towers(vectors, vectors, len, 75, 1.0, english=False)
+    assert towers.Embedder(Path(), lambda folder: made).text_note("黄昏的灯塔") == ""
+
+
+@pytest.fixture
+def said():
+    """All that is logged anywhere, transformers' own logger included."""
+    records = []
+
+    class Keep(logging.Handler):
+        def emit(self, record):
+            records.append(record.getMessage())
+
+    keep, loggers = Keep(), [logging.getLogger(), logging.getLogger("transformers")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(keep)
+        logger.setLevel(logging.INFO)
+    yield records
+    for logger, level in zip(loggers, before, strict=True):
+        logger.removeHandler(keep)
+        logger.setLevel(level)
+
+
+def test_long_texts_are_scored_without_a_warning_of_transformers(said, tmp_path):
+    from refimg.adapters.clip import PickScore
+    from refimg.adapters.vqa import VqaScore
+    from refimg.score import Batch
+
+    from . import tiny_vlm
+    from .clips import tiny_transformers
+
+    batch = Batch((Image.new("RGB", (64, 36)),), "A keeper walks along the shore. " * 60)
+    vqa = VqaScore(tiny_vlm.qwen(tmp_path))
+    vqa.reader().processor.tokenizer.model_max_length = 64
+    for scorer in (vqa, PickScore(tiny_transformers())):
+        assert scorer.score(batch)[0].value is not None
+    assert not [text for text in said if "indexing errors" in text]
+
+
+def test_open_clip_logs_nothing_at_the_root(said):
+    from refimg.adapters.towers import load_open_clip
+
+    from .clips import tiny_open_clip
+
+    load_open_clip(tiny_open_clip())
+    assert not [text for text in said if re.search("model|checkpoint|config|token", text, re.I)]
 
 
 # half precision

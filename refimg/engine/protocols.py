@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 # %% auto #0
-__all__ = ['CleanText', 'clean_text', 'plain_text', 'map_texts', 'Message', 'Usage', 'Reply', 'ChatModel', 'ImageRequest',
+__all__ = ['CleanText', 'clean_text', 'visible_text', 'map_texts', 'Message', 'Usage', 'Reply', 'ChatModel', 'ImageRequest',
            'GeneratedImage', 'ImageModel', 'Batch', 'RawScore', 'Scorer', 'Call', 'Ledger']
 
 # %% ../../nbs/engine/protocols.ipynb #d1400003
@@ -38,7 +38,7 @@ def clean_text(
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
-def plain_text(
+def visible_text(
     text: str,  # from a person, a file or a model
 ) -> str:
     """Return the text without what a terminal or a page would act on."""
@@ -59,7 +59,7 @@ def map_texts(
     return value
 
 
-CleanText = Annotated[str, AfterValidator(plain_text)]
+CleanText = Annotated[str, AfterValidator(visible_text)]
 
 # %% ../../nbs/engine/protocols.ipynb #b5f5fb98
 class Message(BaseModel, frozen=True):

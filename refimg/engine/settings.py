@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, Field, ValidationError
 
-from .protocols import CleanText, ImageModel, Scorer, plain_text
+from .protocols import CleanText, ImageModel, Scorer, visible_text
 from .story import Story
 from ..generate import check_model
 from ..score import check_weights
@@ -109,7 +109,7 @@ def describe_scorers(
 ) -> list[dict[str, str]]:
     """List name, model and calibration of each, as records keep them."""
     names = ("name", "model", "calibration")
-    return [{name: plain_text(getattr(s, name)) for name in names} for s in scorers]
+    return [{name: visible_text(getattr(s, name)) for name in names} for s in scorers]
 
 
 def settings_of(

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError, field_validator
 
-from .protocols import CleanText, map_texts, plain_text
+from .protocols import CleanText, map_texts, visible_text
 from ..storage.documents import decode_text, read_json, read_yaml
 
 # %% auto #0
@@ -64,7 +64,7 @@ class Story(BaseModel, frozen=True, extra="forbid"):
     @classmethod
     def _plain_markers(cls, markers: dict[str, Any]) -> dict[str, Any]:
         """Make every text in the markers plain; two names may not become one."""
-        plain = map_texts(markers, plain_text)
+        plain = map_texts(markers, visible_text)
         if len(plain) < len(markers):
             raise ValueError(f"the names must differ in what can be seen, got {list(markers)!r}")
         return plain

@@ -19,7 +19,7 @@ from urllib.parse import quote, quote_plus, unquote
 
 from pydantic import AfterValidator
 
-from ..engine.protocols import clean_text, plain_text
+from ..engine.protocols import clean_text, visible_text
 
 # %% auto #0
 __all__ = ['SafeText', 'remember', 'hide_secrets', 'redact', 'log_line', 'Redactor', 'guard_loggers']
@@ -147,7 +147,7 @@ def redact(
     return _KEY.sub(_HIDDEN, hide_secrets(text))
 
 
-SafeText = Annotated[str, AfterValidator(lambda text: redact(plain_text(text)))]
+SafeText = Annotated[str, AfterValidator(lambda text: redact(visible_text(text)))]
 
 # %% ../../nbs/storage/secrets.ipynb #c3ab1f60
 _CONTROL = re.compile(
