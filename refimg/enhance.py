@@ -111,7 +111,7 @@ class ImagePromptEnhancementResult(BaseModel, frozen=True):
     critic: CleanText  # name of the model that criticised
     cost: float | None = None  # USD of all calls; None if one of them is not known
     seconds: float  # from the first call to the last
-    warnings: list[SafeText] = []  # what was lost: iterations, words of the original, a negative prompt
+    warnings: list[SafeText] = []  # what was lost: iterations, words, a negative prompt
 
 # %% ../nbs/00_enhance.ipynb #ac152e64
 def stop_reason(
@@ -423,8 +423,7 @@ async def enhance_prompt_iterative(
     trace_dir: Path | str | None = None,  # a folder for the trace; None: none is written
 ) -> ImagePromptEnhancementResult:
     """Enhance a prompt: return its best version, and every iteration that led there."""
-    text = visible_text(user_prompt) if isinstance(user_prompt, str) else ""
-    if not text.strip():
+    if not isinstance(user_prompt, str) or not (text := visible_text(user_prompt)).strip():
         raise ValueError(f"user_prompt must be a text that is not blank, got {user_prompt!r}")
     if type(max_iterations) is not int or not 0 <= max_iterations <= 10:
         raise ValueError(

@@ -299,8 +299,7 @@ async def generate_images(
         from refimg.defaults import image_model
 
         model = image_model()
-    text = visible_text(prompt) if isinstance(prompt, str) else ""
-    if not text.strip():
+    if not isinstance(prompt, str) or not (text := visible_text(prompt)).strip():
         raise ValueError(f"prompt must be a text that is not blank, got {prompt!r}")
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
         raise ValueError(f"seed must be a whole number or None, got {seed!r}")
@@ -310,8 +309,7 @@ async def generate_images(
                 references=len(given))
 
     def look_at_files() -> tuple[tuple[Path, ...], Path]:
-        paths = check_references(given)
-        folder = Path(os.path.expanduser(output_dir)).resolve()
+        paths, folder = check_references(given), Path(os.path.expanduser(output_dir)).resolve()
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -531,7 +531,7 @@ LANGUAGES = [
     "灯台守が夕暮れに手紙を読む。「静かに」と書いてある。",
     "حارس المنارة يقرأ رسالة عند الغسق",
     "Ein Leuchtturmwärter in Sankt Peter-Ording, 3 Möwen 🐦‍⬛👩🏽‍🚀",
-    "e\u0301te\u0301 \u202eright to left\u202c \x00 zero",
+    "e\u0301te\u0301 \u200fright to left\r\n\tzero",
     "A keeper. " * 1000,
     "x" * 10_000,
     "{" * 5000 + "`" * 5000,

@@ -66,7 +66,8 @@ class Story(BaseModel, frozen=True, extra="forbid"):
         """Make every text in the markers plain; two names may not become one."""
         plain = map_texts(markers, visible_text)
         if len(plain) < len(markers):
-            raise ValueError(f"the names must differ in what can be seen, got {list(markers)!r}")
+            raise ValueError("names must be such that a reader can tell them apart, "
+                             f"got {list(markers)!r}")
         return plain
 
     @field_validator("initial_reference_image", mode="before")

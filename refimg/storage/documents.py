@@ -19,13 +19,15 @@ __all__ = ['decode_text', 'is_json', 'read_json', 'read_yaml']
 def decode_text(
     data: bytes,  # of a file, or of standard input
 ) -> str:
-    """Return the text without its byte order mark, lines ended by `\\n`; a ValueError if it is none."""
+    """Return the text without its mark, lines ended by `\\n`; a ValueError where it is none."""
     wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     text = data.decode("utf-16" if wide else "utf-8-sig")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 # %% ../../nbs/storage/documents.ipynb #d1410012
 _logger = logging.getLogger(__name__)
+
+_TWICE = "a key must be there once, got {key!r} twice"
 
 
 @cache
@@ -46,7 +48,7 @@ def _loader() -> type:
             for key, value in node.value:
                 line = key.start_mark.line + 1
                 if key.value in seen and isinstance(key, yaml.ScalarNode):
-                    raise yaml.YAMLError(f"{key.value!r} stands twice, again in line {line}")
+                    raise yaml.YAMLError(_TWICE.format(key=key.value) + f", again in line {line}")
                 seen |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
                 if isinstance(value, yaml.ScalarNode) and not value.style:
                     self._warn_of_comment(key, value, line)
@@ -67,7 +69,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"{key!r} stands twice")
+            raise ValueError(_TWICE.format(key=key))
         found[key] = value
     return found
 
