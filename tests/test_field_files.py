@@ -227,7 +227,7 @@ def test_a_drive_without_locks_is_named_with_a_way_round(tmp_path, monkeypatch, 
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
-    with pytest.raises(ValueError, match="file locks.*disk of this machine") as caught:
+    with pytest.raises(ValueError, match=r"file locks.*disk of this machine") as caught:
         TraceTree.open(tmp_path / "images", "x")
     assert str(tmp_path) in str(caught.value)
 

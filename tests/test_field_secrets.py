@@ -22,7 +22,7 @@ from refimg.view import save_table
 
 from .fakes import FakeChat, FakeImages, FakeScorer, critic, director, picture
 
-KEY = "sk-proj-Zt7Qm2Xv9Lp4Rw8Kd3Nf6Hs1Jb5Gc0Ty_Ue-Oa"
+KEY = "sk-" + "proj-Zt7Qm2Xv9Lp4Rw8Kd3Nf6Hs1Jb5Gc0Ty_Ue-Oa"
 
 
 @pytest.fixture(autouse=True)
@@ -179,7 +179,8 @@ async def test_a_run_of_hostile_texts_gives_a_record_tables_and_a_page_that_do_n
             value = [*value, *value.values()]
         return [t for v in value for t in texts(v)] if isinstance(value, list) else [value]
 
-    inside = [t for t in texts(json.loads((tmp_path / "run.json").read_text())) if isinstance(t, str)]
+    record = json.loads((tmp_path / "run.json").read_text())
+    inside = [text for text in texts(record) if isinstance(text, str)]
     assert len(inside) > 40 and not [t for t in inside if ACTS.search(t)]
     for frame in (result.frame(), result.iterations_frame()):
         save_table(frame, tmp_path / "t.csv")
@@ -206,8 +207,8 @@ def test_markers_that_only_hidden_signs_tell_apart_are_refused():
 
 @pytest.mark.parametrize("text, noted", [
     ("黄昏的灯塔，守塔人穿着黄色外套", True), ("حارس المنارة عند الغروب", True),
-    ("Маяк на закате", True), ("a lighthouse at dusk, 灯塔", False), ("Été à la plage, naïve", False),
-    ("12:30 🦊", False), ("", False),
+    ("Маяк на закате", True), ("a lighthouse at dusk, 灯塔", False),
+    ("Été à la plage, naïve", False), ("12:30 🦊", False), ("", False),
 ])
 def test_a_text_in_a_script_that_english_towers_do_not_know_is_noted(text, noted):
     from refimg.adapters.clip import Aesthetic, ClipScore, PickScore

@@ -153,7 +153,9 @@ def resolve_placement(
         mps = "mps" if torch.backends.mps.is_available() else "cpu"
         device = "cuda" if torch.cuda.is_available() else mps
     if dtype == "auto" and device.startswith("cuda"):
-        exact = torch.cuda.get_device_capability(device) >= (8, 0)
+        exact = False
+        with suppress(AssertionError, RuntimeError):  # no such device: loading the model says so
+            exact = torch.cuda.get_device_capability(device) >= (8, 0)
         dtype = "bfloat16" if exact else "float16"
     return device, "float32" if dtype == "auto" else dtype
 

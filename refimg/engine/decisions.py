@@ -277,7 +277,7 @@ class Rerun:
         given = [None if item.stop_reason == "failed" else item for item in made]
         scenes = list(result.story.scenes)
         if prompt is not None:
-            scenes[scene - 1] = Scene(**dict(scenes[scene - 1]) | {"prompt": prompt})
+            scenes[scene - 1] = Scene.model_validate(dict(scenes[scene - 1]) | {"prompt": prompt})
             given[scene - 1] = None
         story = result.story.model_copy(update={"scenes": scenes})
         again = [scene, *dependents(chain, scene, len(scenes))]

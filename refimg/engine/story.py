@@ -33,7 +33,7 @@ class Scene(BaseModel, frozen=True, extra="forbid"):
 # %% ../../nbs/engine/story.ipynb #3a427773
 def map_paths(
     value: Any,  # a record, or lists, tuples and dicts of them
-    change: Callable[[Path], Path],  # applied to every path
+    change: Callable[[Path], Path | str],  # applied to every path
 ) -> Any:
     """Return the same value with every Path in it changed."""
     if isinstance(value, Path):

@@ -10,7 +10,7 @@ import json
 import logging
 import re
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 # %% auto #0
 __all__ = ['decode_text', 'is_json', 'read_json', 'read_yaml']
@@ -38,7 +38,7 @@ def _loader() -> type:
     class Loader(yaml.SafeLoader):
         """A safe loader: plain values are texts, and a key stands once."""
 
-        yaml_implicit_resolvers = {
+        yaml_implicit_resolvers: ClassVar[dict] = {
             first: [rule for rule in rules if rule[0].endswith((":null", ":merge"))]
             for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 
