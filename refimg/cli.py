@@ -30,6 +30,7 @@ from .enhance import enhance_prompt_iterative
 from .generate import generate_images
 from .pipeline import Pipeline, SceneResult, Story, StoryResult
 from .score import ImageScores, rank_images_by_quality, score_images
+from .storage.documents import decode_text, is_json
 from .storage.extras import EXTRAS, missing_extra
 from .storage.files import check_id, clean_text
 from .storage.secrets import log_line, redact
@@ -131,10 +132,9 @@ def _standard_input() -> str:
     if sys.stdin is None:
         raise ValueError("standard input must be open to be read, got a closed one: give the "
                          "text or a file in place of -")
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
     try:
-        return sys.stdin.read()
+        binary = getattr(sys.stdin, "buffer", None)
+        return decode_text(binary.read()) if binary else sys.stdin.read()
     except UnicodeDecodeError as error:
         wrong = error.object[error.start : error.end]
         raise ValueError(f"standard input must be UTF-8, got {wrong!r}") from error
@@ -152,14 +152,10 @@ def _story_of(given: str) -> Story:
     """Read the story from a file, or for `-` from standard input, as YAML or JSON."""
     if given != "-":
         return Story.load(given)
-    import yaml
-
     text = _standard_input()
     try:
-        with contextlib.suppress(json.JSONDecodeError):
-            return Story.model_validate(json.loads(text))
-        return Story.model_validate(yaml.safe_load(text))
-    except (ValueError, yaml.YAMLError) as error:
+        return Story.read(text, "standard input", as_json=is_json(text))
+    except ValueError as error:
         raise ValueError("standard input must be a story in YAML or JSON, "
                          f"got {text!r:.80}: {error}") from error
 
@@ -177,7 +173,8 @@ _Prompt = Annotated[str, typer.Argument(help='The prompt; "-" reads it from stan
 _StoryFile = Annotated[str, typer.Argument(
     metavar="STORY", help='A story, YAML or JSON; "-" reads it from standard input.')]
 _Json = Annotated[bool, typer.Option("--json", help="One JSON value on standard output.")]
-_Folder = Annotated[Path, typer.Option("--output-dir", "-o", help="Where the images go.")]
+_Folder = Annotated[Path, typer.Option(
+    "--output-dir", "-o", help="Where the images go.", callback=Path.expanduser)]
 _Variations = Annotated[int, typer.Option("--variations", "-n", help="Images a scene, 1 to 20.")]
 _Iterations = Annotated[int, typer.Option(
     "--iterations", "-i", help="Iterations of the two agents at most, 0 to 10.")]
@@ -358,7 +355,8 @@ def report(
     json_value: _Json = False,  # True: the page's path as JSON
 ) -> None:
     """Write one HTML file that shows a run."""
-    target = output or result.with_suffix(".html")
+    result = result.expanduser()
+    target = output.expanduser() if output else result.with_suffix(".html")
     if target.resolve() == result.resolve():
         raise ValueError(f"output must be a file other than the record, got {str(target)!r}")
     if target.is_dir():

@@ -31,7 +31,8 @@ from .engine.fence import fence, read_fences
 from .engine.instructions import CRITIC, DIMENSIONS, DIRECTOR, NEGATIVE
 from .engine.intent import lost_intent
 from .engine.costs import sum_known
-from .engine.protocols import ChatModel, CleanText, Message, Reply, Usage
+from .engine.protocols import ChatModel, CleanText, Message, Reply, Usage, visible_text
+from .storage.secrets import SafeText
 
 # %% auto #0
 __all__ = ['StopReason', 'Critique', 'Iteration', 'ImagePromptEnhancementResult', 'stop_reason', 'director_messages',
@@ -106,11 +107,11 @@ class ImagePromptEnhancementResult(BaseModel, frozen=True):
     final_score: Critique | None  # of the best iteration
     total_iterations: int  # how many usable ones there were
     stop_reason: StopReason  # why it ended
-    director: str  # name of the model that wrote
-    critic: str  # name of the model that criticised
+    director: CleanText  # name of the model that wrote
+    critic: CleanText  # name of the model that criticised
     cost: float | None = None  # USD of all calls; None if one of them is not known
     seconds: float  # from the first call to the last
-    warnings: list[str] = []  # what was lost: iterations, words of the original, a negative prompt
+    warnings: list[SafeText] = []  # what was lost: iterations, words, a negative prompt
 
 # %% ../nbs/00_enhance.ipynb #ac152e64
 def stop_reason(
@@ -422,7 +423,7 @@ async def enhance_prompt_iterative(
     trace_dir: Path | str | None = None,  # a folder for the trace; None: none is written
 ) -> ImagePromptEnhancementResult:
     """Enhance a prompt: return its best version, and every iteration that led there."""
-    if not isinstance(user_prompt, str) or not user_prompt.strip():
+    if not isinstance(user_prompt, str) or not (text := visible_text(user_prompt)).strip():
         raise ValueError(f"user_prompt must be a text that is not blank, got {user_prompt!r}")
     if type(max_iterations) is not int or not 0 <= max_iterations <= 10:
         raise ValueError(
@@ -431,16 +432,13 @@ async def enhance_prompt_iterative(
     if not number or not 0 <= score_threshold <= 100:
         raise ValueError(
             f"score_threshold must be a number from 0 to 100, got {score_threshold!r}")
-    notes = _context_text(context)
-    for name, text in (("user_prompt", user_prompt), ("context", notes)):
-        if any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise ValueError(f"{name} must be valid Unicode, got half of a surrogate pair")
+    notes = visible_text(_context_text(context))
     if director is None or critic is None:
         from refimg import defaults
 
         director, critic = director or defaults.director(), critic or defaults.critic()
-    trace = EnhancementTrace(trace_dir, user_prompt)
-    going = Enhancement(user_prompt, notes, director, critic, trace)
+    trace = EnhancementTrace(trace_dir, text)
+    going = Enhancement(text, notes, director, critic, trace)
     started = time.monotonic()
     reason = await going.run(max_iterations, score_threshold)
     unwanted = await going.negative_prompt() if negative and going.best else None

@@ -22,17 +22,25 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from PIL import Image
 from pydantic import BaseModel
 
-from .engine.protocols import Call, GeneratedImage, ImageModel, ImageRequest, RawScore
+from refimg.engine.protocols import (
+    Call,
+    CleanText,
+    GeneratedImage,
+    ImageModel,
+    ImageRequest,
+    RawScore,
+    visible_text,
+)
 from .engine.tasks import is_cancelled
 from refimg.storage.files import (
     check_stem,
-    clean_text,
     decode_image,
     encode_png,
     read_image,
     save_numbered,
 )
 from .storage.images import is_blank
+from .storage.secrets import redact
 
 if TYPE_CHECKING:
     from refimg.score import ImageScores
@@ -49,8 +57,8 @@ class ImageGenerationResult(BaseModel, frozen=True, protected_namespaces=()):
     """One image on disk and how it was made."""
 
     image_path: Path  # absolute
-    model_name: str  # who drew it
-    prompt: str  # what was sent
+    model_name: CleanText  # who drew it
+    prompt: CleanText  # what was sent
     seed: int | None = None  # as reported, else as sent; None: seedless
     aspect_ratio: str  # as asked for
     references: tuple[Path, ...] = ()  # what was sent along
@@ -60,7 +68,7 @@ class ImageGenerationResult(BaseModel, frozen=True, protected_namespaces=()):
     cost: float | None = None  # USD; None: unknown
     generation_time: float  # seconds of the model's call
     timestamp: str  # when the bytes arrived, ISO 8601 UTC
-    provider_id: str | None = None  # the provider's name for the call
+    provider_id: CleanText | None = None  # the provider's name for the call
 
 
 _logger = logging.getLogger(__name__)
@@ -125,7 +133,7 @@ class Candidate:
         """Write the image, once, also if the caller is cancelled meanwhile."""
         async def work() -> ImageGenerationResult:
             await self.decode()
-            where = Path(output_dir), stem, first, again
+            where = Path(os.path.expanduser(output_dir)), stem, first, again
             self.image = await _in_thread(self._write, self.pixels, *where)
             return self.image
 
@@ -219,7 +227,7 @@ def check_references(
     references: Iterable[str | Path],  # image files
 ) -> tuple[Path, ...]:
     """Return their absolute paths; a ValueError names one that is missing or no image."""
-    paths = tuple(Path(path).resolve() for path in references)
+    paths = tuple(Path(os.path.expanduser(path)).resolve() for path in references)
     for path in paths:
         read_image(path)
     return paths
@@ -239,7 +247,8 @@ class GenerationFailed(RuntimeError):
     def __str__(self) -> str:
         listed = [f"{type(cause).__name__}: {cause}"[:500] for cause in self.causes[:20]]
         more = len(self.causes) - len(listed)
-        return "; ".join([self.what, *listed, *([f"and {more} more"] if more else [])])
+        told = [self.what, *listed, *([f"and {more} more"] if more else [])]
+        return redact("; ".join(told))
 
 # %% ../nbs/01_generate.ipynb #e845876a
 async def _attempt(model: ImageModel, request: ImageRequest) -> Candidate | BaseException:
@@ -299,7 +308,7 @@ async def generate_images(
         from refimg.defaults import image_model
 
         model = image_model()
-    if not isinstance(prompt, str) or not prompt.strip():
+    if not isinstance(prompt, str) or not (text := visible_text(prompt)).strip():
         raise ValueError(f"prompt must be a text that is not blank, got {prompt!r}")
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
         raise ValueError(f"seed must be a whole number or None, got {seed!r}")
@@ -309,7 +318,7 @@ async def generate_images(
                 references=len(given))
 
     def look_at_files() -> tuple[tuple[Path, ...], Path]:
-        paths, folder = check_references(given), Path(output_dir).resolve()
+        paths, folder = check_references(given), Path(os.path.expanduser(output_dir)).resolve()
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -318,11 +327,11 @@ async def generate_images(
         return paths, folder
 
     paths, folder = await _in_thread(look_at_files)
-    unwanted = clean_text(negative_prompt) if negative_prompt else None
+    unwanted = visible_text(negative_prompt) if negative_prompt else None
     seed = _if_taken(model, model.takes_seed, "seed", seed)
     unwanted = _if_taken(model, model.takes_negative_prompt, "negative prompt", unwanted)
     requests = [
-        ImageRequest(prompt=clean_text(prompt), negative_prompt=unwanted, references=paths,
+        ImageRequest(prompt=text, negative_prompt=unwanted, references=paths,
                      aspect_ratio=aspect_ratio, seed=variation_seed(seed, 1, k),
                      slot=f"{stem}/v{k}/a1")
         for k in range(1, num_variations + 1)

@@ -21,8 +21,16 @@ from PIL import Image
 from pydantic import BaseModel
 
 from .engine.calibration import Calibration, calibrate, calibrated
-from .engine.protocols import Batch, RawScore, Scorer
-from .storage.files import clean_text, read_image
+from refimg.engine.protocols import (
+    Batch,
+    CleanText,
+    RawScore,
+    Scorer,
+    clean_text,
+    visible_text,
+)
+from .storage.files import read_image
+from .storage.secrets import SafeText
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'raw_scores', 'ImageScores', 'check_weights', 'normalized_weights', 'shares', 'group_overalls', 'grade',
@@ -88,9 +96,9 @@ class ImageScores(BaseModel, frozen=True, allow_inf_nan=False):
     metrics: dict[str, float | None] = {}  # by scorer name, 0–100; None: could not be had
     overall: float | None = None  # 0–100; None: unscored, see notes["overall"]
     raw: dict[str, float | None] = {}  # by scorer name, in the scorer's unit
-    models: dict[str, str] = {}  # by scorer name, checkpoint and revision
-    calibrations: dict[str, str] = {}  # by scorer name, id of the map to 0–100
-    notes: dict[str, str] = {}  # by scorer name or "overall": why None, or what to know
+    models: dict[str, CleanText] = {}  # by scorer name, checkpoint and revision
+    calibrations: dict[str, CleanText] = {}  # by scorer name, id of the map to 0–100
+    notes: dict[str, SafeText] = {}  # by scorer name or "overall": why None, or what to know
 
     @property
     def pickscore(self) -> float | None:
@@ -249,6 +257,9 @@ def scoring_thread() -> ThreadPoolExecutor:
         return _thread_of(os.getpid())
 
 # %% ../nbs/02_score.ipynb #4fd41d6f
+_AT_ONCE = 16_000_000  # pixels; as soon as so many are read they are scored, and let go
+
+
 async def score_images(
     image_paths: Sequence[Path],  # the image files of one group
     prompt_text: str,  # the text they are scored against; not blank
@@ -257,7 +268,8 @@ async def score_images(
     weights: dict[str, float] | None = None,  # by scorer name; None: by name, see `WEIGHTS`
 ) -> list[ImageScores]:
     """Score the files as one group: one record per image, in order."""
-    if not prompt_text.strip():
+    text = visible_text(prompt_text)
+    if not text.strip():
         raise ValueError(f"prompt_text must be a text that is not blank, got {prompt_text!r}")
     paths = list(image_paths)
 
@@ -268,18 +280,24 @@ async def score_images(
 
             used = default_scorers()
         check_weights([scorer.name for scorer in used], weights)
-        opened: list[Image.Image | str] = []
-        for path in paths:
+        rows: list[dict[str, RawScore]] = [{}] * len(paths)
+        waiting: dict[int, Image.Image] = {}
+
+        def score_waiting() -> None:
+            found = raw_scores(Batch(tuple(waiting.values()), text), used)
+            for place, row in zip(waiting, found, strict=True):
+                rows[place] = row
+            waiting.clear()
+
+        for place, path in enumerate(paths):
             try:
-                opened.append(read_image(path))
+                waiting[place] = read_image(path)
             except Exception as error:
-                opened.append(f"the image could not be opened, {_reason(error)}")
-        images = tuple(item for item in opened if isinstance(item, Image.Image))
-        found = iter(raw_scores(Batch(images, prompt_text), used))
-        rows = [
-            {s.name: RawScore(None, item) for s in used} if isinstance(item, str) else next(found)
-            for item in opened
-        ]
+                unread = RawScore(None, f"the image could not be opened, {_reason(error)}")
+                rows[place] = {scorer.name: unread for scorer in used}
+            if sum(image.width * image.height for image in waiting.values()) >= _AT_ONCE:
+                score_waiting()
+        score_waiting()
         return grade(rows, used, weights)
 
     return await asyncio.get_running_loop().run_in_executor(scoring_thread(), score_files)

@@ -34,6 +34,7 @@ HOSTILE = (
     '<img src=x onerror=alert(1)></script> $\\frac{ [/red] \x1b[31m \u202eevil =HYPERLINK("x")'
     "\n\ndata: {}\r\nevent: end"
 )
+HARMLESS = HOSTILE.replace("\x1b[31m", "").replace("\u202e", "")
 
 
 # whole processes
@@ -221,7 +222,7 @@ def test_hostile_text_stays_text(client):
     assert ended(client, "hostile")["state"] == "done"
     result = client.get("/generations/hostile/result")
     assert result.headers["content-type"] == "application/json"
-    assert result.json()["scenes"][0]["prompt"] == HOSTILE
+    assert result.json()["scenes"][0]["prompt"] == HARMLESS
     with client.stream("GET", "/generations/hostile/events") as answer:
         lines = [line for line in answer.iter_lines() if line]
     assert {line.partition(": ")[0] for line in lines} == {"event", "data", "id"}

@@ -30,6 +30,7 @@ from .test_project import wheel  # noqa: F401
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("enhance", "generate", "score", "estimate", "run", "report", "load", "doctor")
 HOSTILE = "<img src=x onerror=alert(1)> [/red] \x1b]0;owned\x07\x1b[2J \u202egnp.exe =HYPERLINK(1)"
+HARMLESS = "<img src=x onerror=alert(1)> [/red]  gnp.exe =HYPERLINK(1)"
 OBEYED = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 STORY = {"scenes": [{"prompt": "A keeper at dawn."}, {"prompt": "The keeper at night."}]}
 
@@ -376,9 +377,9 @@ def test_a_terminal_obeys_nothing_that_a_stranger_wrote(world, tmp_path):
     world["director"].script = lambda m, s, n: f"{HOSTILE} {n}"
     prompt = HOSTILE + "\nsecond line"
     enhanced, exact = refimg("enhance", prompt), refimg("enhance", prompt, "--json")
-    assert "[/red] \\x1b]0;owned\\x07" in enhanced.stdout
-    assert value(exact)["final_prompt"].startswith(HOSTILE)
-    assert value(exact)["original_prompt"] == prompt
+    assert enhanced.stdout.startswith(HARMLESS)
+    assert value(exact)["final_prompt"].startswith(HARMLESS)
+    assert value(exact)["original_prompt"] == f"{HARMLESS}\nsecond line"
     world["image_model"].script = lambda request, number: ValueError(HOSTILE)
     story = {"scenes": [{"prompt": prompt}], "consistency_markers": {"x": HOSTILE}}
     runs = [refimg("run", "-", "-n", 1, "-o", tmp_path, *words, stdin=json.dumps(story))
@@ -396,8 +397,8 @@ def test_a_record_is_exact_and_its_numbers_are_json(world, tmp_path):
     done = refimg("run", "-", "-n", 1, "-o", tmp_path, "--json", stdin=json.dumps(story))
     assert done.exit_code == 0, done.stderr
     told = value(done)["story"]
-    assert told["scenes"][0]["prompt"] + "🦊" == told["title"] == HOSTILE + "🦊"
-    assert told["consistency_markers"] == {"x": HOSTILE, "odd": None}
+    assert told["scenes"][0]["prompt"] + "🦊" == told["title"] == HARMLESS + "🦊"
+    assert told["consistency_markers"] == {"x": HARMLESS, "odd": None}
 
 
 def test_what_a_library_prints_is_not_the_result(world):

@@ -439,7 +439,8 @@ def test_half_precision_only_where_it_pays(monkeypatch, cuda, bf16, device, dtyp
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    capability = (8, 0) if bf16 else (7, 5)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert resolve_placement(device, dtype) == wanted
 

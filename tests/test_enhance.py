@@ -502,8 +502,7 @@ async def test_only_the_final_prompt_is_held_to_the_original():
         ({"prompt": " \n\t\u3000"}, "user_prompt"),
         ({"prompt": None}, "user_prompt"),
         ({"prompt": b"bytes"}, "user_prompt"),
-        ({"prompt": "half \ud800 pair"}, "user_prompt"),
-        ({"context": {"style": "\udfff"}}, "context"),
+        ({"prompt": "\0\x1b[0m\ufeff"}, "user_prompt"),
         ({"max_iterations": -1}, "max_iterations"),
         ({"max_iterations": 11}, "max_iterations"),
         ({"max_iterations": True}, "max_iterations"),
@@ -532,7 +531,7 @@ LANGUAGES = [
     "灯台守が夕暮れに手紙を読む。「静かに」と書いてある。",
     "حارس المنارة يقرأ رسالة عند الغسق",
     "Ein Leuchtturmwärter in Sankt Peter-Ording, 3 Möwen 🐦‍⬛👩🏽‍🚀",
-    "e\u0301te\u0301 \u202eright to left\u202c \x00 zero",
+    "e\u0301te\u0301 \u200fright to left\r\n\tzero",
     "A keeper. " * 1000,
     "x" * 10_000,
     "{" * 5000 + "`" * 5000,
@@ -567,9 +566,9 @@ def test_half_a_surrogate_pair_in_an_answer_harms_nothing():
         critique(70).replace("as scripted", "\\ud83d\\ude00 \\ud800").replace("more", "\\udc00")
     )
     found = parse_critique(answer)
-    assert found.critique == "😀 ?" and found.improvements == ["?"]
+    assert found.critique == "😀 \ufffd" and found.improvements == ["\ufffd"]
     assert Critique.model_validate_json(found.model_dump_json()) == found
-    assert Reply(text="a\ud800b").text == "a?b"
+    assert Reply(text="a\ud800b").text == "a\ufffdb"
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import ipywidgets
 import pytest
 
 from refimg.engine.decisions import vetoes
+from refimg.engine.protocols import visible_text
 from refimg.enhance import Critique
 from refimg.gallery import Gallery, human_agreement, preferences, veto
 from refimg.pipeline import Pipeline, Scene, Story, StoryResult, choose, rescore
@@ -589,6 +590,7 @@ async def test_no_text_becomes_markup(tmp_path, text):
     gallery.veto(1, 1, text)
     gallery.closer = [1, 2]
     assert shown(gallery) and read(gallery.static()).words
-    assert json.loads(gallery.path.read_text("utf-8"))["history"][-1]["reason"] == text
-    assert preferences(StoryResult.load(gallery.path))["reason"].tolist()[0] == text
+    kept = visible_text(text)
+    assert json.loads(gallery.path.read_text("utf-8"))["history"][-1]["reason"] == kept
+    assert preferences(StoryResult.load(gallery.path))["reason"].tolist()[0] == kept
     assert report(gallery.result).stat().st_size > 1000

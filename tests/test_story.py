@@ -181,10 +181,6 @@ BAD_STORIES = {
     "a text": ("hello", "mapping"),
     "nothing": ("", "mapping"),
     "no yaml": ("scenes: [", "read"),
-    "an image that is a number": (
-        "scenes: [{prompt: a}]\ninitial_reference_image: 5",
-        "initial_ref",
-    ),
     "an image that is a list": (
         "scenes: [{prompt: a}]\ninitial_reference_image: [a]",
         "initial_ref",
@@ -535,12 +531,14 @@ async def test_no_scenes_and_blank_prompts_are_refused(refused, scenes):
 
 
 @pytest.mark.parametrize("field", ["prompt", "continuity_note", "marker"])
-async def test_text_that_is_no_unicode_is_refused(refused, field):
-    half = "half of an emoji: \ud83c"
-    scene = {"prompt": "a calm harbour"} | ({field: half} if field != "marker" else {})
-    markers = {"style": half} if field == "marker" else {}
-    scenes = [Scene(prompt="a calm beach"), Scene(**scene)]
-    await refused([], Story(scenes=scenes, consistency_markers=markers))
+async def test_text_that_is_no_unicode_is_refused_in_a_story_that_was_not_checked(refused, field):
+    half, story = "half of an emoji: \ud83c", a_story(2)
+    if field == "marker":
+        story = story.model_copy(update={"consistency_markers": {"style": half}})
+    else:
+        scene = story.scenes[1].model_copy(update={field: half})
+        story = story.model_copy(update={"scenes": [story.scenes[0], scene]})
+    await refused([], story)
 
 
 @pytest.mark.parametrize(

@@ -104,9 +104,9 @@ class _ClipScorer:
         return self._score_with(self.embedder(), batch)
 
     def _cosines(self, embedder: Embedder, batch: Batch) -> tuple[list[float], str]:
-        vector, count = embedder.text(batch.prompt)
-        note = f"text scored in {count} windows" if count > 1 else ""
-        return (embedder.images(batch, self.view) @ vector).tolist(), note
+        vector, _ = embedder.text(batch.prompt)
+        cosines = (embedder.images(batch, self.view) @ vector).tolist()
+        return cosines, embedder.text_note(batch.prompt)
 
     def _score_with(self, embedder: Embedder, batch: Batch) -> list[RawScore]:
         cosines, note = self._cosines(embedder, batch)
@@ -135,7 +135,8 @@ class PickScore(_ClipScorer):
         dtype: str = "auto",  # "auto", "float32", "bfloat16" or "float16"
         view: Literal["crop", "whole"] = "crop",  # the authors' crop, or the whole frame
     ):
-        source = PICKSCORE if folder is None else Folder(Path(folder), PICKSCORE.needs)
+        own = None if folder is None else Path(folder).expanduser()
+        source = Folder(own, PICKSCORE.needs) if own else PICKSCORE
         super().__init__(source, load_transformers, device, dtype, view)
 
     def to_100(

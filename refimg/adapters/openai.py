@@ -32,7 +32,7 @@ from refimg.adapters.network import (
 from .prices import PriceTable
 from .retry import Account, Failure
 from ..engine.protocols import Call, Message, Reply, Usage
-from ..storage.secrets import log_line, remember
+from ..storage.secrets import hide_secrets, log_line, remember
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -111,8 +111,8 @@ def _read_completion(
     used = getattr(completion, "usage", None)
     read, written = (getattr(used, f"{name}_tokens", None) for name in ("prompt", "completion"))
     if type(read) is int and type(written) is int and min(read, written) >= 0:
-        return Reply(text=text, usage=Usage(input_tokens=read, output_tokens=written))
-    return Reply(text=text)
+        return Reply(text=hide_secrets(text), usage=Usage(input_tokens=read, output_tokens=written))
+    return Reply(text=hide_secrets(text))
 
 # %% ../../nbs/adapters/openai.ipynb #4fc902a9
 _HINT = re.compile(r"again in (?:(\d+)m)? ?(\d+(?:\.\d+)?) ?(ms|s)\b")

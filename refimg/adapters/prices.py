@@ -105,7 +105,7 @@ class PriceTable:
 
     def rows(self) -> dict[str, Price]:
         """Return every row by the name of its model."""
-        path = os.environ.get("REFIMG_PRICES", "").strip()
+        path = os.path.expanduser(os.environ.get("REFIMG_PRICES", "").strip())
         try:
             self._good[path] = _read(path, os.stat(path).st_mtime_ns) if path else {}
             return PRICES | self._good[path]

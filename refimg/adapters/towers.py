@@ -12,6 +12,7 @@ import math
 import re
 import sys
 import threading
+import unicodedata
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -152,7 +153,9 @@ def resolve_placement(
         mps = "mps" if torch.backends.mps.is_available() else "cpu"
         device = "cuda" if torch.cuda.is_available() else mps
     if dtype == "auto" and device.startswith("cuda"):
-        exact = torch.cuda.is_bf16_supported(including_emulation=False)
+        exact = False
+        with suppress(AssertionError, RuntimeError):  # no such device: loading the model says so
+            exact = torch.cuda.get_device_capability(device) >= (8, 0)
         dtype = "bfloat16" if exact else "float16"
     return device, "float32" if dtype == "auto" else dtype
 
@@ -175,6 +178,7 @@ class Towers:
     limit: int  # tokens that fit, start and end not counted
     scale: float  # factor of the cosine in the model's own unit
     side: int = 224  # pixels of the square that the image tower sees
+    english: bool = True  # whether its texts were English, as those of CLIP's own vocabulary
 
 
 def _unit(features: Any) -> torch.Tensor:
@@ -253,13 +257,10 @@ def load_transformers(
 
 # %% ../../nbs/adapters/towers.ipynb #22199eff
 @contextmanager
-def _no_warning() -> Iterator[None]:
-    """Keep open_clip from warning that the model it makes has no weights yet.
-
-    It logs at the root, which would set up a handler there if there were none.
-    """
-    root, empty = logging.getLogger(), "Model initialized randomly"
-    root.addFilter(quiet := lambda record: empty not in record.getMessage())
+def _quiet_open_clip() -> Iterator[None]:
+    """Keep open_clip from logging at the root, where it would set up a handler if none were."""
+    root = logging.getLogger()
+    root.addFilter(quiet := lambda record: "open_clip" not in Path(record.pathname).parts)
     root.addHandler(held := logging.NullHandler())
     try:
         yield
@@ -318,7 +319,7 @@ def load_open_clip(
 
     folder, half = Path(folder).resolve(), getattr(torch, dtype)
     own = {"bpe_path": str(folder / "bpe.txt.gz")} if (folder / "bpe.txt.gz").exists() else {}
-    with _no_warning():
+    with _quiet_open_clip():
         made, preprocess = _open_clip_model(folder, model, pretrained)
         tokens = import_open_clip().get_tokenizer(model or f"local-dir:{folder}", **own)
     scale = float(made.logit_scale.detach().float().exp())
@@ -339,11 +340,11 @@ def load_open_clip(
     def count(text: str) -> int:
         if by_open_clip:
             return len(tokens.encode(text))
-        return len(tokens.tokenizer(tokens.clean_fn(text))["input_ids"]) - spare
+        return len(tokens.tokenizer(tokens.clean_fn(text), verbose=False)["input_ids"]) - spare
 
     side = made.visual.image_size
     side = side if isinstance(side, int) else max(side)
-    return Towers(images, texts, count, tokens.context_length - spare, scale, side)
+    return Towers(images, texts, count, tokens.context_length - spare, scale, side, by_open_clip)
 
 # %% ../../nbs/adapters/towers.ipynb #68cc7c14
 class Embedder:
@@ -401,6 +402,19 @@ class Embedder:
             while len(self._texts) > self.remember:
                 self._texts.popitem(last=False)
             return self._texts[prompt]
+
+    def text_note(
+        self,
+        prompt: str,  # as for `text`
+    ) -> str:
+        """Return what a reader of its scores should know: windows, a script it does not know."""
+        count = self.text(prompt)[1]
+        notes = [f"text scored in {count} windows"] * (count > 1)
+        letters = [sign for sign in prompt if sign.isalpha()]
+        latin = sum(unicodedata.name(sign, "").startswith("LATIN") for sign in letters)
+        if letters and 2 * latin <= len(letters) and self.towers().english:
+            notes.append("the model knows English, and the text is mostly in another script")
+        return "; ".join(notes)
 
     def images(
         self,

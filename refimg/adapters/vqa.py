@@ -133,6 +133,9 @@ class _ModelFiles:
             raise ValueError(reason)
 
 # %% ../../nbs/adapters/vqa.ipynb #9c12b205
+_TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"  # as transformers has it
+
+
 @dataclass(frozen=True)
 class Reader:
     """A loaded vision-language model, and the tokens with which it can answer."""
@@ -173,6 +176,8 @@ class Reader:
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
+        # a long text is no error to a model that takes it: without this a warning says so
+        tokenizer.deprecation_warnings[_TOO_LONG] = True
         words = tokenizer.get_vocab()
         yes, no = answer_tokens(words, "yes"), answer_tokens(words, "no")
         return cls(files.name(), loaded, processor, yes, no)

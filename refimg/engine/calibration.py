@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from pathlib import Path
@@ -59,7 +60,7 @@ class Calibration(BaseModel, frozen=True, allow_inf_nan=False):
         path: str | Path,  # a JSON file, overwritten if it exists
     ) -> None:
         """Save the map as JSON."""
-        Path(path).write_text(self.model_dump_json(indent=1), "utf-8")
+        Path(os.path.expanduser(path)).write_text(self.model_dump_json(indent=1), "utf-8")
 
     @classmethod
     def load(
@@ -68,7 +69,7 @@ class Calibration(BaseModel, frozen=True, allow_inf_nan=False):
     ) -> Calibration:
         """Load the map in that file."""
         try:
-            return cls.model_validate_json(Path(path).read_text("utf-8"))
+            return cls.model_validate_json(Path(os.path.expanduser(path)).read_text("utf-8"))
         except ValueError as error:
             text = f"path must be a saved calibration, got {str(path)!r}: {error}"
             raise ValueError(text) from error

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from .protocols import Scorer
 from .results import Event, SceneResult, StoryResult, threshold_warning
 from .settings import check_scorers, describe_scorers
-from .story import Story
+from .story import Scene, Story
 from ..enhance import ImagePromptEnhancementResult
 from ..generate import check_references
 from refimg.score import (
@@ -277,7 +277,7 @@ class Rerun:
         given = [None if item.stop_reason == "failed" else item for item in made]
         scenes = list(result.story.scenes)
         if prompt is not None:
-            scenes[scene - 1] = scenes[scene - 1].model_copy(update={"prompt": prompt})
+            scenes[scene - 1] = Scene.model_validate(dict(scenes[scene - 1]) | {"prompt": prompt})
             given[scene - 1] = None
         story = result.story.model_copy(update={"scenes": scenes})
         again = [scene, *dependents(chain, scene, len(scenes))]

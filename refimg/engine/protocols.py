@@ -5,6 +5,7 @@
 # %% ../../nbs/engine/protocols.ipynb #a1000004
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -17,8 +18,48 @@ if TYPE_CHECKING:
     from PIL import Image
 
 # %% auto #0
-__all__ = ['CleanText', 'Message', 'Usage', 'Reply', 'ChatModel', 'ImageRequest', 'GeneratedImage', 'ImageModel', 'Batch',
-           'RawScore', 'Scorer', 'Call', 'Ledger']
+__all__ = ['CleanText', 'clean_text', 'visible_text', 'map_texts', 'Message', 'Usage', 'Reply', 'ChatModel', 'ImageRequest',
+           'GeneratedImage', 'ImageModel', 'Batch', 'RawScore', 'Scorer', 'Call', 'Ledger']
+
+# %% ../../nbs/engine/protocols.ipynb #d1400003
+_ESCAPES = re.compile(
+    "(?:\x1b\\[|\x9b)[0-?]*[ -/]*[@-~]"  # colours, the cursor, the screen
+    "|(?:\x1b[]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x9c]*(?:\x07|\x1b\\\\|\x9c)"  # titles, links
+    "|\x1b[ -/]*[0-~]"
+)
+_BREAKS = re.compile("\r(?!\n)|[\x0b\x0c\x85]")
+_CONTROLS = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufeff]")
+
+
+def clean_text(
+    text: str,  # any Python string
+) -> str:
+    """Return the text with what UTF-8 cannot encode replaced."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def visible_text(
+    text: str,  # from a person, a file or a model
+) -> str:
+    """Return the text without what a terminal or a page would act on."""
+    return _CONTROLS.sub("", _BREAKS.sub("\n", _ESCAPES.sub("", clean_text(text))))
+
+
+def map_texts(
+    value: Any,  # a text, or lists, tuples and dicts of them
+    change: Callable[[str], str],  # applied to every text, keys included
+) -> Any:
+    """Return the same value with every text in it changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(map_texts(item, change) for item in value)
+    if isinstance(value, dict):
+        return {map_texts(key, change): map_texts(item, change) for key, item in value.items()}
+    return value
+
+
+CleanText = Annotated[str, AfterValidator(visible_text)]
 
 # %% ../../nbs/engine/protocols.ipynb #b5f5fb98
 class Message(BaseModel, frozen=True):
@@ -28,9 +69,6 @@ class Message(BaseModel, frozen=True):
     content: str  # the text of the message
 
 # %% ../../nbs/engine/protocols.ipynb #87d90a2c
-CleanText = Annotated[str, AfterValidator(lambda text: text.encode("utf-8", "replace").decode())]
-
-
 class Usage(BaseModel, frozen=True):
     """The tokens that a call consumed."""
 

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import json
 import math
+import ntpath
 import os
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel
 
+from .protocols import CleanText
 from .story import Story, map_paths
 from ..enhance import ImagePromptEnhancementResult
 from ..generate import ImageGenerationResult
 from ..score import ImageScores
 from ..storage.files import write_atomic
+from ..storage.secrets import SafeText
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,7 +51,7 @@ class SceneResult(BaseModel, frozen=True):
     reference_from: Literal["ranked", "first", "fallback", "carried", "human"]
     below_threshold: bool | None = None  # None: unscored, so neither
     stale: str | None = None  # why the scene no longer fits the one it follows; None: it does
-    warnings: list[str] = []  # what a person should know
+    warnings: list[SafeText] = []  # what a person should know
     timings: dict[str, float] = {}  # seconds: enhance, wait, generate, score; *_start
 
     @property
@@ -90,7 +93,7 @@ class Event(BaseModel, frozen=True):
     at: str | None = None  # when, ISO 8601 UTC; None: in a record of 0.1, which did not say
     scene: int | None = None  # from 1; None: all of them
     variation: int | None = None  # of that scene, from 1; None: no single one
-    reason: str = ""  # in the words of whoever decided
+    reason: CleanText = ""  # in the words of whoever decided
     before: dict[str, Any] = {}  # what this replaced
     after: dict[str, Any] = {}  # what holds since
 
@@ -149,6 +152,23 @@ def _from_0_1(fields: dict[str, Any]) -> dict[str, Any]:
     return fields | {"scenes": scenes, "settings": settings, "history": _events_of_0_1(old)}
 
 # %% ../../nbs/engine/results.ipynb #496b546c
+def _written(path: PurePath, folder: PurePath) -> str:
+    """Return the path relative to the folder, absolute from another drive, with `/` throughout."""
+    rules = ntpath if isinstance(path, PureWindowsPath) else os.path
+    try:
+        return type(path)(rules.relpath(path, folder)).as_posix()
+    except ValueError:  # Windows knows no way from one drive to another
+        return path.as_posix()
+
+
+def _read(text: str, folder: PurePath) -> str:
+    """Return the absolute path of what a record names, whichever system wrote it."""
+    if isinstance(folder, PureWindowsPath):
+        return ntpath.normpath(folder / text)
+    from_windows = "\\" in text and not os.path.exists(folder / text)
+    return os.path.normpath(folder / (text.replace("\\", "/") if from_windows else text))
+
+
 class StoryResult(BaseModel, frozen=True):
     """The result of a run: S scenes in, S references out, in the same order."""
 
@@ -236,11 +256,11 @@ class StoryResult(BaseModel, frozen=True):
         path: str | Path,  # a JSON file; its folder is made if it is missing
     ) -> None:
         """Save the result as JSON, with paths relative to the file."""
-        path = Path(path)
+        path = Path(os.path.expanduser(path))
         folder = path.parent.resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        relative = map_paths(self, lambda p: Path(os.path.relpath(p, folder)))
-        write_atomic(path, relative.model_dump_json(indent=1).encode())
+        relative = map_paths(self, lambda p: _written(p, folder))
+        write_atomic(path, relative.model_dump_json(indent=1, warnings=False).encode())
 
     @classmethod
     def load(
@@ -248,11 +268,12 @@ class StoryResult(BaseModel, frozen=True):
         path: str | Path,  # a file that `save` wrote, now or in version 0.1
     ) -> StoryResult:
         """Load a saved result, with absolute paths."""
-        folder, text = Path(path).parent.resolve(), Path(path).read_text("utf-8")
+        path = Path(os.path.expanduser(path))
+        folder, text = path.parent.resolve(), path.read_text("utf-8")
         with suppress(AttributeError, KeyError, TypeError, ValueError):  # pydantic says it better
             text = json.dumps(_from_0_1(json.loads(text)))
         result = cls.model_validate_json(text)
-        return map_paths(result, lambda p: Path(os.path.normpath(folder / p)))
+        return map_paths(result, lambda p: Path(_read(str(p), folder)))
 
     def __repr__(self) -> str:
         return f"StoryResult({self.generation_id}, {len(self.scenes)} scenes)"

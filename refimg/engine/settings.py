@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, Field, ValidationError
 
-from .protocols import ImageModel, Scorer
+from .protocols import CleanText, ImageModel, Scorer, visible_text
 from .story import Story
 from ..generate import check_model
 from ..score import check_weights
@@ -33,9 +33,9 @@ _TYPES = {
 class Settings(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=False):
     """The settings of a run as plain values, each within its range."""
 
-    director: str  # name of the chat model that writes
-    critic: str  # name of the chat model that criticises
-    image_model: str  # name of the model that draws
+    director: CleanText  # name of the chat model that writes
+    critic: CleanText  # name of the chat model that criticises
+    image_model: CleanText  # name of the model that draws
     scorers: list[dict[str, str]]  # name, model and calibration of each
     weights: dict[str, float] | None  # scorer's name -> weight; None: see `02_score`
     num_variations: int = Field(ge=1, le=20)  # images per scene
@@ -108,7 +108,8 @@ def describe_scorers(
     scorers: Sequence[Scorer],  # the configured ones
 ) -> list[dict[str, str]]:
     """List name, model and calibration of each, as records keep them."""
-    return [{"name": s.name, "model": s.model, "calibration": s.calibration} for s in scorers]
+    names = ("name", "model", "calibration")
+    return [{name: visible_text(getattr(s, name)) for name in names} for s in scorers]
 
 
 def settings_of(
@@ -187,7 +188,7 @@ def check_folder(
     """Return the folder as an absolute path; a ValueError where images could not be written."""
     if not isinstance(output_dir, (str, os.PathLike)):
         raise ValueError(f"output_dir must be a path, got {output_dir!r}")
-    folder = Path(output_dir).resolve()
+    folder = Path(os.path.expanduser(output_dir)).resolve()
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(f"output_dir must be a writable folder, got {str(output_dir)!r}")

@@ -5,12 +5,17 @@
 # %% ../../nbs/engine/story.ipynb #b2000004
 from __future__ import annotations
 
-import json
+import logging
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, field_validator
+
+from .protocols import CleanText, map_texts, visible_text
+from ..storage.documents import decode_text, read_json, read_yaml
 
 # %% auto #0
 __all__ = ['Scene', 'map_paths', 'Story']
@@ -19,16 +24,16 @@ __all__ = ['Scene', 'map_paths', 'Story']
 class Scene(BaseModel, frozen=True, extra="forbid"):
     """One scene: what its image shows, and how it follows from the scene before."""
 
-    prompt: str  # what the image shows, in plain words
-    continuity_note: str | None = None  # what continues from the scene before (from scene 2)
-    consistency_guideline: str | None = None  # what must look the same as elsewhere
-    transition_note: str | None = None  # how the scene before passes into this one (from scene 2)
+    prompt: CleanText  # what the image shows, in plain words
+    continuity_note: CleanText | None = None  # what continues from the scene before (from scene 2)
+    consistency_guideline: CleanText | None = None  # what must look the same as elsewhere
+    transition_note: CleanText | None = None  # how the scene before passes into this one
     subject_present: bool = True  # False: the story's subject is not in this image
 
 # %% ../../nbs/engine/story.ipynb #3a427773
 def map_paths(
     value: Any,  # a record, or lists, tuples and dicts of them
-    change: Callable[[Path], Path],  # applied to every path
+    change: Callable[[Path], Path | str],  # applied to every path
 ) -> Any:
     """Return the same value with every Path in it changed."""
     if isinstance(value, Path):
@@ -43,14 +48,38 @@ def map_paths(
     return value
 
 
+_logger = logging.getLogger(__name__)
+
+
 class Story(BaseModel, frozen=True, extra="forbid"):
     """Scenes in their order, and what all of them share."""
 
     scenes: list[Scene]  # at least one
-    title: str = ""  # for people; no model sees it
+    title: CleanText = ""  # for people; no model sees it
     consistency_markers: dict[str, Any] = {}  # style, color_palette, lighting, mood, …
-    brand: str | None = None  # what the agents measure brand alignment by
+    brand: CleanText | None = None  # what the agents measure brand alignment by
     initial_reference_image: Path | None = None  # the user's image, reference of scene 1
+
+    @field_validator("consistency_markers")
+    @classmethod
+    def _plain_markers(cls, markers: dict[str, Any]) -> dict[str, Any]:
+        """Make every text in the markers plain; two names may not become one."""
+        plain = map_texts(markers, visible_text)
+        if len(plain) < len(markers):
+            raise ValueError("names must be such that a reader can tell them apart, "
+                             f"got {list(markers)!r}")
+        return plain
+
+    @field_validator("initial_reference_image", mode="before")
+    @classmethod
+    def _no_address(cls, image: Any) -> Any:
+        """Refuse an address; `~` is the home folder."""
+        if not isinstance(image, (str, Path)):
+            return image
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/|data:", str(image)):
+            raise ValueError("must be the path of a file on this machine, so save the image "
+                             f"first, got the address {str(image)!r:.120}")
+        return os.path.expanduser(image)
 
     @classmethod
     def load(
@@ -58,21 +87,38 @@ class Story(BaseModel, frozen=True, extra="forbid"):
         path: str | Path,  # a YAML or JSON file; paths in it are relative to its folder
     ) -> Story:
         """Read the story in a file; a ValueError says what is wrong with it."""
-        import yaml
-
-        path = Path(path)
+        path = Path(os.path.expanduser(path))
         try:
-            text = path.read_text("utf-8")
-            fields = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
-        except (OSError, ValueError, yaml.YAMLError) as error:
+            text = decode_text(path.read_bytes())
+        except (OSError, ValueError) as error:
             raise ValueError(f"{path} cannot be read as a story: {error}") from error
+        story = cls.read(text, str(path), as_json=path.suffix.lower() == ".json")
+        return map_paths(story, lambda image: path.parent / image)
+
+    @classmethod
+    def read(
+        cls,
+        text: str,  # YAML or JSON
+        source: str,  # where it is from, for errors
+        *,
+        as_json: bool,  # True: nothing but JSON will do
+    ) -> Story:
+        """Read the story in a text; a ValueError says what is wrong with it."""
+        try:
+            fields = read_json(text) if as_json else read_yaml(text)
+        except ValueError as error:
+            raise ValueError(f"{source} cannot be read as a story: {error}") from error
         if not isinstance(fields, dict):
-            raise ValueError(f"{path} must be a mapping with `scenes`, got {fields!r:.80}")
+            raise ValueError(f"{source} must be a mapping with `scenes`, got {fields!r:.80}")
         try:
             story = cls.model_validate(fields)
         except ValidationError as error:
-            raise ValueError(f"{path} cannot be read as a story: {cls._faults(error)}") from error
-        return map_paths(story, lambda image: path.parent / image)
+            raise ValueError(f"{source} cannot be read as a story: {cls._faults(error)}") from error
+        for name, value in story.consistency_markers.items():
+            if value is None:
+                _logger.warning("%s: consistency_markers, %s has no value and is left out; in YAML "
+                                "a value that begins with # must be in quotes", source, name)
+        return story
 
     @staticmethod
     def _faults(error: ValidationError) -> str:
@@ -82,7 +128,8 @@ class Story(BaseModel, frozen=True, extra="forbid"):
             at = fault["loc"]
             if at[:1] == ("scenes",) and len(at) > 1:
                 at = (f"scene {int(at[1]) + 1}", *at[2:])
-            told.append(f"{', '.join(map(str, at))}: {plain.get(fault['type'], fault['msg'])}")
+            what = fault.get("ctx", {}).get("error") or fault["msg"]
+            told.append(f"{', '.join(map(str, at))}: {plain.get(fault['type'], what)}")
         return "; ".join(told)
 
     def normalized(self) -> Story:

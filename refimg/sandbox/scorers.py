@@ -151,8 +151,7 @@ class _TextScorer(_Trained):
 
     def _cosines(self, batch: Batch, factor: float = 1.0) -> list[RawScore]:
         """Return the cosine of each image with the text, times the factor; note windows."""
-        vector, count = self.embedder.text(batch.prompt)
-        note = f"text scored in {count} windows" if count > 1 else ""
+        vector, note = self.embedder.text(batch.prompt)[0], self.embedder.text_note(batch.prompt)
         found = (self.embedder.images(batch) @ vector).tolist()
         return [RawScore(factor * cosine, note) for cosine in found]
 

@@ -20,11 +20,12 @@ from zlib import crc32
 
 from PIL import Image, PngImagePlugin
 
+from ..engine.protocols import clean_text
 from .images import decode_image, read_image, truth_note
 
 # %% auto #0
-__all__ = ['check_id', 'check_stem', 'clean_text', 'encode_png', 'sync_folder', 'write_atomic', 'is_old', 'sweep_temporary',
-           'save_numbered', 'decode_image', 'read_image']
+__all__ = ['check_id', 'check_stem', 'encode_png', 'sync_folder', 'write_atomic', 'is_old', 'sweep_temporary', 'save_numbered',
+           'decode_image', 'read_image']
 
 # %% ../../nbs/storage/files.ipynb #ed4e2096
 _all_ = ["decode_image", "read_image"]
@@ -49,13 +50,6 @@ def check_stem(
 ) -> str:
     """Return the stem itself, when it is safe as part of a file name."""
     return _check_name("stem", stem, 200)
-
-# %% ../../nbs/storage/files.ipynb #d05011f1
-def clean_text(
-    text: str,  # any Python string
-) -> str:
-    """Return the text with what UTF-8 cannot encode replaced."""
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 # %% ../../nbs/storage/files.ipynb #cad629a8
 def encode_png(
@@ -191,7 +185,7 @@ def save_numbered(
     again: bool = False,  # True: a file on the way that holds the same bytes is taken as it is
 ) -> Path:
     """Return the new file, `{stem}_v{k}.png` with the smallest free k; none is overwritten."""
-    folder, stem = Path(folder), check_stem(stem)
+    folder, stem = Path(os.path.expanduser(folder)), check_stem(stem)
     folder.mkdir(parents=True, exist_ok=True)
     _sweep_hourly(folder, int(time.time() // 3600))
     written = _write_temporary(folder, data)

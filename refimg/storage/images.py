@@ -167,7 +167,7 @@ def read_image(
     path: Path,  # a PNG, JPEG, WebP, AVIF or GIF file of at most 100 MB
 ) -> Image.Image:
     """Return the file's image as `decode_image` gives it."""
-    path, cause = Path(path), None
+    path, cause = Path(os.path.expanduser(path)), None
     shown = repr(str(path))
     try:
         if (address := _ADDRESS.search(path.as_posix())) and not os.path.isfile(path):

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import json
 import logging
 import os
@@ -13,12 +14,15 @@ import pkgutil
 import re
 from collections.abc import Iterable
 from functools import lru_cache
-from urllib.parse import quote, quote_plus
+from typing import Annotated
+from urllib.parse import quote, quote_plus, unquote
 
-from .files import clean_text
+from pydantic import AfterValidator
+
+from ..engine.protocols import clean_text, visible_text
 
 # %% auto #0
-__all__ = ['remember', 'redact', 'log_line', 'Redactor', 'guard_loggers']
+__all__ = ['SafeText', 'remember', 'hide_secrets', 'redact', 'log_line', 'Redactor', 'guard_loggers']
 
 # %% ../../nbs/storage/secrets.ipynb #88af69b1
 _VARIABLES = ("OPENAI_API_KEY", "REPLICATE_API_TOKEN", "HF_TOKEN")
@@ -56,6 +60,78 @@ def _shapes(secret: str) -> tuple[str, ...]:
     shapes = {secret, repr(secret)[1:-1]} | as_json | quoted | lower | _in_base64(secret)
     return tuple(sorted((s for s in shapes if len(s) >= _SHORTEST), key=len, reverse=True))
 
+# %% ../../nbs/storage/secrets.ipynb #d1400013
+_UNITS = re.compile(
+    r"(?:\x1b|\\+(?:x1b|u001b|033|e))\[[0-?]*[ -/]*[@-~]"  # an escape sequence, written out or not
+    r"|\\+(?:u[0-9A-Fa-f]{4}|x[0-9A-Fa-f]{2})"
+    r"|(?:%(?:25)*[0-9A-Fa-f]{2})+"
+    r"|&#?\w{1,8};"
+    r"|\\+[abfnrtv0]"
+    r"|[^\W_]+"  # letters and digits
+)
+
+
+def _undone(unit: str) -> str:
+    """Return what the unit of a text stands for; nothing for an escape sequence."""
+    if unit[0] == "%":
+        return unquote(re.sub("%(?:25)+", "%", unit))
+    if unit[0] == "&":
+        return html.unescape(unit)
+    coded = unit.lstrip("\\")
+    if unit[0] == "\\" and coded[0] in "ux" and "[" not in unit:
+        return chr(int(coded[1:], 16))
+    return "" if unit[0] in "\\\x1b" else unit
+
+
+def _signs(text: str) -> tuple[str, list[int], list[int]]:
+    """Return the letters and digits of a text, and where each begins and ends in it."""
+    signs, begins, ends = [], [], []
+    for unit in _UNITS.finditer(text):
+        first, last = unit.span()
+        if (whole := unit[0])[0].isalnum():
+            signs.append(whole)
+            begins.extend(range(first, last))
+            ends.extend(range(first + 1, last + 1))
+        elif inside := re.sub(r"[\W_]", "", _undone(whole)):
+            signs.append(inside)
+            begins.extend([first] * len(inside))
+            ends.extend([last] * len(inside))
+    return "".join(signs), begins, ends
+
+
+@lru_cache(maxsize=256)
+def _runs(secret: str) -> dict[str, int]:
+    """Return the runs of letters and digits that give the secret away, with their length."""
+    found = {}
+    for shape in (secret, *_in_base64(secret)):
+        signs = _signs(shape)[0]
+        size = min(max(_SHORTEST, len(signs) // 3), 12)
+        found |= {signs[i : i + size]: size for i in range(len(signs) - size + 1)}
+    return found
+
+
+def hide_secrets(
+    text: str,  # of any length
+) -> str:
+    """Replace every known secret, and what gives one away, by `[redacted]`."""
+    known = {*_remembered, *(os.environ.get(name, "").strip() for name in _VARIABLES)}
+    known = sorted((s for s in known if len(s) >= _SHORTEST), key=len, reverse=True)
+    for shape in (shape for secret in known for shape in _shapes(secret)):
+        text = text.replace(shape, _HIDDEN)
+    runs = {run: size for secret in known for run, size in _runs(secret).items()}
+    signs, begins, ends = _signs(text) if runs else ("", [], [])
+    sizes, spans = sorted({*runs.values()}), []
+    for i in range(len(signs)):
+        for size in sizes:
+            if signs[i : i + size] in runs:
+                if spans and i <= spans[-1][1]:
+                    spans[-1][1] = max(spans[-1][1], i + size)
+                else:
+                    spans.append([i, i + size])
+    for first, last in reversed(spans):
+        text = text[: begins[first]] + _HIDDEN + text[ends[last - 1] :]
+    return text
+
 # %% ../../nbs/storage/secrets.ipynb #31b53e36
 _KEY = re.compile(
     r"(?<![A-Za-z0-9])(?:sk-[\w*-]{12,}|r8_[A-Za-z0-9*]{12,}|hf_[A-Za-z0-9*]{20,})"
@@ -68,11 +144,10 @@ def redact(
     text: str,  # of any length
 ) -> str:
     """Replace every known secret, and all that looks like a key, by `[redacted]`."""
-    known = {*_remembered, *(os.environ.get(name, "").strip() for name in _VARIABLES)}
-    for secret in sorted(known, key=len, reverse=True):
-        for shape in _shapes(secret) if len(secret) >= _SHORTEST else ():
-            text = text.replace(shape, _HIDDEN)
-    return _KEY.sub(_HIDDEN, text)
+    return _KEY.sub(_HIDDEN, hide_secrets(text))
+
+
+SafeText = Annotated[str, AfterValidator(lambda text: redact(visible_text(text)))]
 
 # %% ../../nbs/storage/secrets.ipynb #c3ab1f60
 _CONTROL = re.compile(
@@ -102,7 +177,7 @@ class Redactor(logging.Filter):
             record.exc_info = None
         for part in ("exc_text", "stack_info"):
             if text := getattr(record, part):
-                setattr(record, part, "\n".join(map(log_line, text.split("\n"))))
+                setattr(record, part, "\n".join(map(log_line, redact(text).split("\n"))))
         return True
 
 # %% ../../nbs/storage/secrets.ipynb #a2ac044d

@@ -5,6 +5,7 @@
 # %% ../../nbs/storage/traces.ipynb #6286eeaf
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -19,14 +20,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from pydantic_core import to_json
 
-from refimg.storage.files import (
-    check_id,
-    clean_text,
-    is_old,
-    sweep_temporary,
-    sync_folder,
-    write_atomic,
-)
+from ..engine.protocols import clean_text, map_texts
+from .files import check_id, is_old, sweep_temporary, sync_folder, write_atomic
+from .secrets import hide_secrets
 
 # %% auto #0
 __all__ = ['TraceTree', 'write_trace']
@@ -35,6 +31,7 @@ __all__ = ['TraceTree', 'write_trace']
 _logger = logging.getLogger(__name__)
 
 _MARKER = ".refimg-trace"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 _TRACE = re.compile(r"\d\d_\w+\.txt|final_enhanced_prompt\.txt|\w+_(summary|trace)\.json"
                     r"|\.refimg-.*\.tmp")
 
@@ -60,7 +57,8 @@ class TraceTree:
         generation_id: str,  # the run's name, see `check_id`
     ) -> TraceTree:
         """Return a locked, empty tree; a ValueError if the name is a live run's or others'."""
-        root = Path(output_dir).resolve().parent / "reference_image_traces"
+        output_dir = Path(os.path.expanduser(output_dir))
+        root = output_dir.resolve().parent / "reference_image_traces"
         tree = cls(root / check_id(generation_id))
         with suppress(FileNotFoundError):
             if not stat.S_ISDIR(root.lstat().st_mode):
@@ -69,14 +67,18 @@ class TraceTree:
             tree._acquire()
             try:
                 tree._take()
-                sweep_temporary(Path(output_dir), ".refimg-*.tmp")
+                sweep_temporary(output_dir, ".refimg-*.tmp")
                 tree._inode = os.stat(tree._lock.lock_file).st_ino
             except BaseException:
                 tree._release()
                 raise
         except OSError as error:
-            raise ValueError("output_dir must be a folder beside which traces can be written, "
-                             f"got {str(output_dir)!r}: {error}") from error
+            need = "a folder beside which traces can be written"
+            if error.errno in _NO_LOCKS:
+                need = ("on a drive that has file locks, which keep a second run from the same "
+                        "traces: give a folder on a disk of this machine, and copy the images")
+            got = f"{str(output_dir)!r}: {error}"
+            raise ValueError(f"output_dir must be {need}, got {got}") from error
         return tree
 
     def scene(
@@ -195,6 +197,6 @@ def write_trace(
     if folder is None:
         return
     try:
-        write_atomic(folder / name, _as_bytes(content))
+        write_atomic(folder / name, _as_bytes(map_texts(content, hide_secrets)))
     except OSError as error:
         _logger.warning("trace %s not written: %s", folder / name, error)

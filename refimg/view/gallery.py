@@ -245,7 +245,7 @@ class Gallery(GalleryState):
     ):
         if not path and isinstance(story, Story) and generation_id is not None:
             path = Path(output_dir) / f"{check_id(generation_id)}.json"
-        super().__init__(story, Path(path) if path else None, blind=blind)
+        super().__init__(story, Path(path).expanduser() if path else None, blind=blind)
         self.pipeline, self.generation_id, self.output_dir = pipeline, generation_id, output_dir
         self.page, self.message, self.widgets = GalleryPage(self), "", None
 

@@ -21,6 +21,7 @@ from refimg.engine.decisions import (
     veto,
     vetoes,
 )
+from ..engine.protocols import visible_text
 from ..engine.results import SceneResult, StoryResult
 from ..engine.story import Story
 from ..enhance import ImagePromptEnhancementResult
@@ -249,11 +250,12 @@ class GalleryState:
     ) -> ImagePromptEnhancementResult:
         if text.strip() == made.final_prompt.strip():
             return made
-        if not text.strip():
+        text = visible_text(text).strip()
+        if not text:
             raise ValueError(f"prompt must be text that is not blank, got {text!r}")
         reason = "skipped" if made.stop_reason == "failed" else made.stop_reason
         told = dict.fromkeys([*made.warnings, "the enhanced prompt was edited by a person"])
-        return made.model_copy(update={"final_prompt": text.strip(), "final_score": None,
+        return made.model_copy(update={"final_prompt": text, "final_score": None,
                                        "stop_reason": reason, "warnings": list(told)})
 
 # %% ../../nbs/view/gallery_state.ipynb #6803cf60

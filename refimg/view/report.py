@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -210,7 +211,7 @@ def report(
         images = (v.image.image_path for s in result.scenes for v in s.variations)
         folder = next((image.parent for image in images), Path())
         path = folder / f"{check_id(result.generation_id)}_report.html"
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     if path.is_dir():
         raise ValueError(f"path must be a file, got the folder {str(path)!r}")
     width, absent = 384, missing_extra("notebook", "matplotlib")

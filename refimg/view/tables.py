@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import re
 import time
 from collections.abc import Callable
@@ -388,7 +389,7 @@ def save_table(
     path: str | Path,  # ends in .csv, .json or .parquet
 ) -> None:
     """Write a table to disk, in a CSV without anything that runs."""
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     if path.suffix not in (".csv", ".json", ".parquet"):
         raise ValueError(
             f"path must be one that ends in .csv, .json or .parquet, got {str(path)!r}")

@@ -1,0 +1,288 @@
+"""Files as people write them, and the places they keep them."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import logging
+import ntpath
+import os
+import sys
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import filelock
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from refimg import Pipeline, Scene, Story, StoryResult, cli
+from refimg.engine import results
+from refimg.engine.prompts import compose_prompt
+from refimg.generate import generate_images
+from refimg.score import score_images
+from refimg.storage.files import TraceTree
+
+from .fakes import FakeImages, FakeScorer, critic, director, picture
+
+BODY = {"scenes": [{"prompt": "ein Fuchs 🦊"}], "title": "Füchse"}
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    """A home folder of its own; the working folder is another one."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    for name in ("home", "work"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "home"
+
+
+def written(path: Path, text: str) -> Path:
+    path.write_text(text, "utf-8")
+    return path
+
+
+def standard_input(monkeypatch, data: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), "cp1252"))
+
+
+# byte order marks
+
+
+@pytest.mark.parametrize("coding", ["utf-8-sig", "utf-16", "utf-16-le-bom", "utf-8"])
+@pytest.mark.parametrize("kind", ["json", "yaml"])
+def test_a_story_with_a_byte_order_mark_is_read(tmp_path, monkeypatch, kind, coding):
+    text = json.dumps(BODY, ensure_ascii=False, indent=2).replace("\n", "\r\n")
+    data = b"\xff\xfe" + text.encode("utf-16-le") if "bom" in coding else text.encode(coding)
+    path = tmp_path / f"s.{kind}"
+    path.write_bytes(data)
+    assert Story.load(path) == Story(**BODY)
+    standard_input(monkeypatch, data)
+    assert cli._story_of("-") == Story(**BODY)
+
+
+@pytest.mark.parametrize("coding", ["utf-8-sig", "utf-16"])
+def test_no_byte_order_mark_is_left_in_a_prompt(monkeypatch, coding):
+    standard_input(monkeypatch, "a fox\r\n".encode(coding))
+    assert cli._prompt_of("-") == "a fox"
+    assert Scene(prompt="\ufeffa fox").prompt == "a fox"
+
+
+# what YAML makes of plain values
+
+
+AS_WRITTEN = ["19:30", "16:9", "off", "on", "yes", "No", "1.40", "007", "0x1F", "0o17", "1e3",
+              "1_000", "2026-11-29", ".5", "true", "False", "12", "-3", "=", ".inf", "1:30:00.5"]
+
+
+@pytest.mark.parametrize("value", AS_WRITTEN)
+def test_a_plain_value_is_the_text_as_written(tmp_path, value):
+    text = (f"title: {value}\nbrand: {value}\nscenes:\n- prompt: {value}\n"
+            f"consistency_markers:\n  style: {value}\n  lens: [{value}]\n  {value}: x\n")
+    story = Story.load(written(tmp_path / "s.yaml", text))
+    assert (story.title, story.brand, story.scenes[0].prompt) == (value,) * 3
+    assert story.consistency_markers == {"style": value, "lens": [value], value: "x"}
+    assert f"Style: {value.rstrip('.')}." in compose_prompt("p", story, 1, has_reference=False)
+
+
+@pytest.mark.parametrize("value, meant", [("no", False), ("off", False), ("false", False),
+                                          ("yes", True), ("On", True), ("true", True)])
+def test_a_truth_value_of_a_story_may_be_written_in_any_of_yamls_ways(tmp_path, value, meant):
+    path = written(tmp_path / "s.yml", f"scenes: [{{prompt: a, subject_present: {value}}}]")
+    assert Story.load(path).scenes[0].subject_present is meant
+
+
+@pytest.mark.parametrize("value", ["~", "null", "", "Null"])
+def test_no_value_is_still_none(tmp_path, value):
+    path = written(tmp_path / "s.yaml", f"brand: {value}\nscenes: [{{prompt: a}}]")
+    assert Story.load(path).brand is None
+
+
+def test_merges_and_anchors_still_work(tmp_path):
+    text = "scenes:\n- &one\n  prompt: a\n  transition_note: b\n- <<: *one\n  prompt: c\n"
+    scenes = Story.load(written(tmp_path / "s.yaml", text)).scenes
+    assert [(s.prompt, s.transition_note) for s in scenes] == [("a", "b"), ("c", "b")]
+
+
+# silent losses
+
+
+TWICE = {
+    "prompt.yaml": ("scenes:\n- prompt: a\n  prompt: b\n", "prompt.*line 3"),
+    "scenes.yaml": ("scenes: [{prompt: a}]\nscenes: [{prompt: b}]\n", "scenes.*line 2"),
+    "marker.yaml": ("scenes: [{prompt: a}]\nconsistency_markers:\n  mood: a\n  mood: b",
+                    "mood.*line 4"),
+    "quoted.yaml": ("scenes:\n- prompt: a\n  'prompt': b\n", "prompt.*line 3"),
+    "prompt.json": ('{"scenes": [{"prompt": "a", "prompt": "b"}]}', "prompt"),
+    "scenes.json": ('{"scenes": [], "scenes": [{"prompt": "b"}]}', "scenes"),
+}
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_a_key_that_stands_twice_is_refused(tmp_path, monkeypatch, name):
+    text, words = TWICE[name]
+    with pytest.raises(ValueError, match=words) as caught:
+        Story.load(written(tmp_path / name, text))
+    assert "twice" in str(caught.value) and name in str(caught.value)
+    standard_input(monkeypatch, text.encode())
+    with pytest.raises(ValueError, match=f"{words.split('.')[0]}.*twice"):
+        cli._story_of("-")
+
+
+@pytest.mark.parametrize("line, key, lost", [
+    ("palette: #ff0000", "palette", "#ff0000"), ("lens: 35 #mm", "lens", "#mm"),
+    ("mood: calm  #1 of 2", "mood", "#1 of 2"), ("mood:", "mood", ""), ("mood: ~", "mood", ""),
+])
+def test_what_a_number_sign_took_away_is_warned_of(tmp_path, caplog, line, key, lost):
+    text = f"scenes: [{{prompt: a}}]\nconsistency_markers:\n  {line}\n"
+    Story.load(written(tmp_path / "s.yaml", text))
+    said = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert said and all(key in text and "quotes" in text for text in said)
+    assert lost in " ".join(said)
+
+
+def test_a_prompt_that_a_number_sign_cut_short_is_warned_of(tmp_path, caplog):
+    Story.load(written(tmp_path / "s.yaml", "scenes:\n- prompt: fox #1 of the den\n"))
+    assert "prompt" in caplog.text and "#1 of the den" in caplog.text
+
+
+@pytest.mark.parametrize("line", ["mood: calm  # a comment", "mood: '#ff0000'", "mood: a#b",
+                                  "mood: calm  #", "mood: |\n    one #1\n    two"])
+def test_comments_and_quoted_signs_are_not_warned_of(tmp_path, caplog, line):
+    text = f"scenes: [{{prompt: a}}]\nconsistency_markers:\n  {line}\n"
+    Story.load(written(tmp_path / "s.yaml", text))
+    assert not caplog.records
+
+
+# references
+
+
+@pytest.mark.parametrize("url", ["https://x.example/a.png", "http://x/a.png", "s3://b/a.png",
+                                 "file:///a.png", "data:image/png;base64,AAAA"])
+def test_an_address_as_image_of_a_story_is_refused_as_one(tmp_path, url):
+    text = f"scenes: [{{prompt: a}}]\ninitial_reference_image: {url}\n"
+    with pytest.raises(ValueError, match="file on this machine") as caught:
+        Story.load(written(tmp_path / "s.yaml", text))
+    assert url in str(caught.value) and "initial_reference_image" in str(caught.value)
+    with pytest.raises(ValueError, match="file on this machine"):
+        Story(scenes=[Scene(prompt="a")], initial_reference_image=Path(url))
+
+
+@pytest.mark.parametrize("path", ["C:\\images\\a.png", "C:/images/a.png", "a:b.png", "./x/a.png"])
+def test_a_path_is_no_address(path):
+    Story(scenes=[Scene(prompt="a")], initial_reference_image=path)
+
+
+# the home folder
+
+
+async def test_a_tilde_is_the_home_folder(home):
+    (home / "me.png").write_bytes(picture(1))
+    written(home / "s.yaml", "scenes: [{prompt: a}]\ninitial_reference_image: ~/me.png\n")
+    story = Story.load("~/s.yaml")
+    pipeline = Pipeline(director(), critic(), FakeImages(), [FakeScorer()], num_variations=1,
+                        max_enhancement_iterations=0, keep_traces=True)
+    result = await pipeline.run(story, output_dir="~/refs", generation_id="x")
+    assert result.references == [home / "refs" / "x_scene_01_v1.png"]
+    assert (home / "reference_image_traces" / "x").is_dir()
+    result.save("~/records/run.json")
+    assert (home / "records" / "run.json").is_file()
+    assert StoryResult.load("~/records/run.json") == result
+    (made,) = await generate_images("a", 1, output_dir="~/own", model=FakeImages(),
+                                    references=["~/me.png"])
+    assert made.image_path.parent == home / "own"
+    assert (await score_images(["~/own/image_v1.png"], "a", scorers=[FakeScorer()]))[0].overall
+    assert not [*Path().iterdir()]
+
+
+def test_a_tilde_is_the_home_folder_for_commands_and_files(home, monkeypatch):
+    monkeypatch.setenv("REFIMG_SANDBOX", "1")
+    written(home / "s.yaml", "scenes: [{prompt: a red fox}]\n")
+    words = ["run", "~/s.yaml", "--output-dir", "~/refs", "--generation-id", "x", "-n", "1"]
+    done = CliRunner().invoke(cli.app, [*words, "-i", "0", "--json"])
+    assert done.exit_code == 0, done.output
+    assert (home / "refs" / "x.json").is_file() and (home / "refs" / "x_scene_01_v1.png").is_file()
+    done = CliRunner().invoke(cli.app, ["report", "~/refs/x.json", "-o", "~/x.html"])
+    assert done.exit_code == 0 and (home / "x.html").is_file()
+    assert not [*Path().iterdir()]
+
+
+def test_the_price_file_may_be_in_the_home_folder(home, monkeypatch):
+    from refimg.adapters.prices import PRICES, PriceTable
+
+    written(home / "prices.json", '{"mine": {"image": 0.01}}')
+    monkeypatch.setenv("REFIMG_PRICES", "~/prices.json")
+    assert PriceTable().rows().keys() == {*PRICES, "mine"}
+
+
+# drives
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_drive_without_locks_is_named_with_a_way_round(tmp_path, monkeypatch, number):
+    def refuse(self, *args, **options):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
+    with pytest.raises(ValueError, match=r"file locks.*disk of this machine") as caught:
+        TraceTree.open(tmp_path / "images", "x")
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("path, folder, text", [
+    ("C:\\refs\\images\\a.png", "C:\\refs", "images/a.png"),
+    ("C:\\refs\\images\\a.png", "C:\\refs\\records\\old", "../../images/a.png"),
+    ("D:\\images\\a.png", "C:\\refs", "D:/images/a.png"),
+    ("\\\\server\\share\\a.png", "C:\\refs", "//server/share/a.png"),
+])
+def test_windows_paths_are_written_with_forward_slashes_also_across_drives(path, folder, text):
+    found = results._written(PureWindowsPath(path), PureWindowsPath(folder))
+    assert found == text
+    read = results._read(found, PureWindowsPath(folder))
+    assert ntpath.normcase(read) == ntpath.normcase(path)
+
+
+def test_posix_paths_are_written_as_they_are():
+    assert results._written(PurePosixPath("/a/b\\c.png"), PurePosixPath("/a")) == "b\\c.png"
+
+
+async def test_a_record_that_windows_wrote_is_read_here(tmp_path):
+    pipeline = Pipeline(director(), critic(), FakeImages(), [FakeScorer()], num_variations=1,
+                        max_enhancement_iterations=0)
+    story = Story(scenes=[Scene(prompt="a")])
+    result = await pipeline.run(story, output_dir=tmp_path / "images", generation_id="x")
+    result.save(tmp_path / "run.json")
+    text = (tmp_path / "run.json").read_text("utf-8")
+    assert '"images/x_scene_01_v1.png"' in text
+    written(tmp_path / "run.json", text.replace("images/x_scene", "images\\\\x_scene"))
+    assert StoryResult.load(tmp_path / "run.json") == result
+
+
+# many large images
+
+
+async def test_many_large_images_are_scored_in_small_groups(tmp_path):
+    noise = Image.fromarray(np.zeros((3000, 4000, 3), "uint8"))
+    noise.save(tmp_path / "a.jpg", quality=20)
+    held, most = [], []
+
+    class Watching(FakeScorer):
+        def score(self, batch):
+            held.append(sum(image.width * image.height for image in batch.images))
+            most.append(len(batch.images))
+            return super().score(batch)
+
+    paths = [tmp_path / "a.jpg"] * 5 + [tmp_path / "none.jpg"] + [tmp_path / "a.jpg"] * 2
+    found = await score_images(paths, "a", scorers=[Watching()])
+    assert [scores.overall is None for scores in found] == [False] * 5 + [True] + [False] * 2
+    assert sum(most) == 7 and max(held) <= 24_000_000
+
+
+async def test_small_images_are_scored_in_one_call(tmp_path):
+    (tmp_path / "a.png").write_bytes(picture(1))
+    scorer = FakeScorer()
+    await score_images([tmp_path / "a.png"] * 40, "a", scorers=[scorer])
+    assert [len(batch.images) for batch in scorer.batches] == [40]
