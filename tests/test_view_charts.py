@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import copy
-import asyncio
 import json
 import re
 import statistics
