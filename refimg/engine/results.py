@@ -267,12 +267,16 @@ class StoryResult(BaseModel, frozen=True):
         cls,
         path: str | Path,  # a file that `save` wrote, now or in version 0.1
     ) -> StoryResult:
-        """Load a saved result, with absolute paths."""
+        """Load a saved result, with absolute paths; a ValueError where the file is damaged."""
         path = Path(os.path.expanduser(path))
-        folder, text = path.parent.resolve(), path.read_text("utf-8")
+        folder, data = path.parent.resolve(), path.read_bytes()
         with suppress(AttributeError, KeyError, TypeError, ValueError):  # pydantic says it better
-            text = json.dumps(_from_0_1(json.loads(text)))
-        result = cls.model_validate_json(text)
+            data = json.dumps(_from_0_1(json.loads(data)))
+        try:
+            result = cls.model_validate_json(data)
+        except ValueError as error:
+            told = f"path must be a result that refimg saved, got {str(path)!r}: {error}"
+            raise ValueError(told) from error
         return map_paths(result, lambda p: Path(_read(str(p), folder)))
 
     def __repr__(self) -> str:
