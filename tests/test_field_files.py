@@ -22,7 +22,7 @@ from refimg.engine import results
 from refimg.engine.prompts import compose_prompt
 from refimg.generate import generate_images
 from refimg.score import score_images
-from refimg.storage.files import TraceTree
+from refimg.storage.traces import TraceTree
 
 from .fakes import FakeImages, FakeScorer, critic, director, picture
 

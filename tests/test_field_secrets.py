@@ -16,8 +16,8 @@ from refimg import Pipeline, Scene, Story, StoryResult, choose
 from refimg.enhance import Reply, enhance_prompt_iterative
 from refimg.generate import generate_images
 from refimg.storage import secrets
-from refimg.storage.files import write_trace
 from refimg.storage.secrets import log_line, redact, remember
+from refimg.storage.traces import write_trace
 from refimg.view import save_table
 
 from .fakes import FakeChat, FakeImages, FakeScorer, critic, director, picture

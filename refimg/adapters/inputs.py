@@ -217,6 +217,8 @@ def read_schema(
         given, required = schemas["Input"]["properties"], schemas["Input"].get("required", ())
         order = sorted(given, key=lambda name: given[name].get("x-order", len(given)))
         fields = {name: _folded(given[name], schemas) for name in order}
+        if odd := [n for n, entry in fields.items() if not isinstance(entry.get("enum", []), list)]:
+            raise TypeError(f"the choices of {odd[0]} are no list")
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"the model's schema cannot be read: {error!r}") from error
     named = {name: ratio_words(fields.get(name, {})) for name in _RATIOS}
