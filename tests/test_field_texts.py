@@ -472,14 +472,20 @@ async def test_a_form_that_a_server_refuses_is_replaced_by_the_next(status, word
             assert forms == (tried or [known[0] if known else None])
 
 
-async def test_a_fault_that_is_not_the_forms_is_not_blamed_on_it_again(once):
+async def test_forms_that_fail_alike_are_tried_once_and_the_first_error_counts(once):
     with start_llm_server() as server:
-        server.script(["400"] * 3)
-        first = await failed(chat_with(server), JUDGED, schema=Critique)
-        assert (first.kind, len(server.requests())) == ("never", 3)
-        server.script(["400"])
-        await failed(chat_with(server), JUDGED, schema=Critique)
-        assert len(server.requests()) == 1
+        server.script(["400", "422", "500"])
+        failure = await failed(chat_with(server), JUDGED, schema=Critique)
+        assert failure.kind == "never" and "bad request" in failure.text
+        assert len(server.requests()) == 3
+
+
+async def test_a_server_that_is_ill_is_not_asked_in_every_form_at_each_attempt():
+    with start_llm_server() as server:
+        server.script(["500"] * 4)
+        await chat_with(server).reply(JUDGED, Critique, call=Call(limits=RunLimits(40)))
+        forms = [seen["json"].get("response_format", {}).get("type") for seen in server.requests()]
+        assert forms == ["json_schema", "json_object", None, "json_schema", "json_schema"]
 
 
 async def test_a_form_that_worked_is_kept_through_a_bad_moment():
