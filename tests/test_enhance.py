@@ -118,7 +118,7 @@ GOOD = critique(70, critique='He said "{no}" and } left.')
         f"<think>A draft: {critique(1)}</think>{GOOD}",
         f"The template opened the thought, so only its end is here: {critique(2)} </think>\n{GOOD}",
         f"<Thinking>\nhm\n</Thinking>{GOOD}",
-        f"{GOOD}{critique(10)}",
+        f"{critique(10)}{GOOD}",
         f'{{"note": "first"}} {GOOD}',
         json.dumps({"result": json.loads(GOOD)}),
         json.dumps([json.loads(GOOD)]),
@@ -151,11 +151,11 @@ def test_a_critique_is_found_in_many_wrappings(answer):
         (critique(70, completeness=float("inf")), "completeness: must be a finite number"),
         (critique(70, completeness="NaN"), "completeness: must be a finite number"),
         (critique(70, completeness="high"), "completeness: must be a finite number"),
-        (critique(70, completeness="85/100"), "completeness: must be a finite number"),
+        (critique(70, completeness="85/37"), "completeness: must be a finite number"),
         (critique(70, completeness=""), "completeness: must be a finite number"),
         (GOOD.replace("70", "1e999", 1), "completeness: must be a finite number"),
         (GOOD.replace("70", "9" * 5000, 1), "integer"),
-        (critique(70, improvements="more"), "improvements: Input should be a valid list"),
+        (critique(70, improvements=3), "improvements: Input should be a valid list"),
         (critique(70, critique=None), "critique: Input should be a valid string"),
         ('{"a":' * 20_000, "recursion"),
     ],
@@ -541,7 +541,7 @@ LANGUAGES = [
 
 @pytest.mark.parametrize("prompt", LANGUAGES)
 async def test_long_and_foreign_prompts_go_through_unchanged(prompt, tmp_path):
-    writes = FakeChat(lambda messages, schema, number: f"{prompt} Seen from below.")
+    writes = FakeChat(lambda messages, schema, number: f"{prompt[:3000]} Seen.")
     judges = critic(60, 90)
     result = await run(prompt, writes=writes, judges=judges, trace_dir=tmp_path)
     assert read_fences(writes.calls[0][0][-1].content)["original"] == prompt

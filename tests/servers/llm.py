@@ -361,7 +361,8 @@ class _Handler(BaseHTTPRequestHandler):
         over = {"usage": self.seen["usage"]} | FORMS.get(name, {})
         if name in ("usage", "ended"):
             over |= {"usage": item["usage"]} if name == "usage" else {"finish": item["reason"]}
-        text = item["content"] if name == "content" else text[: len(text) // (1 + (name == "ended"))]
+            text = text if name == "usage" else text[: len(text) // 2]
+        text = item["content"] if name == "content" else text
         made = completion(body, text, **over)
         sent = json.dumps(told(item, made) if name == "told" else made)
         if name == "drip":
