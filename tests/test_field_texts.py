@@ -61,31 +61,35 @@ async def run(*answers: str, judges=None, **more):
     """An enhancement whose director gives these answers."""
     writes = FakeChat(list(answers))
     made = await enhance_prompt_iterative(
-        PROMPT, director=writes, critic=judges or critic(90), **more)
+        PROMPT, director=writes, critic=judges or critic(90), **more
+    )
     return made, writes
 
 
 # --- reasoning and control tokens -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("opening, closing", [
-    ("<think>", "</think>"),
-    ("<Thinking>", "</Thinking>"),
-    ("<thought>", "</thought>"),
-    ("<thoughts>", "</thoughts>"),
-    ("<reasoning>", "</reasoning>"),
-    ("<reflection>", "</reflection>"),
-    ("<think effort='high'>", "</think >"),
-    ("<seed:think>", "</seed:think>"),
-    ("<mm:think>", "</mm:think>"),
-    ("◁think▷", "◁/think▷"),
-    ("[THINK]", "[/THINK]"),
-    ("<|START_THINKING|>", "<|END_THINKING|>"),
-    ("<|begin_of_thought|>", "<|end_of_thought|>"),
-    ("<|inner_prefix|>", "<|inner_suffix|>"),
-    ("<unused94>thought", "<unused95>"),
-    ("<|channel>thought", "<channel|>"),
-])
+@pytest.mark.parametrize(
+    "opening, closing",
+    [
+        ("<think>", "</think>"),
+        ("<Thinking>", "</Thinking>"),
+        ("<thought>", "</thought>"),
+        ("<thoughts>", "</thoughts>"),
+        ("<reasoning>", "</reasoning>"),
+        ("<reflection>", "</reflection>"),
+        ("<think effort='high'>", "</think >"),
+        ("<seed:think>", "</seed:think>"),
+        ("<mm:think>", "</mm:think>"),
+        ("◁think▷", "◁/think▷"),
+        ("[THINK]", "[/THINK]"),
+        ("<|START_THINKING|>", "<|END_THINKING|>"),
+        ("<|begin_of_thought|>", "<|end_of_thought|>"),
+        ("<|inner_prefix|>", "<|inner_suffix|>"),
+        ("<unused94>thought", "<unused95>"),
+        ("<|channel>thought", "<channel|>"),
+    ],
+)
 def test_reasoning_of_every_kind_is_cut(opening, closing):
     for text in (GOOD, critique(70)):
         assert plain_text(f"{opening}\nA wide shot? {{}}\n{closing}\n{text}") == text
@@ -93,55 +97,95 @@ def test_reasoning_of_every_kind_is_cut(opening, closing):
     assert plain_text(f"{opening}\nA wide shot, perhaps") == ""
 
 
-@pytest.mark.parametrize("answer", [
-    f"<|channel|>analysis<|message|>A wide shot?<|end|><|start|>assistant<|channel|>final"
-    f"<|message|>{GOOD}<|return|>",
-    f"<|start|>assistant<|channel|>analysis<|message|>Hm.<|end|>\n<|start|>assistant<|channel|>"
-    f"commentary<|message|>So.<|end|><|start|>assistant<|channel|>final <|constrain|>text"
-    f"<|message|>{GOOD}",
-    f"<|channel|>final<|message|>{GOOD}<|end|>",
-    f"analysisThe user wants a wide shot.assistantfinal{GOOD}",
-    f"analysis The user wants more.assistantcommentary So.assistantfinal {GOOD}",
-])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        f"<|channel|>analysis<|message|>A wide shot?<|end|><|start|>assistant<|channel|>final"
+        f"<|message|>{GOOD}<|return|>",
+        f"<|start|>assistant<|channel|>analysis<|message|>Hm.<|end|>\n<|start|>assistant<|channel|>"
+        f"commentary<|message|>So.<|end|><|start|>assistant<|channel|>final <|constrain|>text"
+        f"<|message|>{GOOD}",
+        f"<|channel|>final<|message|>{GOOD}<|end|>",
+        f"analysisThe user wants a wide shot.assistantfinal{GOOD}",
+        f"analysis The user wants more.assistantcommentary So.assistantfinal {GOOD}",
+    ],
+)
 def test_of_channels_only_the_final_one_counts(answer):
     assert plain_text(answer) == GOOD
 
 
-@pytest.mark.parametrize("answer", [
-    "<|channel|>analysis<|message|>We need a prompt",
-    "<|channel|>analysis<|message|>We need a prompt<|end|>",
-    "<|start|>assistant<|channel|>analysis<|message|>We<|end|><|start|>assistant",
-])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "<|channel|>analysis<|message|>We need a prompt",
+        "<|channel|>analysis<|message|>We need a prompt<|end|>",
+        "<|start|>assistant<|channel|>analysis<|message|>We<|end|><|start|>assistant",
+    ],
+)
 def test_an_analysis_alone_is_no_answer(answer):
     assert plain_text(answer) == ""
 
 
-@pytest.mark.parametrize("end", [
-    "<|im_end|>", "</s>", "<|eot_id|>", "<|endoftext|>", "<|end_of_text|>", "<|end|>",
-    "<|eom_id|>", "<end_of_turn>", "<eos>", "<｜end▁of▁sentence｜>", "<|return|>", "[EOS]",
-    "<|END_OF_TURN_TOKEN|>", "<|END_RESPONSE|>", "<|im_end|>\n<|im_start|>user\nAnother, please",
-    "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nMore!", "</s>[INST] More [/INST]",
-])
+@pytest.mark.parametrize(
+    "end",
+    [
+        "<|im_end|>",
+        "</s>",
+        "<|eot_id|>",
+        "<|endoftext|>",
+        "<|end_of_text|>",
+        "<|end|>",
+        "<|eom_id|>",
+        "<end_of_turn>",
+        "<eos>",
+        "<｜end▁of▁sentence｜>",
+        "<|return|>",
+        "[EOS]",
+        "<|END_OF_TURN_TOKEN|>",
+        "<|END_RESPONSE|>",
+        "<|im_end|>\n<|im_start|>user\nAnother, please",
+        "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nMore!",
+        "</s>[INST] More [/INST]",
+    ],
+)
 def test_control_tokens_and_what_follows_the_end_are_cut(end):
     assert plain_text(f"{GOOD}{end}") == GOOD
     assert plain_text(f"{GOOD} {end}{end}\n") == GOOD
 
 
-@pytest.mark.parametrize("start", [
-    "<|im_start|>assistant\n", "<s>", "<bos>", "<|start_header_id|>assistant<|end_header_id|>\n\n",
-    "<start_of_turn>model\n", "<|assistant|>\n", "[/INST] ", "<|begin_of_text|>",
-    "<｜Assistant｜>", "<|START_RESPONSE|>", "<answer>\n", "<|begin_of_solution|>", "<|im_end|>\n",
-    "<think></think><answer>",
-])
+@pytest.mark.parametrize(
+    "start",
+    [
+        "<|im_start|>assistant\n",
+        "<s>",
+        "<bos>",
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<start_of_turn>model\n",
+        "<|assistant|>\n",
+        "[/INST] ",
+        "<|begin_of_text|>",
+        "<｜Assistant｜>",
+        "<|START_RESPONSE|>",
+        "<answer>\n",
+        "<|begin_of_solution|>",
+        "<|im_end|>\n",
+        "<think></think><answer>",
+    ],
+)
 def test_control_tokens_before_the_answer_are_cut(start):
     assert plain_text(start + GOOD) == GOOD
     assert plain_text(f"{start}{GOOD}</answer>") == GOOD
 
 
-@pytest.mark.parametrize("text", [
-    "A sign says <open>, another [CLOSED] | exit.", "Two birds, 3 < 4 and 5 > 2, <3 in red.",
-    "A keeper thinks: I think, therefore I am.", "An analysis of light, finally <blue>.",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "A sign says <open>, another [CLOSED] | exit.",
+        "Two birds, 3 < 4 and 5 > 2, <3 in red.",
+        "A keeper thinks: I think, therefore I am.",
+        "An analysis of light, finally <blue>.",
+    ],
+)
 def test_what_only_looks_like_a_token_stays(text):
     assert parse_prompt(text) == text
 
@@ -149,76 +193,85 @@ def test_what_only_looks_like_a_token_stays(text):
 # --- wrappers -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("answer", [
-    f"**Enhanced Prompt:** {GOOD}",
-    f"**Enhanced Prompt**: {GOOD}",
-    f"**Enhanced Prompt:**\n\n{GOOD}",
-    f"Enhanced prompt: {GOOD}",
-    f"Prompt: {GOOD}",
-    f"### Final Enhanced Image Prompt\n\n{GOOD}",
-    f"**Final Prompt (14 words)**\n{GOOD}",
-    f"Sure! Here is the enhanced prompt:\n\n{GOOD}",
-    f"Sure! Here's an improved version of your prompt: {GOOD}",
-    f"Certainly! {GOOD}",
-    f"Of course. Here is a richer prompt for you:\n**Prompt:** {GOOD}",
-    f"Here’s the prompt, with your changes:\n{GOOD}",
-    f"Okay, here is the revised prompt:\n\n> {GOOD}",
-    f"Voici le prompt amélioré :\n\n{GOOD}",
-    f"以下是增强后的提示词：\n{GOOD}",
-    f"Here you are:\n```\n{GOOD}\n```\nLet me know if you want changes!",
-    f"```text\n{GOOD}\n```",
-    f"```json\n{json.dumps({'prompt': GOOD})}\n```",
-    json.dumps({"prompt": GOOD}),
-    json.dumps({"prompt": GOOD, "negative_prompt": "blur", "notes": "none"}),
-    json.dumps({"enhanced_prompt": GOOD, "word_count": 14}),
-    json.dumps({"text": GOOD}),
-    json.dumps({"result": {"prompt": GOOD}}),
-    f"Sure! Here is the prompt:\n{json.dumps({'prompt': GOOD})}\nEnjoy!",
-    f'"{GOOD}"',
-    f"“{GOOD}”",
-    f"«{GOOD}»",
-    f"`{GOOD}`",
-    f"**{GOOD}**",
-    f'**Prompt:** "{GOOD}"',
-    f"> {GOOD}",
-    f"{GOOD}\n\nLet me know if you would like changes.",
-    f"{GOOD}\n\nI hope this helps!",
-    f"{GOOD}\n\n---\n**Why this works:** it names the light.",
-    f"{GOOD}\n\n(14 words)",
-    f"{GOOD}\n\n**Negative prompt:** blur",
-])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        f"**Enhanced Prompt:** {GOOD}",
+        f"**Enhanced Prompt**: {GOOD}",
+        f"**Enhanced Prompt:**\n\n{GOOD}",
+        f"Enhanced prompt: {GOOD}",
+        f"Prompt: {GOOD}",
+        f"### Final Enhanced Image Prompt\n\n{GOOD}",
+        f"**Final Prompt (14 words)**\n{GOOD}",
+        f"Sure! Here is the enhanced prompt:\n\n{GOOD}",
+        f"Sure! Here's an improved version of your prompt: {GOOD}",
+        f"Certainly! {GOOD}",
+        f"Of course. Here is a richer prompt for you:\n**Prompt:** {GOOD}",
+        f"Here’s the prompt, with your changes:\n{GOOD}",
+        f"Okay, here is the revised prompt:\n\n> {GOOD}",
+        f"Voici le prompt amélioré :\n\n{GOOD}",
+        f"以下是增强后的提示词：\n{GOOD}",
+        f"Here you are:\n```\n{GOOD}\n```\nLet me know if you want changes!",
+        f"```text\n{GOOD}\n```",
+        f"```json\n{json.dumps({'prompt': GOOD})}\n```",
+        json.dumps({"prompt": GOOD}),
+        json.dumps({"prompt": GOOD, "negative_prompt": "blur", "notes": "none"}),
+        json.dumps({"enhanced_prompt": GOOD, "word_count": 14}),
+        json.dumps({"text": GOOD}),
+        json.dumps({"result": {"prompt": GOOD}}),
+        f"Sure! Here is the prompt:\n{json.dumps({'prompt': GOOD})}\nEnjoy!",
+        f'"{GOOD}"',
+        f"“{GOOD}”",
+        f"«{GOOD}»",
+        f"`{GOOD}`",
+        f"**{GOOD}**",
+        f'**Prompt:** "{GOOD}"',
+        f"> {GOOD}",
+        f"{GOOD}\n\nLet me know if you would like changes.",
+        f"{GOOD}\n\nI hope this helps!",
+        f"{GOOD}\n\n---\n**Why this works:** it names the light.",
+        f"{GOOD}\n\n(14 words)",
+        f"{GOOD}\n\n**Negative prompt:** blur",
+    ],
+)
 def test_of_a_wrapped_answer_the_prompt_alone_is_kept(answer):
     assert parse_prompt(answer) == GOOD
 
 
-@pytest.mark.parametrize("answer", [
-    json.dumps({"subject": "a keeper", "light": "a lamp"}),
-    json.dumps({"prompt": 3}),
-    json.dumps({"prompt_1": GOOD, "prompt_2": GOOD}),
-    json.dumps([GOOD, GOOD]),
-    "{}",
-    f"Option 1:\n```\n{GOOD}\n```\nOption 2:\n```\n{GOOD} At dusk.\n```",
-    "Sure! Here is the enhanced prompt:",
-    "**Enhanced Prompt:**",
-])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        json.dumps({"subject": "a keeper", "light": "a lamp"}),
+        json.dumps({"prompt": 3}),
+        json.dumps({"prompt_1": GOOD, "prompt_2": GOOD}),
+        json.dumps([GOOD, GOOD]),
+        "{}",
+        f"Option 1:\n```\n{GOOD}\n```\nOption 2:\n```\n{GOOD} At dusk.\n```",
+        "Sure! Here is the enhanced prompt:",
+        "**Enhanced Prompt:**",
+    ],
+)
 async def test_what_holds_no_single_prompt_is_repaired(answer):
     made, writes = await run(answer, GOOD)
     assert (made.final_prompt, made.warnings, len(writes.calls)) == (GOOD, [], 2)
 
 
-@pytest.mark.parametrize("text", [
-    'A sign reads "OPEN". Below, another: "CLOSED"',
-    '"OPEN" says a sign, and below it, "CLOSED"',
-    "Here a keeper reads: the letter is red.",
-    "Here is a keeper who reads a letter: his hands shake.",
-    "Great waves break below: a storm at dusk.",
-    "A keeper.\n\nHe reads a letter.",
-    "Sure-footed goats climb a cliff.",
-    "Notes on a desk: a red letter.",
-    "I see a keeper through the window, and I can't see his face.",
-    "The prompt on a terminal reads: login.",
-    "A book titled “Sorry, I can't” lies open.",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        'A sign reads "OPEN". Below, another: "CLOSED"',
+        '"OPEN" says a sign, and below it, "CLOSED"',
+        "Here a keeper reads: the letter is red.",
+        "Here is a keeper who reads a letter: his hands shake.",
+        "Great waves break below: a storm at dusk.",
+        "A keeper.\n\nHe reads a letter.",
+        "Sure-footed goats climb a cliff.",
+        "Notes on a desk: a red letter.",
+        "I see a keeper through the window, and I can't see his face.",
+        "The prompt on a terminal reads: login.",
+        "A book titled “Sorry, I can't” lies open.",
+    ],
+)
 def test_a_prompt_that_is_not_wrapped_is_left_as_it_is(text):
     assert parse_prompt(text) == text
 
@@ -261,8 +314,13 @@ async def test_a_refusal_is_no_prompt_and_is_said(refusal):
 async def test_after_a_refusal_the_image_model_gets_the_prompt_and_its_markers():
     story = Story(scenes=[Scene(prompt=PROMPT)], consistency_markers={"style": "ink drawing"})
     images = FakeImages()
-    pipeline = Pipeline(director=FakeChat(REFUSALS[:1]), critic=critic(5), image_model=images,
-                        scorers=[FakeScorer()], journal=None)
+    pipeline = Pipeline(
+        director=FakeChat(REFUSALS[:1]),
+        critic=critic(5),
+        image_model=images,
+        scorers=[FakeScorer()],
+        journal=None,
+    )
     result = await pipeline.run(story)
     sent = {request.prompt for request in images.requests}
     assert sent and all(PROMPT in text and "ink drawing" in text for text in sent)
@@ -294,26 +352,33 @@ FIVE = {name: body()[name] for name in DIMENSIONS}
 REST = {"critique": "as scripted", "improvements": ["more"]}
 
 
-@pytest.mark.parametrize("answer", [
-    critique(70).replace("as scripted", "as\nscripted\tand more"),
-    critique(70).replace('"more"', '"more",').replace("]}", "],}"),
-    json.dumps(body(), indent=2).replace("\n}", ",\n}"),
-    critique(70, critique="one, } two, ] three,}").replace("]}", "],\n}"),
-    json.dumps({"scores": FIVE, **REST}),
-    json.dumps({"evaluation": {"scores": FIVE, **REST}}),
-    json.dumps({"scores": FIVE, "feedback": REST}),
-    json.dumps({name: {"score": 70, "reason": "clear"} for name in FIVE} | REST),
-    json.dumps({"scores": {name: {"score": "70/100"} for name in FIVE}} | REST),
-    critique("70/100"), critique("70 / 100"), critique("7/10"), critique("70%"),
-    critique("70 out of 100"), critique("70.0"),
-    critique(70, improvements="more"),
-    critique(70, improvements="- more\n- and more"),
-    f"{{draft: none}} {critique(70)}",
-    f"{critique(10)}\n\nOn second thought:\n{critique(70)}",
-    json.dumps({"draft": body(critique="x") | FIVE, "final": body()}),
-    f"{critique(70)}\n{critique(10)[:-9]}",
-    f'{critique(70)}\n{{"note": "done"}}',
-])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        critique(70).replace("as scripted", "as\nscripted\tand more"),
+        critique(70).replace('"more"', '"more",').replace("]}", "],}"),
+        json.dumps(body(), indent=2).replace("\n}", ",\n}"),
+        critique(70, critique="one, } two, ] three,}").replace("]}", "],\n}"),
+        json.dumps({"scores": FIVE, **REST}),
+        json.dumps({"evaluation": {"scores": FIVE, **REST}}),
+        json.dumps({"scores": FIVE, "feedback": REST}),
+        json.dumps({name: {"score": 70, "reason": "clear"} for name in FIVE} | REST),
+        json.dumps({"scores": {name: {"score": "70/100"} for name in FIVE}} | REST),
+        critique("70/100"),
+        critique("70 / 100"),
+        critique("7/10"),
+        critique("70%"),
+        critique("70 out of 100"),
+        critique("70.0"),
+        critique(70, improvements="more"),
+        critique(70, improvements="- more\n- and more"),
+        f"{{draft: none}} {critique(70)}",
+        f"{critique(10)}\n\nOn second thought:\n{critique(70)}",
+        json.dumps({"draft": body(critique="x") | FIVE, "final": body()}),
+        f"{critique(70)}\n{critique(10)[:-9]}",
+        f'{critique(70)}\n{{"note": "done"}}',
+    ],
+)
 async def test_json_is_read_with_patience_and_the_last_that_fits_counts(answer):
     judges = FakeChat([answer])
     made, _ = await run(GOOD, judges=judges, max_iterations=1)
@@ -321,12 +386,20 @@ async def test_json_is_read_with_patience_and_the_last_that_fits_counts(answer):
     assert made.final_score.overall == 70 and made.final_score.improvements[0] == "more"
 
 
-@pytest.mark.parametrize("answer", [
-    critique("85/0"), critique("high/100"), critique("85/37"), critique("1/2/100"),
-    critique(70, improvements=3), json.dumps({"scores": [70] * 5} | REST), critique(None),
-    json.dumps({name: {"reason": "clear"} for name in FIVE} | REST),
-    critique("nan/100"),
-])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        critique("85/0"),
+        critique("high/100"),
+        critique("85/37"),
+        critique("1/2/100"),
+        critique(70, improvements=3),
+        json.dumps({"scores": [70] * 5} | REST),
+        critique(None),
+        json.dumps({name: {"reason": "clear"} for name in FIVE} | REST),
+        critique("nan/100"),
+    ],
+)
 def test_patience_makes_nothing_up(answer):
     with pytest.raises(ValueError):
         parse_critique(answer)
@@ -398,8 +471,10 @@ PARTS = [
     [{"type": "text", "text": GOOD}],
     [{"type": "text", "text": GOOD[:20]}, {"type": "text", "text": GOOD[20:]}],
     [{"type": "output_text", "text": GOOD}],
-    [{"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]},
-     {"type": "text", "text": GOOD}],
+    [
+        {"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]},
+        {"type": "text", "text": GOOD},
+    ],
     [{"type": "reasoning", "text": "Hm."}, {"type": "text", "text": GOOD}],
     [GOOD],
     {"type": "text", "text": GOOD},
@@ -412,28 +487,39 @@ async def test_the_texts_of_parts_are_one_answer(server, once, parts):
     assert (await chat_with(server).reply(ASKED)).text == GOOD
 
 
-@pytest.mark.parametrize("parts, said", [
-    ([{"type": "image_url", "image_url": {"url": "x"}}], "no text"),
-    ([{"type": "refusal", "refusal": "I will not."}], "refused"),
-    (7, "no text"),
-])
+@pytest.mark.parametrize(
+    "parts, said",
+    [
+        ([{"type": "image_url", "image_url": {"url": "x"}}], "no text"),
+        ([{"type": "refusal", "refusal": "I will not."}], "refused"),
+        (7, "no text"),
+    ],
+)
 async def test_parts_without_a_text_are_an_error(server, once, parts, said):
     server.script([{"fault": "content", "content": parts}])
     failure = await failed(chat_with(server))
     assert failure.kind == "never" and said in failure.text
 
 
-@pytest.mark.parametrize("usage", [
-    "many", True, 3, [], {}, {"prompt_tokens": "100", "completion_tokens": 5},
-    {"prompt_tokens": True, "completion_tokens": 5},
-    {"prompt_tokens": 10**30, "completion_tokens": 5},
-    {"prompt_tokens": 5, "completion_tokens": 10**30},
-    {"prompt_tokens": -1, "completion_tokens": 5},
-    {"prompt_tokens": 1.5, "completion_tokens": 5},
-    {"prompt_tokens": {"total": 3}, "completion_tokens": [5]},
-    {"prompt_tokens": None, "completion_tokens": 5},
-    {"usage": {"prompt_tokens": 5, "completion_tokens": 5}},
-])
+@pytest.mark.parametrize(
+    "usage",
+    [
+        "many",
+        True,
+        3,
+        [],
+        {},
+        {"prompt_tokens": "100", "completion_tokens": 5},
+        {"prompt_tokens": True, "completion_tokens": 5},
+        {"prompt_tokens": 10**30, "completion_tokens": 5},
+        {"prompt_tokens": 5, "completion_tokens": 10**30},
+        {"prompt_tokens": -1, "completion_tokens": 5},
+        {"prompt_tokens": 1.5, "completion_tokens": 5},
+        {"prompt_tokens": {"total": 3}, "completion_tokens": [5]},
+        {"prompt_tokens": None, "completion_tokens": 5},
+        {"usage": {"prompt_tokens": 5, "completion_tokens": 5}},
+    ],
+)
 async def test_a_usage_that_cannot_be_is_unknown(server, once, usage):
     server.script([{"fault": "usage", "usage": usage}])
     reply = await chat_with(server).reply(ASKED)
@@ -465,9 +551,13 @@ async def test_a_form_that_a_server_refuses_is_replaced_by_the_next(status, word
             server.script()
             chat = chat_with(server)
             made = await enhance_prompt_iterative(
-                PROMPT, director=chat, critic=chat, max_iterations=1)
-            forms = [seen["json"].get("response_format", {}).get("type")
-                     for seen in server.requests() if seen["role"] == "critic"]
+                PROMPT, director=chat, critic=chat, max_iterations=1
+            )
+            forms = [
+                seen["json"].get("response_format", {}).get("type")
+                for seen in server.requests()
+                if seen["role"] == "critic"
+            ]
             assert (made.total_iterations, made.warnings) == (1, [])
             assert forms == (tried or [known[0] if known else None])
 

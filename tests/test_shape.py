@@ -349,7 +349,7 @@ LAYERS = (
     ("enhance", "generate", "score", "inspection"),
     ("engine.story", "engine.prompts", "engine.tasks", "engine.costs"),
     ("storage",),
-    ("engine.protocols", "engine.calibration", "engine.fence", "engine.instructions",
+    ("engine.protocols", "engine.calibration", "engine.answers", "engine.fence", "engine.instructions",
      "engine.intent"),
 )  # from the top; arrows point down, or to a neighbour of the same layer
 STAGES, SEES = ("enhance", "generate", "score", "inspection"), ("cli", "fleet", "pipeline")

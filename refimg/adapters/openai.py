@@ -154,11 +154,9 @@ def _read_completion(
         raise ValueError(f"the answer was cut off, finish_reason={reason}")
     used = getattr(completion, "usage", None)
     read, written = (getattr(used, f"{name}_tokens", None) for name in ("prompt", "completion"))
-    if type(read) is int and type(written) is int and 0 <= min(read, written) \
-            and max(read, written) <= _MOST_TOKENS:
-        usage = Usage(input_tokens=read, output_tokens=written)
-        return Reply(text=_text_of(message), usage=usage)
-    return Reply(text=_text_of(message))
+    counted = all(type(tokens) is int and 0 <= tokens <= _MOST_TOKENS for tokens in (read, written))
+    usage = Usage(input_tokens=read, output_tokens=written) if counted else None
+    return Reply(text=_text_of(message), usage=usage)
 
 # %% ../../nbs/adapters/openai.ipynb #4fc902a9
 _HINT = re.compile(r"again in (?:(\d+)m)? ?(\d+(?:\.\d+)?) ?(ms|s)\b")

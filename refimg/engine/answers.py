@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 # %% auto #0
-__all__ = ['MAX_PROMPT', 'plain_text', 'read_json', 'last_object', 'read_number', 'LostAnswer', 'parse_prompt']
+__all__ = ['plain_text', 'last_object', 'read_number', 'parse_prompt']
 
 # %% ../../nbs/engine/answers.ipynb #a5000008
 _NAME = r"(?:[\w.-]+:)?(?:think(?:ing)?|thoughts?|reason(?:ing)?|reflection|scratchpad)"
@@ -25,6 +25,7 @@ _MARKS = (  # what opens reasoning, and what closes it
     (r"<unused94>", r"<unused95>"),
     (r"<\|channel>thought", r"<channel\|>"),
 )
+_FINAL = r"<\|channel\|>\s*final\b[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>"
 
 
 def _without_reasoning(text: str) -> str:
@@ -35,8 +36,8 @@ def _without_reasoning(text: str) -> str:
             text = re.sub(f"(?s:{opening}.*?(?:{closing}|\\Z))", "", text, flags=flags)
             text = re.split(closing, text, flags=flags)[-1]
     if re.search(r"<\|channel\|>", text):
-        final = re.split(r"<\|channel\|>\s*final\b[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>", text)
-        return final[-1] if len(final) > 1 else ""
+        parts = re.split(_FINAL, text)
+        return parts[-1] if len(parts) > 1 else ""
     if re.match(r"\s*analysis", text) and "assistantfinal" in text:
         return text.rpartition("assistantfinal")[2]
     return text
@@ -73,7 +74,7 @@ _DECODER = json.JSONDecoder(strict=False)
 _COMMA = re.compile(r",\s*(?=[}\]])")
 
 
-def read_json(
+def _read_json(
     text: str,  # begins with JSON at the place
     at: int = 0,  # the place
 ) -> tuple[Any, str]:
@@ -87,7 +88,7 @@ def read_json(
             if not comma or comma.end() < error.pos:
                 raise
             text = text[: comma.start()] + text[comma.start() + 1 :]
-    raise ValueError("the JSON has too many commas that end nothing")
+    raise ValueError("the answer must be JSON without stray commas, got over 20 of them")
 
 # %% ../../nbs/engine/answers.ipynb #a5000013
 _T = TypeVar("_T")
@@ -104,7 +105,7 @@ def last_object(
         if at < 0:
             break
         try:
-            value, rest = read_json(text, at)
+            value, rest = _read_json(text, at)
             found.append(read(value))
             text, at = rest, 0
         except (ValueError, RecursionError) as error:
@@ -188,12 +189,7 @@ def _prompt_of(value: Any) -> str:
     return value
 
 # %% ../../nbs/engine/answers.ipynb #a500001f
-MAX_PROMPT = 4000  # characters of a director's answer, without its reasoning
-
-
-class LostAnswer(RuntimeError):
-    """An answer that asking again would not mend."""
-
+_MOST = 4000  # characters of a director's answer, without its reasoning
 
 _SORRY = r"(?:i(?:'m| am) (?:very |so |really |deeply )?sorry|sorry|i apologi[sz]e|my apologies|" \
     r"apologies|unfortunately|regrettably|as an? (?:ai|artificial|language|responsible)\b[^,.]*)"
@@ -213,18 +209,18 @@ _REFUSAL = re.compile(
 def parse_prompt(
     answer: str,  # what the director said
 ) -> str:
-    """Find the prompt in the answer; a ValueError if there is none, a LostAnswer if none will be."""
+    """Find the prompt in the answer; a ValueError may be mended, a RuntimeError may not."""
     text = _first_turn(answer)
-    if len(text) > MAX_PROMPT:
-        raise LostAnswer(f"{len(text):,} characters are no prompt, at most {MAX_PROMPT:,} are")
+    if len(text) > _MOST:
+        raise RuntimeError(f"{len(text):,} characters are no prompt, at most {_MOST:,} are")
     blocks = re.findall(r"^[ \t]*```[\w-]*[ \t]*\n(.*?)\n[ \t]*```", text, re.S | re.M)
     if len(blocks) > 1:
         raise ValueError("the answer must be one prompt alone, not several")
     text = _unwrapped(plain_text(blocks[0] if blocks else text))
     if re.match(r'\{\s*["}]|\[\s*["{]', text):
-        text = _unwrapped(_prompt_of(read_json(text)[0]).strip())
+        text = _unwrapped(_prompt_of(_read_json(text)[0]).strip())
     if _REFUSAL.match(re.sub(r'[*_#>"]', "", text).replace("’", "'").strip()):
-        raise LostAnswer(f"the model refused: {text[:200]!r}")
+        raise RuntimeError(f"the model refused: {text[:200]!r}")
     if not text:
         raise ValueError("there is no prompt in the answer")
     return text

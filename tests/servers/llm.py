@@ -89,8 +89,8 @@ class LLMServer:
 def start_llm_server(**options: Any) -> LLMServer:
     """A server that is ready; `seconds` a good answer takes, `formats` of answers it knows,
     `lengths` for answers of lifelike length and the usage that follows from it, `bucket` for a
-    token bucket that fills at so many calls a second and holds so many, `refusal` for the status and
-    the words with which it refuses a format that it does not know."""
+    token bucket that fills at so many calls a second and holds so many, `refusal` for the status
+    and the words with which it refuses a format that it does not know."""
     return LLMServer(**options)
 
 
