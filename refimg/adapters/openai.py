@@ -194,24 +194,27 @@ def failure(
     import openai
 
     text, told = _line(error), isinstance(error, _ToldError)
-    status = error.status_code if isinstance(error, openai.APIStatusError | _ToldError) else None
+    headers: Any = {}
+    codes, path, status = set(), "", error.status_code if isinstance(error, _ToldError) else None
+    if isinstance(error, openai.APIStatusError):
+        status, headers = error.status_code, error.response.headers
+        codes, path = {str(error.code), str(error.type)}, error.request.url.path
     if status is None:
         garbled = JSONDecodeError, UnicodeDecodeError
         passing = openai.APIConnectionError, ConnectionError, TimeoutError, *garbled
         again = isinstance(error, passing) and not is_hopeless(error.__cause__)
         unsent = is_unsent(error.__cause__)
         return Failure("again" if again else "never", text, paid=not unsent)
-    codes = set() if told else {str(error.code), str(error.type)}
     if status in (401, 402) or _NO_MONEY & codes:
         return Failure("down", text)
     if status < 400:
         return Failure("never", f"{text}: a redirect, which is not followed")
     if status in (408, 409, 429) or status >= 500:
-        wait = _asked_wait({} if told else error.response.headers, text)
+        wait = _asked_wait(headers, text)
         wait = wait if wait is not None and math.isfinite(wait) and wait >= 0 else None
         paid = told and status >= 500
         return Failure("again", text, wait=wait, throttled=status == 429, paid=paid)
-    if not told and status in (404, 405) and error.request.url.path == "/chat/completions":
+    if status in (404, 405) and path == "/chat/completions":
         text = f"{text[:400]}; the base URL has no path, and most servers want one that ends in /v1"
     return Failure("never", text)
 
@@ -222,13 +225,6 @@ _REFUSED = (400, 404, 422, 500, 501)  # a status that may be about the form
 _Server = tuple[str, str]  # address and model
 _steps: dict[_Server, int] = {}  # the form that it knows
 _settled: set[_Server] = set()  # whose form is known
-
-
-def _blames_form(error: Exception, server: _Server) -> bool:
-    """Tell whether a server may have refused the form of answer that it was asked for."""
-    named = re.search(r"response.?format|json_schema|json_object", _line(error), re.I)
-    status = getattr(error, "status_code", None)
-    return status in _REFUSED if server not in _settled else bool(named) and status in (400, 422)
 
 
 def response_format(
@@ -357,7 +353,10 @@ class OpenAIChat:
                 reply = _read_completion(await client.chat.completions.create(**said, **form))
                 break
             except (APIStatusError, _ToldError) as error:
-                if not schema or in_vain or not _blames_form(error, server):
+                line = _line(error)
+                named = re.search(r"response.?format|json_schema|json_object", line, re.I)
+                doubted = named or server not in _settled
+                if not schema or in_vain or not doubted or error.status_code not in _REFUSED:
                     raise
                 refused.append(error)
                 if not form:
@@ -365,7 +364,7 @@ class OpenAIChat:
                     raise refused[0] from None
                 step += 1
                 told = "%s refuses %s, %s is next: %s"
-                _logger.info(told, self.model, *_FORMS[step - 1 : step + 1], _line(error))
+                _logger.info(told, self.model, *_FORMS[step - 1 : step + 1], line)
         if schema:
             _steps[server] = step
             _settled.add(server)
