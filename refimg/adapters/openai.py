@@ -153,9 +153,11 @@ def _read_completion(
     if not getattr(message, "refusal", None) and reason in _CUT:
         raise ValueError(f"the answer was cut off, finish_reason={reason}")
     used = getattr(completion, "usage", None)
-    read, written = (getattr(used, f"{name}_tokens", None) for name in ("prompt", "completion"))
-    counted = all(type(tokens) is int and 0 <= tokens <= _MOST_TOKENS for tokens in (read, written))
-    usage = Usage(input_tokens=read, output_tokens=written) if counted else None
+    read, written = [getattr(used, f"{name}_tokens", None) for name in ("prompt", "completion")]
+    usage = None
+    if type(read) is int and type(written) is int and min(read, written) >= 0:
+        known = max(read, written) <= _MOST_TOKENS
+        usage = Usage(input_tokens=read, output_tokens=written) if known else None
     return Reply(text=_text_of(message), usage=usage)
 
 # %% ../../nbs/adapters/openai.ipynb #4fc902a9
