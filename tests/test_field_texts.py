@@ -405,6 +405,10 @@ def test_patience_makes_nothing_up(answer):
         parse_critique(answer)
 
 
+def test_of_an_answer_without_measure_the_end_is_read():
+    assert plain_text(f"<think>{'Hm. ' * 200_000}</think>{GOOD}") == GOOD
+
+
 def test_half_a_million_commas_and_quotes_are_read_in_no_time():
     for text in ('{"a": [' + "1,]," * 500_000, '{"' + '\\"' * 500_000, "{,}" * 300_000):
         with pytest.raises(ValueError):

@@ -43,6 +43,7 @@ def _without_reasoning(text: str) -> str:
     return text
 
 # %% ../../nbs/engine/answers.ipynb #a500000c
+_READ = 100_000  # characters at the end of an answer that are looked at
 _END = re.compile(
     r"<\|(?:im_end|eot_id|eom_id|end|return|endoftext|end_of_text|end_of_turn|END_OF_TURN_TOKEN|"
     r"END_RESPONSE|im_start|user)\|>|<｜(?:end▁of▁sentence|User)｜>|</s>|<end_of_turn>|<eos>|"
@@ -57,7 +58,7 @@ _TOKEN = re.compile(
 
 def _first_turn(answer: str) -> str:
     """Return what the model said to us, without reasoning and control tokens."""
-    turns = _END.split(_START.sub("", _without_reasoning(answer)))
+    turns = _END.split(_START.sub("", _without_reasoning(answer[-_READ:])))
     texts = (_TOKEN.sub("", turn).strip() for turn in turns)
     return next((text for text in texts if text), "")
 
