@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -343,7 +344,8 @@ class Enhancement:
         number, started, paid = len(self.iterations) + 1, time.monotonic(), len(self.bill)
         last = self.iterations[-1] if self.iterations else None
         asked = director_messages(self.original, last, self.context)
-        prompt = await self._ask("director", asked, parse_prompt)
+        read = partial(parse_prompt, original=self.original)
+        prompt = await self._ask("director", asked, read)
         self.trace.add(number, prompt)
         asked = critic_messages(prompt, self.original, self.context)
         critique = await self._ask("critic", asked, parse_critique, schema=Critique)

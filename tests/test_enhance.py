@@ -541,7 +541,7 @@ LANGUAGES = [
 
 @pytest.mark.parametrize("prompt", LANGUAGES)
 async def test_long_and_foreign_prompts_go_through_unchanged(prompt, tmp_path):
-    writes = FakeChat(lambda messages, schema, number: f"{prompt[:3000]} Seen.")
+    writes = FakeChat(lambda messages, schema, number: f"{prompt} Seen from below.")
     judges = critic(60, 90)
     result = await run(prompt, writes=writes, judges=judges, trace_dir=tmp_path)
     assert read_fences(writes.calls[0][0][-1].content)["original"] == prompt

@@ -190,8 +190,6 @@ def _prompt_of(value: Any) -> str:
     return value
 
 # %% ../../nbs/engine/answers.ipynb #a500001f
-_MOST = 4000  # characters of a director's answer, without its reasoning
-
 _SORRY = r"(?:i(?:'m| am) (?:very |so |really |deeply )?sorry|sorry|i apologi[sz]e|my apologies|" \
     r"apologies|unfortunately|regrettably|as an? (?:ai|artificial|language|responsible)\b[^,.]*)"
 _UNABLE = r"i(?: really| just| simply)?(?: cannot| can not| can't| can’t| won't| will not|" \
@@ -209,11 +207,12 @@ _REFUSAL = re.compile(
 
 def parse_prompt(
     answer: str,  # what the director said
+    original: str = "",  # the user's prompt, which may be long itself
 ) -> str:
     """Find the prompt in the answer; a ValueError may be mended, a RuntimeError may not."""
     text = _first_turn(answer)
-    if len(text) > _MOST:
-        raise RuntimeError(f"{len(text):,} characters are no prompt, at most {_MOST:,} are")
+    if len(text) > (most := max(4000, len(original) + 1000)):
+        raise RuntimeError(f"{len(text):,} characters are no prompt, at most {most:,} are")
     blocks = re.findall(r"^[ \t]*```[\w-]*[ \t]*\n(.*?)\n[ \t]*```", text, re.S | re.M)
     if len(blocks) > 1:
         raise ValueError("the answer must be one prompt alone, not several")
