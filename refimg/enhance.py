@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -27,6 +27,7 @@ from pydantic import (
     computed_field,
 )
 
+from .engine.answers import last_object, parse_prompt, plain_text, read_number
 from .engine.fence import fence, read_fences
 from .engine.instructions import CRITIC, DIMENSIONS, DIRECTOR, NEGATIVE
 from .engine.intent import lost_intent
@@ -36,12 +37,13 @@ from .storage.secrets import SafeText
 
 # %% auto #0
 __all__ = ['StopReason', 'Critique', 'Iteration', 'ImagePromptEnhancementResult', 'stop_reason', 'director_messages',
-           'critic_messages', 'plain_text', 'parse_critique', 'parse_prompt', 'ask_with_repair', 'EnhancementTrace',
-           'Enhancement', 'enhance_prompt_iterative', 'ChatModel', 'Message', 'Reply', 'Usage', 'fence', 'lost_intent',
-           'read_fences']
+           'critic_messages', 'parse_critique', 'ask_with_repair', 'EnhancementTrace', 'Enhancement',
+           'enhance_prompt_iterative', 'ChatModel', 'Message', 'Reply', 'Usage', 'fence', 'lost_intent', 'parse_prompt',
+           'plain_text', 'read_fences']
 
 # %% ../nbs/00_enhance.ipynb #3425f2b4
-_all_ = ["ChatModel", "Message", "Reply", "Usage", "fence", "lost_intent", "read_fences"]
+_all_ = ["ChatModel", "Message", "Reply", "Usage", "fence", "lost_intent", "parse_prompt",
+         "plain_text", "read_fences"]
 
 # %% ../nbs/00_enhance.ipynb #354f6459
 def _score(value: Any) -> float:
@@ -49,7 +51,7 @@ def _score(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError(f"must be a number from 0 to 100, not {str(value)[:40]!r}")
     try:
-        number = float(value)
+        number = read_number(value)
     except (ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
@@ -163,15 +165,6 @@ def critic_messages(
     """Write what the critic is asked in one iteration."""
     return _talk(CRITIC, original=original, context=_context_text(context), prompt=prompt)
 
-# %% ../nbs/00_enhance.ipynb #dbedee5b
-def plain_text(
-    answer: str,  # what a model said
-) -> str:
-    """Strip reasoning and code fences from an answer."""
-    text = re.sub(r"<think(ing)?>.*?(</think(ing)?>|\Z)", "", answer, flags=re.DOTALL | re.I)
-    text = re.split(r"</think(?:ing)?>", text, flags=re.I)[-1]
-    return re.sub(r"^[ \t]*```[\w-]*[ \t]*$|```", "", text, flags=re.MULTILINE).strip()
-
 # %% ../nbs/00_enhance.ipynb #3279f1bc
 def _explain(error: Exception) -> str:
     """Say what is wrong in a line that a model can act on."""
@@ -181,28 +174,35 @@ def _explain(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
+def _flat(body: dict[str, Any]) -> dict[str, Any]:
+    """Bring the fields of a critique to the top, with plain scores and a list of improvements."""
+    fields = Critique.model_fields.keys()
+    inner = [part for part in body.values() if isinstance(part, dict) and part.keys() & fields]
+    flat = {key: value for key, value in body.items() if value not in inner}
+    for part in inner:
+        if part.keys() & flat.keys() & fields:
+            return body
+        flat |= part
+    for name in DIMENSIONS:
+        if isinstance(score := flat.get(name), dict):
+            flat[name] = score.get("score", score.get("value"))
+    if isinstance(listed := flat.get("improvements"), str):
+        lines = (re.sub(r"^(?:[-*•]|\d+[.)])\s+", "", line.strip()) for line in listed.split("\n"))
+        flat["improvements"] = [line for line in lines if line]
+    return flat
+
+
 def parse_critique(
     answer: str,  # what the critic said
 ) -> Critique:
-    """Find the first critique in the answer; a ValueError says what is wrong with it."""
-    text, problems = plain_text(answer), []
-    for opening in islice(re.finditer(r"\{", text), 100):
-        try:
-            body, _ = json.JSONDecoder().raw_decode(text, opening.start())
-            return Critique.model_validate(body)
-        except (ValueError, RecursionError) as error:
-            problems.append(_explain(error))
-    raise ValueError(problems[0] if problems else "there is no JSON object in the answer")
+    """Find the last critique in the answer; a ValueError says what is wrong where there is none."""
+    def read(body: dict[str, Any]) -> Critique:
+        return Critique.model_validate(_flat(body))
 
-
-def parse_prompt(
-    answer: str,  # what the director said
-) -> str:
-    """Find the prompt in the answer; a ValueError where there is none."""
-    text = plain_text(answer)
-    if not text:
-        raise ValueError("there is no prompt in the answer")
-    return text
+    try:
+        return last_object(plain_text(answer), read)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(_explain(error)) from error
 
 # %% ../nbs/00_enhance.ipynb #4a21ee46
 _T = TypeVar("_T")
@@ -310,9 +310,6 @@ class EnhancementTrace:
             trace.add(done.number, done.critique)
         trace.finish(result)
 
-
-
-
 # %% ../nbs/00_enhance.ipynb #e610e9ff
 _logger = logging.getLogger(__name__)
 
@@ -348,7 +345,8 @@ class Enhancement:
         number, started, paid = len(self.iterations) + 1, time.monotonic(), len(self.bill)
         last = self.iterations[-1] if self.iterations else None
         asked = director_messages(self.original, last, self.context)
-        prompt = await self._ask("director", asked, parse_prompt)
+        read = partial(parse_prompt, original=self.original)
+        prompt = await self._ask("director", asked, read)
         self.trace.add(number, prompt)
         asked = critic_messages(prompt, self.original, self.context)
         critique = await self._ask("critic", asked, parse_critique, schema=Critique)

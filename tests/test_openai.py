@@ -155,8 +155,10 @@ async def test_however_a_server_refuses_the_form_it_is_understood(server, fault)
 
 
 async def test_a_400_about_something_else_is_an_error(server, once):
+    chat = chat_with(server, "m400")
+    await chat.reply(JUDGED, Critique)
     server.script(["400"])
-    failure = await failed(chat_with(server, "m400"), JUDGED, schema=Critique)
+    failure = await failed(chat, JUDGED, schema=Critique)
     assert (failure.kind, len(server.requests())) == ("never", 1)
 
 
@@ -199,13 +201,12 @@ FAULTS = [
     ("refusal", "never", None, False, "the model refused: I can't help"),
     ("filtered", "never", None, False, "finish_reason=content_filter"),
     ("length", "never", None, False, "finish_reason=length"),
-    ("parts", "never", None, False, "no text but a list"),
 ]
 
 
 MAYBE_BILLED = {
     *("html", "no-json", "empty", "null", "error", "odd", "reset", "cut"),
-    *("refusal", "filtered", "length", "parts"),
+    *("refusal", "filtered", "length"),
 }
 
 
@@ -278,7 +279,7 @@ async def test_a_cancelled_call_is_over_at_once(server):
 # --- an enhancement through it --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fault", ["think", "fences", "strings", "above", "no-usage"])
+@pytest.mark.parametrize("fault", ["think", "fences", "strings", "above", "no-usage", "parts"])
 async def test_a_critique_in_wrappings_costs_no_second_call(server, fault):
     server.script([{"fault": fault, "role": "critic"}])
     chat = chat_with(server)

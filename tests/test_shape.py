@@ -350,7 +350,7 @@ LAYERS = (
     ("engine.story", "engine.prompts", "engine.tasks", "engine.costs"),
     ("storage",),
     ("engine.protocols", "engine.calibration", "engine.fence", "engine.instructions",
-     "engine.intent"),
+     "engine.answers", "engine.intent"),
 )  # from the top; arrows point down, or to a neighbour of the same layer
 STAGES, SEES = ("enhance", "generate", "score", "inspection"), ("cli", "fleet", "pipeline")
 GROUND = (*LAYERS[-1], "storage")

@@ -91,28 +91,74 @@ def _environment_headers() -> dict[str, str]:
     return sent
 
 # %% ../../nbs/adapters/openai.ipynb #3c9f7fa5
+_CUT = {"length", "max_tokens", "model_length", "content_filter", "safety"}  # the same next time
+_BROKEN = {"error", "abort", "aborted", "cancelled"}  # not the same next time
+_MOST_TOKENS = 10**9  # of one call; a server that counts more counts wrongly
+
+
+class _ToldError(ConnectionError):
+    """An error that a server tells in an answer of status 200."""
+
+    def __init__(self, told: Any):
+        fields = told if isinstance(told, dict) else {"message": told}
+        self.named = [str(fields[name]).lower() for name in ("code", "type") if fields.get(name)]
+        self.said = str(fields.get("message") or told)
+        super().__init__(f"the server sent no completion: {str(told)[:200]!r}")
+
+    @property
+    def status_code(self) -> int | None:
+        """The status that the answer should have had; None: it does not say."""
+        for name in self.named:
+            if re.fullmatch(r"[45]\d\d", name):
+                return int(name)
+        said = " ".join(self.named).replace("_", " ") or self.said
+        meanings = {
+            402: r"insufficient.(quota|credit|fund|balance)|billing|payment required",
+            401: r"api.key|unauthori[sz]ed|authenticat",
+            429: r"rate.limit|too many requests",
+        }
+        found = (code for code, words in meanings.items() if re.search(words, said, re.I))
+        return next(found, None)
+
+
+def _text_of(message: Any) -> str:
+    """Return the text of a message, its parts put together; a ValueError where it has none."""
+    content, refusal = message.content, getattr(message, "refusal", None)
+    parts = content if isinstance(content, list) else [content]
+    texts = [part for part in parts if isinstance(part, str)]
+    for part in (part for part in parts if isinstance(part, dict)):
+        refusal = refusal or part.get("refusal")
+        if part.get("type") in ("text", "output_text", None) and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+    if refusal:
+        raise ValueError(f"the model refused: {refusal}")
+    if content is not None and not texts:
+        raise ValueError(f"the answer is no text but a {type(content).__name__}")
+    return "".join(texts)
+
+
 def _read_completion(
     completion: Completion,  # what the SDK made of the server's answer
 ) -> Reply:
     """Return text and tokens; an error where there is no answer in it."""
     try:
         first = completion.choices[0]
-        message, content = first.message, first.message.content
+        message, reason = first.message, str(first.finish_reason).lower()
+        told = getattr(first, "error", None) if reason in _BROKEN else message.content and None
     except (AttributeError, LookupError, TypeError):
-        sent = getattr(completion, "error", None) or completion
-        raise ConnectionError(f"the server sent no completion: {str(sent)[:200]!r}") from None
-    if refusal := getattr(message, "refusal", None):
-        raise ValueError(f"the model refused: {refusal}")
-    if (reason := first.finish_reason) in ("length", "content_filter"):
+        sent = getattr(completion, "error", None) or getattr(completion, "model_extra", None)
+        raise _ToldError(sent or completion) from None
+    if reason in _BROKEN:
+        raise _ToldError(told or f"the answer broke off, finish_reason={reason}")
+    if not getattr(message, "refusal", None) and reason in _CUT:
         raise ValueError(f"the answer was cut off, finish_reason={reason}")
-    text = "" if content is None else content
-    if not isinstance(text, str):
-        raise ValueError(f"the answer is no text but a {type(text).__name__}")
     used = getattr(completion, "usage", None)
-    read, written = (getattr(used, f"{name}_tokens", None) for name in ("prompt", "completion"))
+    read, written = [getattr(used, f"{name}_tokens", None) for name in ("prompt", "completion")]
+    usage = None
     if type(read) is int and type(written) is int and min(read, written) >= 0:
-        return Reply(text=hide_secrets(text), usage=Usage(input_tokens=read, output_tokens=written))
-    return Reply(text=hide_secrets(text))
+        known = max(read, written) <= _MOST_TOKENS
+        usage = Usage(input_tokens=read, output_tokens=written) if known else None
+    return Reply(text=hide_secrets(_text_of(message)), usage=usage)
 
 # %% ../../nbs/adapters/openai.ipynb #4fc902a9
 _HINT = re.compile(r"again in (?:(\d+)m)? ?(\d+(?:\.\d+)?) ?(ms|s)\b")
@@ -149,29 +195,38 @@ def failure(
     """Return what the error means for the next attempt."""
     import openai
 
-    text = _line(error)
-    if not isinstance(error, openai.APIStatusError):
+    text, told = _line(error), isinstance(error, _ToldError)
+    headers: Any = {}
+    codes, path, status = set(), "", error.status_code if isinstance(error, _ToldError) else None
+    if isinstance(error, openai.APIStatusError):
+        status, headers = error.status_code, error.response.headers
+        codes, path = {str(error.code), str(error.type)}, error.request.url.path
+    if status is None:
         garbled = JSONDecodeError, UnicodeDecodeError
         passing = openai.APIConnectionError, ConnectionError, TimeoutError, *garbled
         again = isinstance(error, passing) and not is_hopeless(error.__cause__)
         unsent = is_unsent(error.__cause__)
         return Failure("again" if again else "never", text, paid=not unsent)
-    status = error.status_code
-    if status in (401, 402) or _NO_MONEY & {str(error.code), str(error.type)}:
+    if status in (401, 402) or _NO_MONEY & codes:
         return Failure("down", text)
     if status < 400:
         return Failure("never", f"{text}: a redirect, which is not followed")
     if status in (408, 409, 429) or status >= 500:
-        wait = _asked_wait(error.response.headers, text)
+        wait = _asked_wait(headers, text)
         wait = wait if wait is not None and math.isfinite(wait) and wait >= 0 else None
-        return Failure("again", text, wait=wait, throttled=status == 429)
-    if status in (404, 405) and error.request.url.path == "/chat/completions":
+        paid = told and status >= 500
+        return Failure("again", text, wait=wait, throttled=status == 429, paid=paid)
+    if status in (404, 405) and path == "/chat/completions":
         text = f"{text[:400]}; the base URL has no path, and most servers want one that ends in /v1"
     return Failure("never", text)
 
 # %% ../../nbs/adapters/openai.ipynb #2f4048ae
 _FORMS = ("json_schema", "json_object", "words")
-_steps: dict[tuple[str, str], int] = {}  # address and model: the form that it knows
+_REFUSED = (400, 404, 422, 500, 501)  # a status that may be about the form
+
+_Server = tuple[str, str]  # address and model
+_steps: dict[_Server, int] = {}  # the form that it knows
+_settled: set[_Server] = set()  # whose form is known
 
 
 def response_format(
@@ -282,28 +337,37 @@ class OpenAIChat:
         call: Call | None = None,  # from the run: its limits, and who is asked before a retry
     ) -> Reply:
         """Return the model's next message; a ProviderError where none was to be had."""
-        once = partial(self._reply_once, messages, schema)
+        once = partial(self._reply_once, messages, schema, [])
         return await self.account.attempts(once, failure, seconds=self.timeout, call=call)
 
-    async def _reply_once(self, messages: list[Message], schema: type[BaseModel] | None) -> Reply:
-        """Return the reply to one attempt, in the best form that the server knows."""
+    async def _reply_once(
+        self, messages: list[Message], schema: type[BaseModel] | None, in_vain: list[Exception]
+    ) -> Reply:
+        """Return the reply to one attempt; what was tried in every form in vain is noted."""
         client, server = await self.load(), (self.base_url, self.model)
         from openai import APIStatusError
 
         said = {"model": self.model, "messages": [message.model_dump() for message in messages]}
+        step, refused = _steps.get(server, 0), []
         while True:
-            step = _steps.get(server, 0)
             form = response_format(schema, _FORMS[step]) if schema else {}
             try:
                 reply = _read_completion(await client.chat.completions.create(**said, **form))
-                cost = self._prices.chat_cost(self.name, reply.usage)
-                return reply.model_copy(update={"cost": cost})
-            except APIStatusError as error:
+                break
+            except (APIStatusError, _ToldError) as error:
                 line = _line(error)
                 named = re.search(r"response.?format|json_schema|json_object", line, re.I)
-                last = not form or step + 1 == len(_FORMS)
-                if last or not named or error.status_code not in (400, 422):
+                doubted = named or server not in _settled
+                if not schema or in_vain or not doubted or error.status_code not in _REFUSED:
                     raise
-                _steps[server] = max(step + 1, _steps.get(server, 0))
+                refused.append(error)
+                if not form:
+                    in_vain.append(refused[0])
+                    raise refused[0] from None
+                step += 1
                 told = "%s refuses %s, %s is next: %s"
-                _logger.info(told, self.model, *_FORMS[step : step + 2], line)
+                _logger.info(told, self.model, *_FORMS[step - 1 : step + 1], line)
+        if schema:
+            _steps[server] = step
+            _settled.add(server)
+        return reply.model_copy(update={"cost": self._prices.chat_cost(self.name, reply.usage)})

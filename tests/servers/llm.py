@@ -49,11 +49,12 @@ class LLMServer:
 
     def __init__(
         self, seconds: float = 0.0, formats: Iterable[str] = FORMATS, lengths: bool = False,
-        bucket: tuple[float, float] | None = None,
+        bucket: tuple[float, float] | None = None, refusal: tuple[int, str] | None = None,
     ):
         command = [sys.executable, "-m", "tests.servers.llm", str(seconds), *formats]
         command += ["--lengths"] * lengths
         command += ["--bucket", *map(str, bucket)] if bucket else []
+        command += ["--refusal", *map(str, refusal)] if refusal else []
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self._process = subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
         self.origin = f"http://127.0.0.1:{int(self._process.stdout.readline())}"
@@ -88,7 +89,8 @@ class LLMServer:
 def start_llm_server(**options: Any) -> LLMServer:
     """A server that is ready; `seconds` a good answer takes, `formats` of answers it knows,
     `lengths` for answers of lifelike length and the usage that follows from it, `bucket` for a
-    token bucket that fills at so many calls a second and holds so many."""
+    token bucket that fills at so many calls a second and holds so many, `refusal` for the status
+    and the words with which it refuses a format that it does not know."""
     return LLMServer(**options)
 
 
@@ -234,12 +236,25 @@ def refused(item: dict[str, Any], headers: dict[str, str]) -> tuple[int, dict, s
     }.get(item["fault"])
 
 
-def formless(body: dict[str, Any], formats: list[str]) -> str | None:
-    """What a server says that does not know the form of answer it is asked for."""
+def formless(
+    body: dict[str, Any], formats: list[str], refusal: list[str] | None
+) -> tuple[int, str] | None:
+    """What a server says that does not know the form of answer it is asked for: status, body."""
     kind = (body.get("response_format") or {}).get("type")
     if kind is None or kind in formats:
         return None
-    return error(f"'response_format.type' of {kind!r} is not supported", None, "invalid_request")
+    said = f"'response_format.type' of {kind!r} is not supported"
+    status, said = (int(refusal[0]), refusal[1]) if refusal else (400, said)
+    return status, error(said, "400" if status == 200 else None, "invalid_request")
+
+
+def told(item: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
+    """A completion that holds an error instead of an answer."""
+    where, what = item.get("where", "body"), item["error"]
+    if where == "choice":
+        made["choices"][0] |= {"finish_reason": "error", "error": what}
+        return made
+    return what if where == "top" else {"error": what}
 
 
 # --- the server -------------------------------------------------------------------------------
@@ -249,12 +264,13 @@ class _Server(ThreadingHTTPServer):
     daemon_threads, request_queue_size = True, 128
 
     def __init__(
-        self, seconds: float, formats: list[str], lengths: bool, bucket: list[float] | None
+        self, seconds: float, formats: list[str], lengths: bool, bucket: list[float] | None,
+        refusal: list[str] | None,
     ):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.bucket, self.tokens, self.filled = bucket, bucket and bucket[1], time.monotonic()
         self.seconds, self.formats, self.lock = seconds, formats, threading.Lock()
-        self.faults, self.record, self.lengths = [], [], lengths
+        self.faults, self.record, self.lengths, self.refusal = [], [], lengths, refusal
 
     def handle_error(self, request: Any, address: Any) -> None:
         """Nothing: a client that hung up is no news."""
@@ -314,14 +330,14 @@ class _Handler(BaseHTTPRequestHandler):
             body = {}
         headers, role = {k.lower(): v for k, v in self.headers.items()}, role_of(body)
         with self.server.lock:
-            wrong = formless(body, self.server.formats)
+            wrong = formless(body, self.server.formats, self.server.refusal)
             item = {"fault": "format"} if wrong else self.server.take(role, raw)
             seen = {"method": self.command, "path": self.path, "headers": headers, "role": role}
             seen |= {"body": raw, "json": body, "fault": item["fault"], "at": time.time()}
             self.server.record.append(seen | {"usage": None})
             self.seen = self.server.record[-1]
         if wrong:
-            self.answer(400, {}, wrong)
+            self.answer(wrong[0], {}, wrong[1])
         elif self.path.partition("?")[0] != "/v1/chat/completions" or self.command != "POST":
             self.answer(404, {}, error(f"no such path: {self.path}"))
         else:
@@ -343,7 +359,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.seen["usage"] = counted(body, text) if self.server.lengths else USAGE
         text = TEXTS.get(name, str)(text)
         over = {"usage": self.seen["usage"]} | FORMS.get(name, {})
-        sent = json.dumps(completion(body, text, **over))
+        if name in ("usage", "ended"):
+            over |= {"usage": item["usage"]} if name == "usage" else {"finish": item["reason"]}
+            text = text if name == "usage" else text[: len(text) // 2]
+        text = item["content"] if name == "content" else text
+        made = completion(body, text, **over)
+        sent = json.dumps(told(item, made) if name == "told" else made)
         if name == "drip":
             return self.drip(sent, item.get("seconds", 0.05))
         extra = 100 if name == "cut" else 0
@@ -395,6 +416,7 @@ def main() -> None:
     parser.add_argument("formats", nargs="*")
     parser.add_argument("--lengths", action="store_true")
     parser.add_argument("--bucket", nargs=2, type=float)
+    parser.add_argument("--refusal", nargs=2)
     server = _Server(**vars(parser.parse_args()))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     print(server.server_address[1], flush=True)
