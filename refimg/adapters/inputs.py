@@ -217,10 +217,11 @@ def read_schema(
         given, required = schemas["Input"]["properties"], schemas["Input"].get("required", ())
         order = sorted(given, key=lambda name: given[name].get("x-order", len(given)))
         fields = {name: _folded(given[name], schemas) for name in order}
-        if odd := [n for n, entry in fields.items() if not isinstance(entry.get("enum", []), list)]:
-            raise TypeError(f"the choices of {odd[0]} are no list")
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"the model's schema cannot be read: {error!r}") from error
+    for name, entry in fields.items():
+        if not isinstance(entry.get("enum", []), list):
+            raise ValueError(f"the enum of {name} must be a list, got {entry['enum']!r}")
     named = {name: ratio_words(fields.get(name, {})) for name in _RATIOS}
     ratio = next((n for n in _RATIOS if named[n]), "aspect_ratio")
     ratio = "aspect_ratio" if "aspect_ratio" in fields else ratio

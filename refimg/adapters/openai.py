@@ -196,6 +196,8 @@ def failure(
     import openai
 
     text, told = _line(error), isinstance(error, _ToldError)
+    if isinstance(error, RecursionError):
+        return Failure("never", "the answer is nested too deeply to be read", paid=True)
     headers: Any = {}
     codes, path, status = set(), "", error.status_code if isinstance(error, _ToldError) else None
     if isinstance(error, openai.APIStatusError):
