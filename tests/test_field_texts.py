@@ -276,6 +276,12 @@ def test_a_prompt_that_is_not_wrapped_is_left_as_it_is(text):
     assert parse_prompt(text) == text
 
 
+def test_what_the_user_wrote_is_no_wrapper():
+    original = "An old man in a misty forest at 3 o'clock:"
+    text = f"{original}\nA wide shot in soft light."
+    assert parse_prompt(text, original) == text
+
+
 async def test_a_negative_prompt_is_unwrapped_too():
     made, _ = await run(GOOD, "**Negative prompt:** blur, extra hands", negative=True)
     assert made.negative_prompt == "blur, extra hands"

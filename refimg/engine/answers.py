@@ -163,12 +163,16 @@ def _unquoted(text: str) -> str:
     return text
 
 
-def _unwrapped(text: str) -> str:
-    """Take one layer after the other off a prompt, and return what is left."""
+def _unwrapped(text: str, original: str = "") -> str:
+    """Take one layer after the other off a prompt, but nothing that the original says."""
+    known = set(re.findall(r"\w+", original.lower()))
     for _ in range(10):
         before = text
         for layer in _LAYERS:
-            text = layer.sub("", text, count=1).strip()
+            if found := layer.search(text):
+                words = re.findall(r"\w+", found[0].lower())
+                if 2 * sum(word in known for word in words) <= len(words):
+                    text = f"{text[: found.start()]}{text[found.end() :]}".strip()
         text = _unquoted(text)
         if text == before:
             break
@@ -216,9 +220,9 @@ def parse_prompt(
     blocks = re.findall(r"^[ \t]*```[\w-]*[ \t]*\n(.*?)\n[ \t]*```", text, re.S | re.M)
     if len(blocks) > 1:
         raise ValueError("the answer must be one prompt alone, not several")
-    text = _unwrapped(plain_text(blocks[0] if blocks else text))
+    text = _unwrapped(plain_text(blocks[0] if blocks else text), original)
     if re.match(r'\{\s*["}]|\[\s*["{]', text):
-        text = _unwrapped(_prompt_of(_read_json(text)[0]).strip())
+        text = _unwrapped(_prompt_of(_read_json(text)[0]).strip(), original)
     if _REFUSAL.match(re.sub(r'[*_#>"]', "", text).replace("’", "'").strip()):
         raise RuntimeError(f"the model refused: {text[:200]!r}")
     if not text:
