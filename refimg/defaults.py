@@ -135,11 +135,12 @@ def prices() -> PriceTable:
 
 def budget(
     limit_usd: float,  # above 0
+    **more: Any,  # as for `engine.costs.Budget`
 ) -> Budget:
     """Return a budget that pays by the price table, see `engine/costs`."""
     from refimg.engine.costs import Budget
 
-    return Budget(limit_usd, prices())
+    return Budget(limit_usd, prices(), **more)
 
 # %% ../nbs/06_defaults.ipynb #4bccd1ef
 def estimate(

@@ -164,7 +164,8 @@ def failure(
     if status in (408, 409, 429) or status >= 500:
         wait = _asked_wait(error.response.headers, text)
         wait = wait if wait is not None and math.isfinite(wait) and wait >= 0 else None
-        return Failure("again", text, wait=wait, throttled=status == 429)
+        paid = status >= 500 or status == 408
+        return Failure("again", text, wait=wait, throttled=status == 429, paid=paid)
     if status in (404, 405) and error.request.url.path == "/chat/completions":
         text = f"{text[:400]}; the base URL has no path, and most servers want one that ends in /v1"
     return Failure("never", text)
@@ -172,6 +173,23 @@ def failure(
 # %% ../../nbs/adapters/openai.ipynb #2f4048ae
 _FORMS = ("json_schema", "json_object", "words")
 _steps: dict[tuple[str, str], int] = {}  # address and model: the form that it knows
+_limits: dict[tuple[str, str], dict[str, int]] = {}  # address and model: the limit that it takes
+_LEAST = 512  # tokens of an answer, below which no limit is tried
+_TOO_LARGE = re.compile("too (large|high|big|many)|exceed|at most|maximum|less than", re.I)
+
+
+def _limit_after(
+    sent: dict[str, int],  # the limit that a server refused, by its name
+    line: str,  # what the server said
+) -> dict[str, int] | None:
+    """Return the limit to try next; None where the server did not speak of it, or there is none."""
+    (name, tokens), = sent.items()
+    if not re.search(r"max_(completion_|new_)?tokens|in the completion", line):
+        return None
+    if _TOO_LARGE.search(line):
+        return {name: tokens // 2} if tokens >= 2 * _LEAST else None
+    return {"max_tokens": tokens} if name != "max_tokens" else None
+
 
 
 def response_format(
@@ -282,10 +300,13 @@ class OpenAIChat:
         call: Call | None = None,  # from the run: its limits, and who is asked before a retry
     ) -> Reply:
         """Return the model's next message; a ProviderError where none was to be had."""
-        once = partial(self._reply_once, messages, schema)
+        most = call and call.max_tokens
+        once = partial(self._reply_once, messages, schema, most)
         return await self.account.attempts(once, failure, seconds=self.timeout, call=call)
 
-    async def _reply_once(self, messages: list[Message], schema: type[BaseModel] | None) -> Reply:
+    async def _reply_once(
+        self, messages: list[Message], schema: type[BaseModel] | None, most: int | None
+    ) -> Reply:
         """Return the reply to one attempt, in the best form that the server knows."""
         client, server = await self.load(), (self.base_url, self.model)
         from openai import APIStatusError
@@ -294,15 +315,22 @@ class OpenAIChat:
         while True:
             step = _steps.get(server, 0)
             form = response_format(schema, _FORMS[step]) if schema else {}
+            known = _limits.get(server, {"max_completion_tokens": most}) if most else {}
+            limit = {name: min(tokens, most) for name, tokens in known.items()}
+            asked = said | form | limit
             try:
-                reply = _read_completion(await client.chat.completions.create(**said, **form))
+                reply = _read_completion(await client.chat.completions.create(**asked))
                 cost = self._prices.chat_cost(self.name, reply.usage)
                 return reply.model_copy(update={"cost": cost})
             except APIStatusError as error:
-                line = _line(error)
+                line, refused = _line(error), error.status_code in (400, 422)
+                if limit and refused and (other := _limit_after(limit, line)):
+                    _limits[server] = other
+                    _logger.info("%s refuses %s, %s is next: %s", self.model, limit, other, line)
+                    continue
                 named = re.search(r"response.?format|json_schema|json_object", line, re.I)
                 last = not form or step + 1 == len(_FORMS)
-                if last or not named or error.status_code not in (400, 422):
+                if last or not named or not refused:
                     raise
                 _steps[server] = max(step + 1, _steps.get(server, 0))
                 told = "%s refuses %s, %s is next: %s"
