@@ -9,8 +9,8 @@
 A script has one item a request, in order of arrival: a fault's name, the name with its values, or
 None for a good answer; an item with a role waits for that role, one with a `match` for a request
 whose body contains it. After the script all answers are good: the director's is the original with a
-version number, the critic's 60 + 6 for each version. With `lengths` they are as long as real
-ones, and the usage follows from the bytes; what was counted stands in the record, whatever was sent.
+version number, the critic's 60 + 6 for each version. With `lengths` they are as long as real ones,
+and the usage follows from the bytes; what was counted stands in the record, whatever was sent.
 An item with `long` is billed as an answer of 128,000 tokens, or of as many as the request allows,
 also where it is an error.
 """
