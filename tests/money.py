@@ -34,7 +34,7 @@ LONG = 3.0  # seconds that a prediction takes which takes too long
 TOO_LARGE = "max_tokens is too large: 8192. This model supports at most 4096 completion tokens."
 CHAT = (
     {"long": True}, {"fault": "no-usage", "long": True}, {"fault": "500", "long": True},
-    {"fault": "hang", "seconds": 0.7, "long": True}, {"fault": "reset", "long": True},
+    {"fault": "hang", "seconds": 1.2, "long": True}, {"fault": "reset", "long": True},
     {"fault": "no-json", "long": True}, {"fault": "cut", "long": True}, {"fault": "429"}, {},
     {"fault": "odd-usage", "long": True}, {"fault": "truncated"},
 )  # fmt: skip
@@ -122,8 +122,9 @@ async def play(case: Case, llm: Any, images: Any, folder: Path) -> str:
     ends = []
     scenes = [Scene(prompt=f"{case.tag} A keeper on stair {n}") for n in (1, 2)]
     for _ in range(case.runs):
-        chat = OpenAIChat(f"gpt-{case.number}", base_url=llm.base_url, api_key="x", timeout=0.5)
+        chat = OpenAIChat(f"gpt-{case.number}", base_url=llm.base_url, api_key="x", timeout=1.0)
         drawn = ReplicateImages(base_url=images.base_url, api_token="x", timeout=10)
+        await asyncio.gather(chat.load(), drawn.load())
         many = case.stories > 1
         pipeline = Pipeline(
             director=chat, critic=chat, image_model=drawn, scorers=[FakeScorer()], seed=1,

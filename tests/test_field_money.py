@@ -48,7 +48,7 @@ def case(**over) -> Case:
     [LONG] * 40,
     [LONG | {"fault": "no-usage"}] * 40,
     [LONG | {"fault": "500"}] * 40,
-    [LONG | {"fault": "hang", "seconds": 0.7}] * 40,
+    [LONG | {"fault": "hang", "seconds": 1.2}] * 40,
     [LONG | {"fault": "reset"}] * 40,
     [{"fault": "400-limit", "match": "max_completion_tokens"}] * 40 + [LONG] * 40,
 ], ids=["long", "no-usage", "500", "hang", "reset", "another-limit"])
@@ -74,7 +74,7 @@ def test_random_prices_and_servers_stay_within_the_cap(servers, number):
 def test_all_stories_together_and_all_their_runs_stay_within_one_cap(servers):
     many = case(stories=3, runs=3, budget=0.5, faults=[LONG] * 9)
     bill = settle(many, *servers)
-    assert bill.calls > 4 and bill.over == 0
+    assert bill.calls > 3 and bill.over == 0
 
 
 # what goes along with a call
@@ -125,7 +125,7 @@ def test_an_answer_cut_by_its_limit_is_a_lost_iteration_and_never_the_prompt(ser
     bill = settle(cut, llm, images)
     prompts = {one["input"]["prompt"] for one in images.predictions()
                if cut.tag in one["input"]["prompt"]}
-    assert bill.calls > 4 and not [text for text in prompts if "Version" in text]
+    assert bill.calls > 3 and not [text for text in prompts if "Version" in text]
 
 
 # what has no bound
