@@ -9,7 +9,6 @@ import asyncio
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -80,6 +79,13 @@ class _Models(NamedTuple):
         return models
 
 
+def _budget(limit_usd: float | None, **more: Any) -> Budget | None:
+    """Return a budget; None: there is no limit."""
+    from refimg import defaults
+
+    return None if limit_usd is None else defaults.budget(limit_usd, **more)
+
+
 @dataclass
 class Pipeline:
     """The models and settings of a run; every one of them has a default."""
@@ -146,7 +152,7 @@ class Pipeline:
         await load_capabilities(self._models().image_model)
         settings = await asyncio.to_thread(self._checked, story)
         call, slots = self._call(story), asyncio.Semaphore(settings.max_concurrency)
-        *agents, image_model = self._paid(self._budget())
+        *agents, image_model = self._paid(_budget(self.budget_usd))
         director, critic = (RunAgent(model, lambda: False, call) for model in agents)
 
         async def one(number: int) -> ImagePromptEnhancementResult:
@@ -193,19 +199,14 @@ class Pipeline:
         cancellation_check: Callable[[], Any] | None = None,  # sync or async; true: stop
     ) -> AsyncGenerator[StoryResult | StoryFailure, None]:
         """Run any number of stories and yield each as it finishes; `index` says which it was."""
-        from refimg import defaults
-
         name = check_id(secrets.token_hex(6) if generation_id is None else generation_id)
         check_many(stories, concurrency, name)
         folder = check_folder(output_dir)
         self._models()
         settings_of(self)
-        before, budget = {}, None
-        if budget_usd is not None:
-            if self.journal is not None:
-                run = {"output_dir": folder, "generation_id": name, "stories": True}
-                before = {"spent": partial(self.journal.spent, **run)}
-            self._paid(budget := defaults.budget(budget_usd, **before))
+        budget = _budget(budget_usd, journal=self.journal, stories=True, output_dir=folder,
+                         generation_id=name)
+        self._paid(budget)
         runs = ManyRuns(lambda index, story: self._run(
             story, f"{name}-{index}", output_dir, None, within=budget), name, concurrency)
         return runs.outcomes(stories, on_progress, cancellation_check)
@@ -240,15 +241,6 @@ class Pipeline:
         check_story(story, settings, models.image_model, enhancements)
         return settings
 
-    def _budget(self, within: Budget | None = None, **run: Any) -> Budget | None:
-        """Return what a run is paid from, which goes on where its journal says; None: no limit."""
-        from refimg import defaults
-
-        limit = within.limit if within and self.budget_usd is None else self.budget_usd
-        kept: Any = self.journal if run else None
-        book = kept and {"spent": partial(kept.spent, **run), "book": partial(kept.book, **run)}
-        return None if limit is None else defaults.budget(limit, within=within, **book or {})
-
     def _paid(self, budget: Budget | None) -> tuple[ChatModel, ChatModel, ImageModel]:
         """Return director, critic and image model, paid from the budget where there is one."""
         director, critic, image_model, _ = self._models()
@@ -273,7 +265,9 @@ class Pipeline:
         name = check_id(secrets.token_hex(6) if generation_id is None else generation_id)
         folder = check_folder(output_dir)
         settings = await asyncio.to_thread(self._checked, story, enhancements)
-        budget = self._budget(within, output_dir=folder, generation_id=name)
+        limit = within.limit if within and self.budget_usd is None else self.budget_usd
+        budget = _budget(limit, within=within, journal=self.journal, output_dir=folder,
+                         generation_id=name)
         director, critic, images = self._paid(budget)
         if self.journal is not None:
             await self.journal.check()

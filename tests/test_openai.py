@@ -206,6 +206,7 @@ FAULTS = [
 MAYBE_BILLED = {
     *("html", "no-json", "empty", "null", "error", "odd", "reset", "cut"),
     *("refusal", "filtered", "length", "parts"),
+    *("500", "502", str({"fault": "503", "after": 5})),
 }
 
 
