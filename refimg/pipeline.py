@@ -78,6 +78,13 @@ class _Models(NamedTuple):
             defaults.announce(chosen | {"scorers": scored_by})
         return models
 
+    def paid(self, budget: Budget | None) -> tuple[ChatModel, ChatModel, ImageModel]:
+        """Return director, critic and image model, paid from the budget where there is one."""
+        director, critic, image_model, _ = self
+        if budget is None:
+            return director, critic, image_model
+        return budget.chat(director), budget.chat(critic), budget.images(image_model)
+
 
 def _budget(limit_usd: float | None, **more: Any) -> Budget | None:
     """Return a budget; None: there is no limit."""
@@ -152,7 +159,7 @@ class Pipeline:
         await load_capabilities(self._models().image_model)
         settings = await asyncio.to_thread(self._checked, story)
         call, slots = self._call(story), asyncio.Semaphore(settings.max_concurrency)
-        *agents, image_model = self._paid(_budget(self.budget_usd))
+        *agents, image_model = self._models().paid(_budget(self.budget_usd))
         director, critic = (RunAgent(model, lambda: False, call) for model in agents)
 
         async def one(number: int) -> ImagePromptEnhancementResult:
@@ -201,12 +208,11 @@ class Pipeline:
         """Run any number of stories and yield each as it finishes; `index` says which it was."""
         name = check_id(secrets.token_hex(6) if generation_id is None else generation_id)
         check_many(stories, concurrency, name)
-        folder = check_folder(output_dir)
-        self._models()
+        folder, models = check_folder(output_dir), self._models()
         settings_of(self)
         budget = _budget(budget_usd, journal=self.journal, stories=True, output_dir=folder,
                          generation_id=name)
-        self._paid(budget)
+        models.paid(budget)
         runs = ManyRuns(lambda index, story: self._run(
             story, f"{name}-{index}", output_dir, None, within=budget), name, concurrency)
         return runs.outcomes(stories, on_progress, cancellation_check)
@@ -241,13 +247,6 @@ class Pipeline:
         check_story(story, settings, models.image_model, enhancements)
         return settings
 
-    def _paid(self, budget: Budget | None) -> tuple[ChatModel, ChatModel, ImageModel]:
-        """Return director, critic and image model, paid from the budget where there is one."""
-        director, critic, image_model, _ = self._models()
-        if budget is None:
-            return director, critic, image_model
-        return budget.chat(director), budget.chat(critic), budget.images(image_model)
-
     def _call(self, story: Story) -> Call:
         from refimg import defaults
 
@@ -268,7 +267,7 @@ class Pipeline:
         limit = within.limit if within and self.budget_usd is None else self.budget_usd
         budget = _budget(limit, within=within, journal=self.journal, output_dir=folder,
                          generation_id=name)
-        director, critic, images = self._paid(budget)
+        director, critic, images = models.paid(budget)
         if self.journal is not None:
             await self.journal.check()
             images = self.journal.images(images, output_dir=folder, generation_id=name)
