@@ -315,9 +315,10 @@ class OpenAIChat:
         while True:
             step = _steps.get(server, 0)
             form = response_format(schema, _FORMS[step]) if schema else {}
-            known = _limits.get(server, {"max_completion_tokens": most}) if most else {}
-            limit = {name: min(tokens, most) for name, tokens in known.items()}
-            asked = said | form | limit
+            limit = {"max_completion_tokens": most} if most else {}
+            if most and server in _limits:
+                limit = {name: min(tokens, most) for name, tokens in _limits[server].items()}
+            asked: Any = said | form | limit
             try:
                 reply = _read_completion(await client.chat.completions.create(**asked))
                 cost = self._prices.chat_cost(self.name, reply.usage)

@@ -139,8 +139,7 @@ class Budget(Ledger):
     ) -> None:
         """Book what the call cost, and free the rest."""
         held = self._held.pop(token)
-        known = actual is not None and 0 <= actual < math.inf
-        self.spent += actual if known else held
+        self.spent += actual if actual is not None and 0 <= actual < math.inf else held
         self._freed.set()
         if self.within and token in self._outer:
             self.within.settle(self._outer.pop(token), actual)
