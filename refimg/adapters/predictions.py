@@ -230,7 +230,7 @@ class Prediction:
     def seconds(self) -> float | None:
         """Seconds that it ran; None: the server does not say."""
         ran = self.metrics.get("predict_time")
-        return ran if isinstance(ran, (int, float)) and ran is not False and 0 <= ran < inf else None
+        return ran if isinstance(ran, float | int) and ran is not False and 0 <= ran < inf else None
 
 # %% ../../nbs/adapters/predictions.ipynb #e739b4a8
 _LATE = 1.5  # seconds that creates on their way are given when nobody wants them any more
