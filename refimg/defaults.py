@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -135,11 +136,18 @@ def prices() -> PriceTable:
 
 def budget(
     limit_usd: float,  # above 0
+    *,
+    within: Budget | None = None,  # another one that each call is paid from, too
+    journal: Journal | None = None,  # knows what the run has spent before
+    stories: bool = False,  # True: the budget of all stories of a `run_many`
+    **run: Any,  # its output_dir and generation_id
 ) -> Budget:
     """Return a budget that pays by the price table, see `engine/costs`."""
     from refimg.engine.costs import Budget
 
-    return Budget(limit_usd, prices())
+    spent = partial(journal.spent, stories=stories, **run) if journal else None
+    book = partial(journal.book, **run) if journal and not stories else None
+    return Budget(limit_usd, prices(), within=within, spent=spent, book=book)
 
 # %% ../nbs/06_defaults.ipynb #4bccd1ef
 def estimate(

@@ -40,7 +40,7 @@ from .storage.files import check_id
 from .storage.traces import TraceTree
 
 if TYPE_CHECKING:
-    from refimg.engine.costs import Estimate
+    from refimg.engine.costs import Budget, Estimate
 
 # %% auto #0
 __all__ = ['Pipeline', 'generate_enhanced_reference_images_with_sequential_references', 'Event', 'GenerationCancelled',
@@ -77,6 +77,20 @@ class _Models(NamedTuple):
             scored_by = ", ".join(scorer.model for scorer in models.scorers) or "none"
             defaults.announce(chosen | {"scorers": scored_by})
         return models
+
+    def paid(self, budget: Budget | None) -> tuple[ChatModel, ChatModel, ImageModel]:
+        """Return director, critic and image model, paid from the budget where there is one."""
+        director, critic, image_model, _ = self
+        if budget is None:
+            return director, critic, image_model
+        return budget.chat(director), budget.chat(critic), budget.images(image_model)
+
+
+def _budget(limit_usd: float | None, **more: Any) -> Budget | None:
+    """Return a budget; None: there is no limit."""
+    from refimg import defaults
+
+    return None if limit_usd is None else defaults.budget(limit_usd, **more)
 
 
 @dataclass
@@ -145,7 +159,7 @@ class Pipeline:
         await load_capabilities(self._models().image_model)
         settings = await asyncio.to_thread(self._checked, story)
         call, slots = self._call(story), asyncio.Semaphore(settings.max_concurrency)
-        *agents, image_model = self._paid()
+        *agents, image_model = self._models().paid(_budget(self.budget_usd))
         director, critic = (RunAgent(model, lambda: False, call) for model in agents)
 
         async def one(number: int) -> ImagePromptEnhancementResult:
@@ -187,17 +201,20 @@ class Pipeline:
         concurrency: int = 32,  # stories that are read and not yet returned, 1–1000
         generation_id: str | None = None,  # story i is `{generation_id}-{i}`; None: random
         output_dir: str | Path = "output/images",  # where the images go
+        budget_usd: float | None = None,  # USD that all stories may spend together; None: no limit
         on_progress: Callable[[ManyProgress], Any] | None = None,  # sync or async
         cancellation_check: Callable[[], Any] | None = None,  # sync or async; true: stop
     ) -> AsyncGenerator[StoryResult | StoryFailure, None]:
         """Run any number of stories and yield each as it finishes; `index` says which it was."""
         name = check_id(secrets.token_hex(6) if generation_id is None else generation_id)
         check_many(stories, concurrency, name)
-        check_folder(output_dir)
-        self._models()
+        folder, models = check_folder(output_dir), self._models()
         settings_of(self)
-        runs = ManyRuns(lambda index, story: self.run(
-            story, generation_id=f"{name}-{index}", output_dir=output_dir), name, concurrency)
+        budget = _budget(budget_usd, journal=self.journal, stories=True, output_dir=folder,
+                         generation_id=name)
+        models.paid(budget)
+        runs = ManyRuns(lambda index, story: self._run(
+            story, f"{name}-{index}", output_dir, None, within=budget), name, concurrency)
         return runs.outcomes(stories, on_progress, cancellation_check)
 
     async def rerun(
@@ -230,16 +247,6 @@ class Pipeline:
         check_story(story, settings, models.image_model, enhancements)
         return settings
 
-    def _paid(self) -> tuple[ChatModel, ChatModel, ImageModel]:
-        """Return director, critic and image model, paid from one budget where there is one."""
-        from refimg import defaults
-
-        director, critic, image_model, _ = self._models()
-        if self.budget_usd is None:
-            return director, critic, image_model
-        budget = defaults.budget(self.budget_usd)
-        return budget.chat(director), budget.chat(critic), budget.images(image_model)
-
     def _call(self, story: Story) -> Call:
         from refimg import defaults
 
@@ -249,14 +256,18 @@ class Pipeline:
     async def _run(
         self, story: Story, generation_id: str | None, output_dir: str | Path,
         enhancements: Sequence[ImagePromptEnhancementResult | None] | None,
-        on_progress: Callable | None = None, check: Callable | None = None, **rerun: Any,
+        on_progress: Callable | None = None, check: Callable | None = None,
+        within: Budget | None = None, **rerun: Any,
     ) -> StoryResult:
         models = self._models()
         await load_capabilities(models.image_model, check)
         name = check_id(secrets.token_hex(6) if generation_id is None else generation_id)
         folder = check_folder(output_dir)
         settings = await asyncio.to_thread(self._checked, story, enhancements)
-        director, critic, images = self._paid()
+        limit = within.limit if within and self.budget_usd is None else self.budget_usd
+        budget = _budget(limit, within=within, journal=self.journal, output_dir=folder,
+                         generation_id=name)
+        director, critic, images = models.paid(budget)
         if self.journal is not None:
             await self.journal.check()
             images = self.journal.images(images, output_dir=folder, generation_id=name)
@@ -271,6 +282,8 @@ class Pipeline:
             return await run.run(check)
         finally:
             traces.close(keep=self.keep_traces)
+            if budget:
+                await budget.write_down()
 
 # %% ../nbs/03_pipeline.ipynb #8ad036a2
 def _padded(name: str, values: list[str | None] | None, length: int) -> list[str | None]:

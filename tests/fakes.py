@@ -35,12 +35,16 @@ def critique(score: float, **over: Any) -> str:
 class FakeChat:
     """A chat model that plays a script: items are texts, Replies, exceptions or functions."""
 
+    takes_call = False  # a test may set it
+
     def __init__(self, script: Any = (), *, name: str = "fake-chat", seconds: float = 0.0):
         self.name, self.seconds = name, seconds
         self.script = list(script) if not callable(script) else script
         self.calls: list[tuple[list[Message], type | None]] = []
 
-    async def reply(self, messages: list[Message], schema: type | None = None) -> Reply:
+    async def reply(
+        self, messages: list[Message], schema: type | None = None, *, call: Any = None
+    ) -> Reply:
         self.calls.append((messages, schema))
         number = len(self.calls)
         await asyncio.sleep(self.seconds)

@@ -207,6 +207,7 @@ FAULTS = [
 MAYBE_BILLED = {
     *("html", "no-json", "empty", "null", "error", "odd", "reset", "cut"),
     *("refusal", "filtered", "length"),
+    *("500", "502", str({"fault": "503", "after": 5})),
 }
 
 

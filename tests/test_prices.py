@@ -37,7 +37,11 @@ BANANA = 0.039
 TABLE = PriceTable()
 
 
-class Chat(FakeChat):
+class Limited(FakeChat):
+    takes_call = True
+
+
+class Chat(Limited):
     def __init__(self, *script, name="gpt-5.4-mini", **kwargs):
         super().__init__(list(script), name=name, **kwargs)
 
@@ -170,7 +174,7 @@ async def test_a_reply_without_usage_is_charged_its_reservation(reply, spent):
         held.append(budget.reserved)
         return reply
 
-    assert await budget.chat(FakeChat(say, name="gpt-5.4-mini")).reply(ASK) == reply
+    assert await budget.chat(Limited(say, name="gpt-5.4-mini")).reply(ASK) == reply
     assert held[0] > MAX_COMPLETION * 4.5e-6 and budget.reserved == 0
     assert budget.spent == pytest.approx(held[0] if spent is None else spent)
 
@@ -320,7 +324,7 @@ def agents(seed: int):
         text = critique(30 + 5 * rounds[scene], critique=said, improvements=notes)
         return counted(messages, text)
 
-    return FakeChat(direct, name="openai:gpt-5.5"), FakeChat(judge, name="openai:gpt-5.4-mini")
+    return Limited(direct, name="openai:gpt-5.5"), Limited(judge, name="openai:gpt-5.4-mini")
 
 
 WORDS = ("a", "the", "of", "harbour", "light", "keeper", "lens", "crimson", "weathered", "stone")

@@ -195,7 +195,7 @@ def failure(
     """Return what the error means for the next attempt."""
     import openai
 
-    text, told = _line(error), isinstance(error, _ToldError)
+    text = _line(error)
     if isinstance(error, RecursionError):
         return Failure("never", "the answer is nested too deeply to be read", paid=True)
     headers: Any = {}
@@ -216,7 +216,7 @@ def failure(
     if status in (408, 409, 429) or status >= 500:
         wait = _asked_wait(headers, text)
         wait = wait if wait is not None and math.isfinite(wait) and wait >= 0 else None
-        paid = told and status >= 500
+        paid = status >= 500 or status == 408
         return Failure("again", text, wait=wait, throttled=status == 429, paid=paid)
     if status in (404, 405) and path == "/chat/completions":
         text = f"{text[:400]}; the base URL has no path, and most servers want one that ends in /v1"
@@ -229,6 +229,23 @@ _REFUSED = (400, 404, 422, 500, 501)  # a status that may be about the form
 _Server = tuple[str, str]  # address and model
 _steps: dict[_Server, int] = {}  # the form that it knows
 _settled: set[_Server] = set()  # whose form is known
+_limits: dict[_Server, dict[str, int]] = {}  # address and model: the limit that it takes
+_LEAST = 512  # tokens of an answer, below which no limit is tried
+_TOO_LARGE = re.compile("too (large|high|big|many)|exceed|at most|maximum|less than", re.I)
+
+
+def _limit_after(
+    sent: dict[str, int],  # the limit that a server refused, by its name
+    line: str,  # what the server said
+) -> dict[str, int] | None:
+    """Return the limit to try next; None where the server did not speak of it, or there is none."""
+    (name, tokens), = sent.items()
+    if not re.search(r"max_(completion_|new_)?tokens|in the completion", line):
+        return None
+    if _TOO_LARGE.search(line):
+        return {name: tokens // 2} if tokens >= 2 * _LEAST else None
+    return {"max_tokens": tokens} if name != "max_tokens" else None
+
 
 
 def response_format(
@@ -339,11 +356,15 @@ class OpenAIChat:
         call: Call | None = None,  # from the run: its limits, and who is asked before a retry
     ) -> Reply:
         """Return the model's next message; a ProviderError where none was to be had."""
-        once = partial(self._reply_once, messages, schema, [])
+        once = partial(self._reply_once, messages, schema, call, [])
         return await self.account.attempts(once, failure, seconds=self.timeout, call=call)
 
     async def _reply_once(
-        self, messages: list[Message], schema: type[BaseModel] | None, in_vain: list[Exception]
+        self,
+        messages: list[Message],
+        schema: type[BaseModel] | None,
+        call: Call | None,
+        in_vain: list[Exception],
     ) -> Reply:
         """Return the reply to one attempt; what was tried in every form in vain is noted."""
         client, server = await self.load(), (self.base_url, self.model)
@@ -351,18 +372,30 @@ class OpenAIChat:
 
         said = {"model": self.model, "messages": [message.model_dump() for message in messages]}
         step, refused = _steps.get(server, 0), []
+        most, may_retry = (call.max_tokens, call.may_retry) if call else (None, None)
         while True:
             form = response_format(schema, _FORMS[step]) if schema else {}
+            limit = {"max_completion_tokens": most} if most else {}
+            if most and server in _limits:
+                limit = {name: min(tokens, most) for name, tokens in _limits[server].items()}
+            asked: Any = said | form | limit
             try:
-                reply = _read_completion(await client.chat.completions.create(**said, **form))
+                reply = _read_completion(await client.chat.completions.create(**asked))
                 break
             except (APIStatusError, _ToldError) as error:
-                line = _line(error)
+                line, status = _line(error), error.status_code or 0
+                other = _limit_after(limit, line) if limit and status in (400, 422) else None
+                if other:
+                    _limits[server] = other
+                    _logger.info("%s refuses %s, %s is next: %s", self.model, limit, other, line)
+                    continue
                 named = re.search(r"response.?format|json_schema|json_object", line, re.I)
                 doubted = named or server not in _settled
-                if not schema or in_vain or not doubted or error.status_code not in _REFUSED:
+                if not schema or in_vain or not doubted or status not in _REFUSED:
                     raise
                 refused.append(error)
+                if status >= 500 and may_retry and not may_retry(True):
+                    raise
                 if not form:
                     in_vain.append(refused[0])
                     raise refused[0] from None

@@ -18,7 +18,7 @@ from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from functools import partial
 from hashlib import sha256
-from math import ceil
+from math import ceil, inf
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
@@ -229,8 +229,8 @@ class Prediction:
     @property
     def seconds(self) -> float | None:
         """Seconds that it ran; None: the server does not say."""
-        seconds = self.metrics.get("predict_time")
-        return seconds if isinstance(seconds, (int, float)) and seconds >= 0 else None
+        ran = self.metrics.get("predict_time")
+        return ran if isinstance(ran, float | int) and ran is not False and 0 <= ran < inf else None
 
 # %% ../../nbs/adapters/predictions.ipynb #e739b4a8
 _LATE = 1.5  # seconds that creates on their way are given when nobody wants them any more
@@ -370,6 +370,7 @@ class PredictionRequest:
         timeout: float = 300.0,  # seconds for the prediction
         call: Call | None = None,  # from the run
     ):
+        timeout = min(timeout, (call and call.max_seconds) or timeout)
         self.connection, self.timeout, self.call = connection, timeout, call
         self.prediction: Prediction | None = None  # made, and not known to have ended
         self._lane: Lane | None = None  # that it is under way on
@@ -438,8 +439,7 @@ class PredictionRequest:
                     except Exception as error:
                         if failure(error).kind != "again":
                             raise
-                        why = log_line(str(error))
-                        _logger.info("the status of prediction %s is not known: %s", number, why)
+                        _logger.info("prediction %s: no status, %s", number, log_line(str(error)))
                     pause = min(longest, pause * 1.5) if _loop_time() > begun + 1 else pause
         except TimeoutError:
             told = f"prediction {number} had not ended after {self.timeout:g} s"

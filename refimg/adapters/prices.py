@@ -9,16 +9,17 @@ import os
 import re
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, Field, TypeAdapter, model_validator
 
 from ..engine.protocols import Message, Usage
 
 # %% auto #0
-__all__ = ['PRICES', 'MAX_COMPLETION', 'MAX_SECONDS', 'Price', 'PriceTable']
+__all__ = ['PRICES', 'MAX_COMPLETION', 'MAX_SECONDS', 'CANCELLING', 'Price', 'PriceTable']
 
 # %% ../../nbs/adapters/prices.ipynb #0d297938
-_Usd = Field(default=None, ge=0, allow_inf_nan=False)
+_Usd = Field(default=None, ge=0, allow_inf_nan=False, strict=True)
 
 
 class Price(BaseModel, frozen=True, extra="forbid"):
@@ -80,7 +81,9 @@ PRICES = {
 
 # %% ../../nbs/adapters/prices.ipynb #7e86de8a
 MAX_COMPLETION = 8192  # tokens of one answer, thoughts included
-MAX_SECONDS = 120.0  # of one prediction
+MAX_SECONDS = 120.0  # that one prediction may run
+CANCELLING = 10.0  # seconds that it may run on until its cancellation has arrived
+_HEAD = 256  # tokens that a server may put before the messages
 
 
 @lru_cache(maxsize=8)
@@ -156,7 +159,8 @@ class PriceTable:
     ) -> float:
         """Return the USD that a call may cost at most; a ValueError where it has no price."""
         shape = str(schema.model_json_schema()) if schema else ""
-        read = sum(len(message.content.encode("utf-8", "replace")) + 16 for message in messages)
+        texts = (message.content for message in messages)
+        read = _HEAD + sum(len(text.encode("utf-8", "replace")) + 16 for text in texts)
         read += 2 * len(shape.encode("utf-8", "replace"))
         usage = Usage(input_tokens=read, output_tokens=MAX_COMPLETION)
         return _known(self.chat_cost(name, usage), name, "input")
@@ -166,4 +170,14 @@ class PriceTable:
         name: str,  # of the image model
     ) -> float:
         """Return the USD that one image may cost at most; a ValueError where it has no price."""
-        return _known(self.image_cost(name, MAX_SECONDS), name, "image or second")
+        return _known(self.image_cost(name, MAX_SECONDS + CANCELLING), name, "image or second")
+
+    def limits(
+        self,
+        name: str,  # of the model
+    ) -> dict[str, Any]:
+        """Return the limits of a call that `most_for_chat` and `most_for_image` rely on."""
+        price = self.price_of(name)
+        if price and price.second:
+            return {"max_seconds": MAX_SECONDS}
+        return {"max_tokens": MAX_COMPLETION} if price and price.output else {}

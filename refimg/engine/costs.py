@@ -56,6 +56,10 @@ class Prices(Protocol):
         """Return the USD that one image may cost at most; a ValueError where it has no price."""
         ...
 
+    def limits(self, name: str) -> dict[str, Any]:
+        """Return the fields of a `Call` that hold a call to these sums; {}: none is needed."""
+        ...
+
 # %% ../../nbs/engine/costs.ipynb #c057000c
 class BudgetSpent(RuntimeError):
     """A call was not made, since it might have passed the budget."""
@@ -68,13 +72,19 @@ class Budget(Ledger):
         self,
         limit_usd: float,  # above 0
         prices: Prices,  # what calls cost
+        *,
+        within: Budget | None = None,  # another one that each call is paid from, too
+        spent: Callable[[], Awaitable[float]] | None = None,  # tells the USD that were spent before
+        book: Callable[[float], Awaitable[Any]] | None = None,  # writes down the USD that are gone
     ):
         number = isinstance(limit_usd, (int, float)) and not isinstance(limit_usd, bool)
         if not number or not 0 < limit_usd < math.inf:
             raise ValueError(f"budget_usd must be a number of USD above 0, got {limit_usd!r}")
         self.limit, self.prices, self.spent = float(limit_usd), prices, 0.0
+        self.within, self._before, self._book, self._booked = within, spent, book, 0.0
         self._held: dict[int, float] = {}
-        self._numbers, self._freed = count(1), asyncio.Event()
+        self._outer: dict[int, int] = {}  # token -> the token of `within`
+        self._numbers, self._freed, self._access = count(1), asyncio.Event(), asyncio.Lock()
 
     @property
     def reserved(self) -> float:
@@ -93,6 +103,10 @@ class Budget(Ledger):
         amount: float,  # USD that a call may cost
     ) -> int:
         """Set the amount aside as soon as it is free; BudgetSpent where it never is."""
+        async with self._access:
+            if self._before:
+                self._booked = await self._before()
+                self.spent, self._before = self.spent + self._booked, None
         while self.lacks(amount + self.reserved):
             if self.lacks(amount):
                 raise BudgetSpent(f"the budget of {self.limit:g} USD is spent: {self.spent:.4f} "
@@ -101,7 +115,22 @@ class Budget(Ledger):
             await self._freed.wait()
         token = next(self._numbers)
         self._held[token] = amount
+        try:
+            if self.within:
+                self._outer[token] = await self.within.reserve(amount)
+            await self.write_down()
+        except BaseException:
+            self.settle(token, 0.0)
+            raise
         return token
+
+    async def write_down(self) -> None:
+        """Write into the book, if there is one, what is gone and what calls in flight may cost."""
+        async with self._access:
+            gone = self.spent + self.reserved
+            if self._book and not self._before and gone != self._booked:
+                await self._book(gone)
+                self._booked = gone
 
     def settle(
         self,
@@ -110,8 +139,10 @@ class Budget(Ledger):
     ) -> None:
         """Book what the call cost, and free the rest."""
         held = self._held.pop(token)
-        self.spent += held if actual is None else actual
+        self.spent += actual if actual is not None and 0 <= actual < math.inf else held
         self._freed.set()
+        if self.within and token in self._outer:
+            self.within.settle(self._outer.pop(token), actual)
 
     def may_retry(
         self,
@@ -123,8 +154,18 @@ class Budget(Ledger):
             return True
         if self.lacks(amount + self.reserved):
             return False
+        if self.within and not self.within.may_retry(amount, paid):
+            return False
         self.spent += amount
+        if self._book:
+            self._noting = asyncio.ensure_future(self.write_down())  # held, so that it ends
         return True
+
+    def _check_limits(self, model: Any) -> None:
+        """Raise a ValueError where a call may cost any sum, since no limit can go along."""
+        if self.prices.limits(model.name) and not getattr(model, "takes_call", False):
+            raise ValueError(f"budget_usd must be None for {model.name}, got {self.limit:g}: it "
+                             "takes no `call` with a limit, so one call may cost any sum")
 
     def chat(
         self,
@@ -132,6 +173,7 @@ class Budget(Ledger):
     ) -> ChatModel:
         """Return the model, paid from this budget."""
         self.prices.most_for_chat(model.name, [])
+        self._check_limits(model)
         return _PaidChat(self, model)
 
     def images(
@@ -140,6 +182,7 @@ class Budget(Ledger):
     ) -> ImageModel:
         """Return the model, paid from this budget."""
         self.prices.most_for_image(model.name)
+        self._check_limits(model)
         return _PaidImages(self, model)
 
 # %% ../../nbs/engine/costs.ipynb #c0570017
@@ -149,7 +192,7 @@ class _Paid:
     takes_call = True
 
     def __init__(self, budget: Budget, model: Any):
-        self._budget, self._model = budget, model
+        self._budget, self._model, self._limitless = budget, model, False
 
     def __getattr__(self, name: str) -> Any:
         if name == "_model":
@@ -160,18 +203,29 @@ class _Paid:
         self, most: float, ask: Callable[..., Awaitable], cost: Callable, call: Call | None
     ) -> Any:
         """Return the answer, paid from the budget."""
-        token, actual = await self._budget.reserve(most), None
-        asked = replace(call or Call(), may_retry=partial(self._budget.may_retry, most))
+        budget, name = self._budget, self._model.name
+        if self._limitless:
+            raise BudgetSpent(f"{name} is not called again: it keeps no limit, and an answer cost "
+                              "more than was set aside for it")
+        token, actual, tries = await budget.reserve(most), None, 1
+
+        def may_retry(paid: bool) -> bool:
+            nonlocal tries
+            tries += paid
+            return budget.may_retry(most, paid)
+
+        asked = replace(call or Call(), may_retry=may_retry, **budget.prices.limits(name))
         passed = {"call": asked} if getattr(self._model, "takes_call", False) else {}
         try:
             answer = await ask(**passed)
             actual = cost(answer) if answer.cost is None else answer.cost
+            self._limitless |= actual is not None and actual > tries * most + 1e-9
             return answer
         except Exception as error:
             actual = None if getattr(error, "paid", True) else 0.0
             raise
         finally:
-            self._budget.settle(token, actual)
+            budget.settle(token, actual)
 
 
 class _PaidChat(_Paid):

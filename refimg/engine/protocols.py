@@ -227,6 +227,8 @@ class Call:
     limits: Any = None  # the retry limits of the run; None: those of a call on its own
     may_retry: Callable[[bool], bool] | None = None  # asked before a retry: was the attempt paid?
     started: Callable[[str], None] | None = None  # told the provider's id of a prediction
+    max_tokens: int | None = None  # of an answer, thoughts included; None: no limit is sent
+    max_seconds: float | None = None  # that a prediction may run; None: the model's own timeout
 
 
 class Ledger(Protocol):

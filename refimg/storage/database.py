@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
+import re
 import secrets
 import sqlite3
 import threading
@@ -26,10 +28,12 @@ from ..engine.protocols import GeneratedImage, Reply
 from .files import sweep_temporary, sync_folder, write_atomic
 
 # %% auto #0
-__all__ = ['digest', 'Entry', 'Database']
+__all__ = ['BUDGET', 'digest', 'Entry', 'Database']
 
 # %% ../../nbs/storage/database.ipynb #c4761e55
 _logger = logging.getLogger(__name__)
+
+BUDGET = "budget"  # the slot of what a run has spent, which is no call
 
 
 def digest(
@@ -269,6 +273,18 @@ class Database:
             row = _Row(entry, time.time(), result, json.dumps(facts))
             row.save(self.copies)
             self.run(_KEEP, *row.values)
+
+    def spent(self, output_dir: str, generation_id: str, stories: bool) -> float:
+        """Return the USD that a run has spent: its answers, or what its budget wrote down."""
+        line = """SELECT generation_id, slot, facts FROM calls WHERE output_dir = ? AND facts
+            IS NOT NULL AND (generation_id = ? OR (? AND generation_id GLOB ?))"""
+        name, each = re.compile(rf"{re.escape(generation_id)}(-\d+)?"), {}
+        rows = self.run(line, output_dir, generation_id, stories, f"{generation_id}-*")
+        for run, slot, facts in rows:
+            if name.fullmatch(run):
+                answers = each.setdefault(run, {True: 0.0, False: 0.0})
+                answers[slot == BUDGET] += json.loads(facts).get("cost") or 0.0
+        return math.fsum(max(sums.values()) for sums in each.values())
 
     def check(self) -> None:
         """Raise what keeps the journal from being used."""

@@ -29,7 +29,7 @@ from refimg.engine.protocols import (
     Message,
     Reply,
 )
-from .database import Database, Entry, digest
+from .database import BUDGET, Database, Entry, digest
 
 # %% auto #0
 __all__ = ['default_folder', 'Journal']
@@ -209,6 +209,28 @@ class Journal:
         except (OSError, sqlite3.Error) as error:
             text = f"journal must be a folder that can be written, got {str(self.folder)!r}: "
             raise ValueError(text + str(error)) from error
+
+    async def spent(
+        self,
+        *,
+        output_dir: str | Path,  # of the run
+        generation_id: str,  # of the run
+        stories: bool = False,  # True: of `run_many`, whose stories are `{generation_id}-{i}`
+    ) -> float:
+        """Return the USD that the run has spent so far, as far as they are known."""
+        folder = str(Path(output_dir).resolve())
+        return await _thread(self.database.spent, folder, generation_id, stories)
+
+    async def book(
+        self,
+        usd: float,  # all that the run has spent, and what its calls in flight may cost
+        *,
+        output_dir: str | Path,  # of the run
+        generation_id: str,  # of the run
+    ) -> None:
+        """Write down what the run has spent, with what no answer shows, as a failure's cost."""
+        entry = Entry(str(Path(output_dir).resolve()), generation_id, BUDGET, "", "")
+        await _thread(self.database.keep, entry, Reply(text="", cost=usd))
 
     def chat(
         self,

@@ -9,7 +9,8 @@
 A script has one item a request, in order of arrival: a fault's name, the name with its values, or
 None for a good answer. An item waits for a request of its kind (`on`: create, get, list, cancel,
 model, upload or output; create if not said), and for one whose body contains `match`, where given.
-`delayed` waits and then does it, `late` does it and then waits, `lost` does it and hangs up.
+`delayed` waits and then does it, `late` does it and then waits, `lost` does it and hangs up,
+`500-made` does it and says 500.
 What goes wrong later, with the prediction or its output, is told at its create; there `output` is
 what the prediction gives, with "{url}" for its image's address, and `body` that image in base64.
 Images depend on prompt and seed; without a seed, on prompt and the number of the prediction.
@@ -251,7 +252,9 @@ class Prediction:
         output = output or f"{origin}/output/{self.id}.png"
         if "output" in self.fault:
             output = json.loads(json.dumps(self.fault["output"]).replace("{url}", output))
-        times = {"predict_time": self.seconds, "total_time": self.seconds} if ended else {}
+        ran = min(self.seconds, (self.stopped or float("inf")) - self.born)
+        ran = min(ran, self.cancel_after or ran) if self.expired else ran
+        times = {"predict_time": ran, "total_time": ran} if ended else {}
         return {
             "id": self.id, "model": self.model, "version": version_of(self.model),
             "input": self.wanted, "output": output if good else None, "logs": "", "status": status,
@@ -383,7 +386,8 @@ class World:
         if kind == "cancel":
             found = self.known(name)
             found.cancel_after, found.expired = None, False  # whoever asks is heard
-            found.stopped = found.stopped or found.status() not in TERMINAL
+            if not found.stopped and found.status() not in TERMINAL:
+                found.stopped = time.time()
             return Answer(200, found.json(self.origin))
         if kind == "model" and name in MODELS:
             made = model_json(name)
@@ -496,6 +500,8 @@ async def serve_one(world: World, request: dict, writer: asyncio.StreamWriter) -
         answer = await world.answer(kind, name, request, fault)
     except Answer as refusal:
         answer = refusal
+    if what == "500-made":
+        answer = problem(500, fault, request["headers"])
     if what in ("late", "lost"):
         await asyncio.sleep(fault.get("seconds", 1 if what == "late" else 0))
     if what == "lost":

@@ -11,6 +11,8 @@ None for a good answer; an item with a role waits for that role, one with a `mat
 whose body contains it. After the script all answers are good: the director's is the original with a
 version number, the critic's 60 + 6 for each version. With `lengths` they are as long as real ones,
 and the usage follows from the bytes; what was counted stands in the record, whatever was sent.
+An item with `long` is billed as an answer of 128,000 tokens, or of as many as the request allows,
+also where it is an error.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 DIMENSIONS = ("completeness", "specificity", "professionalism", "cinematography", "brand_alignment")
 FORMATS = ("json_schema", "json_object")
 USAGE = {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120}
+LIMIT = "Unrecognized request argument supplied: max_completion_tokens"
 HTML = "<html><head><title>502 Bad Gateway</title></head><body>nginx</body></html>"
 
 
@@ -166,6 +169,14 @@ def completion(body: dict[str, Any], text: str | None, **over: Any) -> dict[str,
     return head | {"model": body.get("model"), "choices": [choice], "usage": USAGE} | over
 
 
+def long_usage(body: dict[str, Any]) -> dict[str, int]:
+    """The usage of 128,000 tokens, or as many as the request allows, and a token a byte read."""
+    said = [str(message.get("content")) for message in body.get("messages", ())]
+    read = sum(len(content.encode()) + 8 for content in said)
+    wrote = min(128_000, body.get("max_completion_tokens", body.get("max_tokens", 128_000)))
+    return {"prompt_tokens": read, "completion_tokens": wrote, "total_tokens": read + wrote}
+
+
 # --- what can go wrong ------------------------------------------------------------------------
 
 
@@ -216,6 +227,7 @@ def refused(item: dict[str, Any], headers: dict[str, str]) -> tuple[int, dict, s
     key = headers.get("authorization", "").removeprefix("Bearer ")
     return {
         "400": (400, {}, error("bad request", None, "invalid_request_error")),
+        "400-limit": (400, {}, error(item.get("says", LIMIT), None, "invalid_request_error")),
         "400-form": (400, {}, json.dumps({"error": "'response_format.type' must be 'text'"})),
         "401": (401, {}, error(f"Incorrect API key provided: {key}.", "invalid_api_key")),
         "402": (402, {}, error("Payment required")),
@@ -333,7 +345,7 @@ class _Handler(BaseHTTPRequestHandler):
             wrong = formless(body, self.server.formats, self.server.refusal)
             item = {"fault": "format"} if wrong else self.server.take(role, raw)
             seen = {"method": self.command, "path": self.path, "headers": headers, "role": role}
-            seen |= {"body": raw, "json": body, "fault": item["fault"], "at": time.time()}
+            seen |= {"body": raw, "json": body, "fault": item.get("fault"), "at": time.time()}
             self.server.record.append(seen | {"usage": None})
             self.seen = self.server.record[-1]
         if wrong:
@@ -345,7 +357,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def fault(self, item: dict[str, Any], body: dict[str, Any], headers: dict[str, str]) -> None:
         """The answer to a chat request."""
-        name, text = item["fault"], good(body)
+        name, text = item.get("fault"), good(body)
+        if item.get("long"):
+            self.seen["usage"] = long_usage(body)
         if made := name and refused(item, headers):
             return self.answer(*made)
         if name == "zip-bomb":
@@ -356,9 +370,13 @@ class _Handler(BaseHTTPRequestHandler):
             return self.reset()
         time.sleep(item.get("seconds", 0) if name == "late" else self.server.seconds)
         text = lifelike(body, text) if self.server.lengths else text
-        self.seen["usage"] = counted(body, text) if self.server.lengths else USAGE
+        if not item.get("long"):
+            self.seen["usage"] = counted(body, text) if self.server.lengths else USAGE
         text = TEXTS.get(name, str)(text)
-        over = {"usage": self.seen["usage"]} | FORMS.get(name, {})
+        over = {"usage": self.seen["usage"]}
+        if item.get("long") and over["usage"]["completion_tokens"] < 128_000:
+            over["finish"] = "length"
+        over |= FORMS.get(name, {})
         if name in ("usage", "ended"):
             over |= {"usage": item["usage"]} if name == "usage" else {"finish": item["reason"]}
             text = text if name == "usage" else text[: len(text) // 2]
