@@ -121,22 +121,6 @@ class _ToldError(ConnectionError):
         return next(found, None)
 
 
-def _text_of(message: Any) -> str:
-    """Return the text of a message, its parts put together; a ValueError where it has none."""
-    content, refusal = message.content, getattr(message, "refusal", None)
-    parts = content if isinstance(content, list) else [content]
-    texts = [part for part in parts if isinstance(part, str)]
-    for part in (part for part in parts if isinstance(part, dict)):
-        refusal = refusal or part.get("refusal")
-        if part.get("type") in ("text", "output_text", None) and isinstance(part.get("text"), str):
-            texts.append(part["text"])
-    if refusal:
-        raise ValueError(f"the model refused: {refusal}")
-    if content is not None and not texts:
-        raise ValueError(f"the answer is no text but a {type(content).__name__}")
-    return "".join(texts)
-
-
 def _read_completion(
     completion: Completion,  # what the SDK made of the server's answer
 ) -> Reply:
@@ -150,15 +134,26 @@ def _read_completion(
         raise _ToldError(sent or completion) from None
     if reason in _BROKEN:
         raise _ToldError(told or f"the answer broke off, finish_reason={reason}")
-    if not getattr(message, "refusal", None) and reason in _CUT:
+    content, refusal = message.content, getattr(message, "refusal", None)
+    if not refusal and reason in _CUT:
         raise ValueError(f"the answer was cut off, finish_reason={reason}")
+    parts = content if isinstance(content, list) else [content]
+    texts = [part for part in parts if isinstance(part, str)]
+    for part in (part for part in parts if isinstance(part, dict)):
+        refusal = refusal or part.get("refusal")
+        if part.get("type") in ("text", "output_text", None) and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+    if refusal:
+        raise ValueError(f"the model refused: {refusal}")
+    if content is not None and not texts:
+        raise ValueError(f"the answer is no text but a {type(content).__name__}")
     used = getattr(completion, "usage", None)
     read, written = [getattr(used, f"{name}_tokens", None) for name in ("prompt", "completion")]
     usage = None
     if type(read) is int and type(written) is int and min(read, written) >= 0:
         known = max(read, written) <= _MOST_TOKENS
         usage = Usage(input_tokens=read, output_tokens=written) if known else None
-    return Reply(text=hide_secrets(_text_of(message)), usage=usage)
+    return Reply(text=hide_secrets("".join(texts)), usage=usage)
 
 # %% ../../nbs/adapters/openai.ipynb #4fc902a9
 _HINT = re.compile(r"again in (?:(\d+)m)? ?(\d+(?:\.\d+)?) ?(ms|s)\b")
