@@ -11,6 +11,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import (
+    BaseModel,
+    FiniteFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
+
 from .outputs import may_hold_image
 from .shapes import fitting_size, ratio_words
 
@@ -68,7 +77,7 @@ class Capabilities:
             if not self.seed:
                 raise ValueError(f"seed must be None for this model, got {seed!r}")
             largest = self.fields.get("seed", {}).get("maximum")
-            inputs["seed"] = seed % (int(largest) + 1) if largest else seed
+            inputs["seed"] = seed % (int(largest) + 1) if largest and largest > 0 else seed
         if negative_prompt is not None:
             if not self.negative_prompt:
                 raise ValueError(f"negative_prompt must be None for this model, "
@@ -167,6 +176,17 @@ def known_capabilities(
     return row if row and reference_input in (None, row.reference) else None
 
 # %% ../../nbs/adapters/inputs.ipynb #00c30b25
+class _Limits(BaseModel, strict=True):
+    """What is read of an input in a schema, by its kind."""
+
+    enum: list[Any] = []
+    items: dict[str, Any] = {}
+    minimum: int | FiniteFloat = 0
+    maximum: int | FiniteFloat = 0
+    multipleOf: PositiveInt | PositiveFloat = 1
+    maxItems: NonNegativeInt = 0
+
+
 def _folded(entry: dict, schemas: dict) -> dict:
     """Return the field with what it refers to; what stands in the field itself comes first."""
     folded: dict = {}
@@ -174,6 +194,7 @@ def _folded(entry: dict, schemas: dict) -> dict:
         if part.get("type") != "null":
             target = schemas.get(part.get("$ref", "").rpartition("/")[2], {})
             folded = target | part | folded
+    _Limits.model_validate(folded)
     return folded
 
 
@@ -217,11 +238,15 @@ def read_schema(
         given, required = schemas["Input"]["properties"], schemas["Input"].get("required", ())
         order = sorted(given, key=lambda name: given[name].get("x-order", len(given)))
         fields = {name: _folded(given[name], schemas) for name in order}
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"the model's schema cannot be read: {error!r}") from error
-    for name, entry in fields.items():
-        if not isinstance(entry.get("enum", []), list):
-            raise ValueError(f"the enum of {name} must be a list, got {entry['enum']!r}")
+        gives_images = may_hold_image(schemas.get("Output"), schemas)
+        required = tuple(name for name in required if name in fields)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        where, got = ".".join(map(str, wrong["loc"])), f"{wrong['input']!r:.80}"
+        raise ValueError(f"the model's schema cannot be read: {where}: {wrong['msg']}, got {got}")\
+            from None
+    except (AttributeError, KeyError, TypeError):
+        raise ValueError("the model's schema cannot be read: it is not built like one") from None
     named = {name: ratio_words(fields.get(name, {})) for name in _RATIOS}
     ratio = next((n for n in _RATIOS if named[n]), "aspect_ratio")
     ratio = "aspect_ratio" if "aspect_ratio" in fields else ratio
@@ -239,10 +264,10 @@ def read_schema(
         negative_prompt="negative_prompt" in fields,
         aspect_ratios=tuple(named[ratio]) if fields.get(ratio, {}).get("enum") else None,
         prompt=next((n for n in prompts if fields[n].get("type", "string") == "string"), ""),
-        gives_images=may_hold_image(schemas.get("Output"), schemas),
+        gives_images=gives_images,
         ratio=ratio,
         words=named[ratio],
         sized={"width", "height"} <= fields.keys() and "aspect_ratio" not in fields,
         fields=fields,
-        required=tuple(required),
+        required=required,
     )

@@ -134,7 +134,8 @@ def _read_completion(
         raise _ToldError(sent or completion) from None
     if reason in _BROKEN:
         raise _ToldError(told or f"the answer broke off, finish_reason={reason}")
-    content, refusal = message.content, getattr(message, "refusal", None)
+    content: Any = message.content
+    refusal = getattr(message, "refusal", None)
     if not refusal and reason in _CUT:
         raise ValueError(f"the answer was cut off, finish_reason={reason}")
     parts = content if isinstance(content, list) else [content]

@@ -71,10 +71,11 @@ def failure(error: Exception) -> Failure:
         if error.status in (408, 409, 429) or error.status >= 500:
             return Failure("again", text, error.wait, error.status == 429)
         return Failure("never", text)
+    if isinstance(error, RecursionError):
+        return Failure("never", "the answer is nested too deeply to be read")
     passing = isinstance(error, (httpx.TransportError, OSError, json.JSONDecodeError))
-    passing = passing and not is_hopeless(error)
     named = ": ".join(filter(None, (type(error).__name__, text)))
-    return Failure("again" if passing else "never", named)
+    return Failure("again" if passing and not is_hopeless(error) else "never", named)
 
 # %% ../../nbs/adapters/predictions.ipynb #af1e87c3
 class Connection:
@@ -104,10 +105,9 @@ class Connection:
         response = await self._http.request(method, path, timeout=None, **what)
         if response.status_code >= 300:
             text = response.text
-            with suppress(ValueError, TypeError, KeyError):
+            with suppress(ValueError, TypeError, KeyError, RecursionError):
                 text = str(response.json()["detail"])
-            after = response.headers.get("retry-after", "")
-            raise Refusal(response.status_code, text, after)
+            raise Refusal(response.status_code, text, response.headers.get("retry-after", ""))
         return response
 
     async def ask_free(

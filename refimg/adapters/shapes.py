@@ -52,7 +52,7 @@ def _pixels(entry: dict[str, Any]) -> list[int]:
     """List the pixels that a side may have, in steps of 16 where the model has no other."""
     if listed := entry.get("enum"):
         return sorted(value for value in listed if isinstance(value, int) and value > 0)
-    low, high = int(entry.get("minimum") or 16), int(entry.get("maximum") or 8192)
+    low, high = int(entry.get("minimum") or 16), min(int(entry.get("maximum") or 8192), 16384)
     own = max(1, int(entry.get("multipleOf") or 1))
     step = own if own > 16 else math.lcm(16, own)
     return list(range(-(-max(low, 1) // step) * step, high + 1, step)) or sorted({low, high})
