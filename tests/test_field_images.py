@@ -497,3 +497,15 @@ async def test_image_data_as_reference_is_said_to_be_no_file(tmp_path):
 def test_capabilities_stand_alone():
     takes = Capabilities("images", True, 3, fields={"prompt": {}, "images": IMAGES})
     assert takes.build_input(prompt="a", aspect_ratio="16:9", references=["u"])["images"] == ["u"]
+
+
+# --- one image a prediction -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["num_outputs", "number_of_images", "max_images", "batch_size"])
+def test_no_image_is_paid_for_that_is_not_kept(name):
+    with pytest.raises(ValueError, match=f"^{name} must be 1, .*got 4$"):
+        ReplicateImages("lab/new", inputs={name: 4})
+    count = {"type": "integer", "default": 4, "minimum": 1, "maximum": 8}
+    takes = read_schema(schema({"prompt": PROMPT, name: count}))
+    assert takes.build_input(prompt="a", aspect_ratio="1:1")[name] == 1

@@ -27,6 +27,10 @@ from .shapes import fitting_size, ratio_words
 __all__ = ['KNOWN_MODELS', 'Capabilities', 'known_capabilities', 'check_own_inputs', 'read_schema']
 
 # %% ../../nbs/adapters/inputs.ipynb #6a779cfc
+_COUNTS = {"num_outputs", "num_images", "num_samples", "number_of_images", "max_images",
+           "num_images_per_prompt", "batch_size", "n"}  # of images in one prediction
+
+
 @dataclass(frozen=True)
 class Capabilities:
     """What a model can be asked for, and its names for that."""
@@ -83,6 +87,9 @@ class Capabilities:
                 raise ValueError(f"negative_prompt must be None for this model, "
                                  f"got {negative_prompt!r:.80}")
             inputs["negative_prompt"] = negative_prompt
+        several = (name for name in _COUNTS & self.fields.keys()
+                   if self.fields[name].get("default", 1) != 1)
+        inputs |= dict.fromkeys(several, 1)  # each is billed, and one is kept
         if not self.shape_inputs & inputs.keys():
             inputs |= self._shape(aspect_ratio)
         if self.fields and (wrong := "; ".join(self._problems(inputs))):
@@ -217,13 +224,20 @@ def _reference(fields: dict[str, dict], wanted: str | None) -> str | None:
 def check_own_inputs(
     inputs: dict[str, Any],  # of the model alone, by their own names
 ) -> None:
-    """Raise a ValueError for what refimg sends; a word in place of an aspect ratio is allowed."""
+    """Raise a ValueError for what refimg sends, and for more images than it keeps.
+
+    A word in place of an aspect ratio is allowed.
+    """
     ours = {"prompt", "negative_prompt", "seed"} & inputs.keys()
     if re.fullmatch(r"\d+:\d+", str(inputs.get("aspect_ratio", ""))):
         ours.add("aspect_ratio")
     if ours:
         raise ValueError("inputs must be the model's own and none that refimg sends, got "
                          f"{', '.join(sorted(ours))}")
+    for name in _COUNTS & inputs.keys():
+        if inputs[name] != 1:
+            raise ValueError(f"{name} must be 1, since each image is a prediction of its own, "
+                             f"got {inputs[name]!r:.80}")
 
 
 def read_schema(
