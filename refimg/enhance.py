@@ -200,7 +200,7 @@ def parse_critique(
         return Critique.model_validate(_flat(body))
 
     try:
-        return last_object(plain_text(answer), read)
+        return last_object(answer, read)
     except (ValueError, RecursionError) as error:
         raise ValueError(_explain(error)) from error
 

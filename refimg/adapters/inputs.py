@@ -254,13 +254,12 @@ def read_schema(
         fields = {name: _folded(given[name], schemas) for name in order}
         gives_images = may_hold_image(schemas.get("Output"), schemas)
         required = tuple(name for name in required if name in fields)
-    except ValidationError as error:
-        wrong = error.errors()[0]
-        where, got = ".".join(map(str, wrong["loc"])), f"{wrong['input']!r:.80}"
-        raise ValueError(f"the model's schema cannot be read: {where}: {wrong['msg']}, got {got}")\
-            from None
-    except (AttributeError, KeyError, TypeError):
-        raise ValueError("the model's schema cannot be read: it is not built like one") from None
+    except (AttributeError, KeyError, TypeError, ValidationError) as error:
+        told = "its parts are not where a schema has them"
+        if isinstance(error, ValidationError):
+            wrong = error.errors()[0]
+            told = f"{wrong['loc'][0]}: {wrong['msg']}, got {wrong['input']!r:.80}"
+        raise ValueError(f"the model's schema cannot be read: {told}") from None
     named = {name: ratio_words(fields.get(name, {})) for name in _RATIOS}
     ratio = next((n for n in _RATIOS if named[n]), "aspect_ratio")
     ratio = "aspect_ratio" if "aspect_ratio" in fields else ratio

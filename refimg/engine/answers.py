@@ -96,24 +96,26 @@ _T = TypeVar("_T")
 
 
 def last_object(
-    text: str,  # an answer
+    answer: str,  # what a model said
     read: Callable[[Any], _T],  # makes something of an object, or raises ValueError
 ) -> _T:
     """Return what `read` makes of the last object that it accepts, or raise the first problem."""
-    found, problems, at = [], [], 0
-    for _ in range(100):
-        at = text.find("{", at)
-        if at < 0:
-            break
-        try:
-            value, rest = _read_json(text, at)
-            found.append(read(value))
-            text, at = rest, 0
-        except (ValueError, RecursionError) as error:
-            problems.append(error)
-            at += 1
-    if found:
-        return found[-1]
+    problems = []
+    for text in (plain_text(answer), _without_reasoning(answer[-_READ:])):  # tokens may be quoted
+        found, at = [], 0
+        for _ in range(100):
+            at = text.find("{", at)
+            if at < 0:
+                break
+            try:
+                value, rest = _read_json(text, at)
+                found.append(read(value))
+                text, at = rest, 0
+            except (ValueError, RecursionError) as error:
+                problems.append(error)
+                at += 1
+        if found:
+            return found[-1]
     raise problems[0] if problems else ValueError("there is no JSON object in the answer")
 
 # %% ../../nbs/engine/answers.ipynb #a5000024
@@ -179,19 +181,21 @@ def _unwrapped(text: str, original: str = "") -> str:
     return text
 
 # %% ../../nbs/engine/answers.ipynb #a500001b
-def _prompt_of(value: Any) -> str:
-    """Return the one prompt in a JSON value; a ValueError where there is none, or a choice."""
+def _content(text: str, original: str = "") -> str:
+    """Unwrap a text, or the one prompt in JSON; a ValueError where there is none, or a choice."""
+    text = _unwrapped(plain_text(text), original)
+    if not re.match(r'\{\s*["}]|\[\s*["{]', text):
+        return text
+    value, _ = _read_json(text)
     while isinstance(value, list | dict) and len(value) == 1:
         value = value[0] if isinstance(value, list) else next(iter(value.values()))
     if isinstance(value, dict):
-        texts = {key: text for key, text in value.items() if isinstance(text, str)}
-        named = [text for key, text in texts.items() if re.search("prompt", key, re.I)
+        named = [text for key, text in value.items() if re.search("prompt", key, re.I)
                  and not re.search("negative|original|user|input", key, re.I)]
-        found = named or list(texts.values())
-        value = found[0] if len(found) == 1 else None
+        value = named[0] if len(named) == 1 else None
     if not isinstance(value, str):
         raise ValueError("the answer must be the prompt alone, as plain text without JSON")
-    return value
+    return _unwrapped(value.strip(), original)
 
 # %% ../../nbs/engine/answers.ipynb #a500001f
 _SORRY = r"(?:i(?:'m| am) (?:very |so |really |deeply )?sorry|sorry|i apologi[sz]e|my apologies|" \
@@ -220,9 +224,12 @@ def parse_prompt(
     blocks = re.findall(r"^[ \t]*```[\w-]*[ \t]*\n(.*?)\n[ \t]*```", text, re.S | re.M)
     if len(blocks) > 1:
         raise ValueError("the answer must be one prompt alone, not several")
-    text = _unwrapped(plain_text(blocks[0] if blocks else text), original)
-    if re.match(r'\{\s*["}]|\[\s*["{]', text):
-        text = _unwrapped(_prompt_of(_read_json(text)[0]).strip(), original)
+    try:
+        text = _content(blocks[0] if blocks else text, original)
+    except ValueError:
+        if not blocks:
+            raise
+        text = _content(text, original)  # the block is a part of the prompt
     if _REFUSAL.match(re.sub(r'[*_#>"]', "", text).replace("’", "'").strip()):
         raise RuntimeError(f"the model refused: {text[:200]!r}")
     if not text:
