@@ -20,6 +20,7 @@ from refimg import Pipeline, Scene, Story, defaults
 from refimg.adapters import download, predictions, replicate, retry
 from refimg.adapters import openai as chats
 from refimg.adapters.download import fetch
+from refimg.adapters.network import Unreadable, _Body
 from refimg.adapters.openai import OpenAIChat
 from refimg.adapters.prices import PRICES, PriceTable
 from refimg.adapters.replicate import ReplicateImages
@@ -587,6 +588,25 @@ async def test_a_body_within_the_bounds_is_read(two, once):
     assert "at most" not in str(caught.value)
     with pytest.raises(ProviderError, match="at most 8000000 bytes"):
         await ReplicateImages("lab/x", base_url=two[1].base_url, api_token=TOKEN).load()
+
+
+async def test_an_answer_in_single_bytes_lets_others_work_and_ends():
+    class Dripping(httpx.AsyncByteStream):
+        async def __aiter__(self):
+            for _ in range(1_000_000):
+                yield b"a"  # at hand at once, so that nothing waits here
+
+    async def others() -> None:
+        while True:
+            turns.append(1)
+            await asyncio.sleep(0)
+
+    turns, working = [], asyncio.create_task(others())
+    with pytest.raises(Unreadable, match="at most 50000 pieces"):
+        async for _ in _Body(Dripping(), "", 2_000_000):
+            pass
+    working.cancel()
+    assert len(turns) >= 400
 
 
 @pytest.mark.parametrize("packing", ["br", "zstd", "gzip, gzip, br"])

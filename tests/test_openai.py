@@ -179,6 +179,8 @@ FAULTS = [
     ("429", "again", None, True, "Rate limit"),
     ({"fault": "429-after", "after": 7}, "again", 7, True, "Rate limit"),
     ({"fault": "429-after", "after": "nan"}, "again", None, True, "Rate limit"),
+    ({"fault": "429-after", "after": "Mon, 01 Jan 99999999999999999999 00:00:00 GMT"},
+     "again", None, True, "Rate limit"),
     ({"fault": "429-after", "after": -3}, "again", None, True, "Rate limit"),
     ({"fault": "429-after", "after": "soon"}, "again", None, True, "Rate limit"),
     ({"fault": "429-after", "after": "Mon, 01 Jan 2001 00:00:00 GMT"}, "again", 0, True, "Rate"),

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import io
 import logging
+import math
 import random
 import time
 import traceback
@@ -467,6 +468,20 @@ async def test_a_status_that_is_not_to_be_had_is_asked_for_again(server, fault):
     server.script([{"on": "get", "fault": fault}] * 2)
     assert (await images(server).generate(request())).data
     assert len(server.requests("create")) == 1 and not server.requests("cancel")
+
+
+async def test_the_sdk_repeats_nothing_by_itself(server):
+    server.script([{"on": "model", "fault": "429"}] * 9)
+    with pytest.raises(ProviderError, match="429"):
+        await images(server, "lab/new").load()
+    assert len(server.requests("model")) == 4  # a call that is alone is made again three times
+
+
+async def test_a_throttled_status_narrows_the_account_and_waits_within_bounds(server):
+    server.script([{"on": "get", "fault": "429", "retry_after": 99}] * 2)
+    model = images(server, timeout=5)
+    assert (await model.generate(request())).data
+    assert (await model.server.connection()).account.lane.limit < math.inf
 
 
 # --- pictures that are none -------------------------------------------------------------------

@@ -12,7 +12,7 @@ import weakref
 import pytest
 
 from refimg.adapters import retry
-from refimg.adapters.retry import Account, Failure, ProviderError, RunLimits
+from refimg.adapters.retry import Account, Failure, ProviderError, RunLimits, asked_wait
 from refimg.engine.protocols import Call
 
 KEY = "sk-" + "abc123" * 5
@@ -173,6 +173,18 @@ async def test_a_wait_of_nothing_is_no_wait_that_was_asked_for(asked, monkeypatc
     began = time.perf_counter()
     await ask(provider)
     assert time.perf_counter() - began >= 0.05 and Account("p").lane.held_until == -math.inf
+
+
+@pytest.mark.parametrize(("after", "least", "most"), [
+    ("7", 7, 7), ("0.5", 0.5, 0.5), ("0", 0, 0), ("99999999999999999999", 1e20, 1e20),
+    ("Mon, 01 Jan 2001 00:00:00 GMT", 0, 0), ("Fri, 31 Dec 9999 23:59:59 GMT", 1e9, 1e12),
+    *((text, None, None) for text in (
+        "", "-5", "nan", "inf", "1e999", "soon", "2OO", "Mon, 99 Foo 2001",
+        "Mon, 01 Jan 99999999999999999999 00:00:00 GMT")),
+])  # fmt: skip
+def test_a_header_is_a_wait_or_it_is_none(after, least, most):
+    wait = asked_wait(after)
+    assert wait is None if least is None else least <= wait <= most
 
 
 @pytest.mark.parametrize("asked", [0.2, 1e9])

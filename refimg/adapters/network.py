@@ -5,6 +5,7 @@
 # %% ../../nbs/adapters/network.ipynb #ne000004
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import os
 import re
@@ -178,6 +179,7 @@ def check_network() -> None:
 # %% ../../nbs/adapters/network.ipynb #ne000027
 _PIECE = 65_536  # bytes
 _ANSWER, _ERROR = 2_000_000, 64_000  # bytes, unpacked
+_MANY, _BREATH = 50_000, 100  # pieces of an answer; after how many other tasks may go on
 
 
 class Unreadable(ValueError):
@@ -217,9 +219,14 @@ class _Body(httpx.AsyncByteStream):
         self.packing = [name for name in named if name not in ("", "identity")]
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        left = self.most
+        left, came = self.most, 0
         try:
             async for piece in self._pieces():
+                came += 1
+                if came % _BREATH == 0:  # else what is there already would be read without a pause
+                    await asyncio.sleep(0)
+                if came > _MANY:
+                    raise Unreadable(f"the answer must come in at most {_MANY} pieces, got more")
                 if len(piece) > left and not self.cut:
                     raise Unreadable(f"the answer must be at most {self.most} bytes, got more")
                 yield piece[:left]

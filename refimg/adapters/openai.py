@@ -10,10 +10,7 @@ import logging
 import math
 import os
 import re
-import time
 from collections.abc import AsyncIterator
-from contextlib import suppress
-from email.utils import parsedate_to_datetime
 from functools import partial
 from json import JSONDecodeError
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,7 +27,7 @@ from refimg.adapters.network import (
     is_unsent,
 )
 from .prices import PriceTable
-from .retry import Account, Failure
+from .retry import Account, Failure, asked_wait
 from ..engine.protocols import Call, Message, Reply, Usage
 from ..storage.secrets import hide_secrets, log_line, remember
 
@@ -93,6 +90,7 @@ def _environment_headers() -> dict[str, str]:
 # %% ../../nbs/adapters/openai.ipynb #3c9f7fa5
 _CUT = {"length", "max_tokens", "model_length", "content_filter", "safety"}  # the same next time
 _BROKEN = {"error", "abort", "aborted", "cancelled"}  # not the same next time
+_KEPT = 100_000  # characters at the end of an answer; no agent's is longer
 _MOST_TOKENS = 10**9  # of one call; a server that counts more counts wrongly
 
 
@@ -154,22 +152,18 @@ def _read_completion(
     if type(read) is int and type(written) is int and min(read, written) >= 0:
         known = max(read, written) <= _MOST_TOKENS
         usage = Usage(input_tokens=read, output_tokens=written) if known else None
-    return Reply(text=hide_secrets("".join(texts)), usage=usage)
+    return Reply(text=hide_secrets("".join(texts)[-_KEPT:]), usage=usage)
 
 # %% ../../nbs/adapters/openai.ipynb #4fc902a9
-_HINT = re.compile(r"again in (?:(\d+)m)? ?(\d+(?:\.\d+)?) ?(ms|s)\b")
+_HINT = re.compile(r"again in (?:(\d{1,6})m)? ?(\d{1,9}(?:\.\d+)?) ?(ms|s)\b")
 
 
 def _asked_wait(headers: Any, message: str) -> float | None:
     """Return the seconds that a server asks for, in a header or its message, if it does."""
-    after, hint = headers.get("retry-after", ""), _HINT.search(message)
-    with suppress(ValueError):
-        return float(headers.get("retry-after-ms", "")) / 1000
-    with suppress(ValueError):
-        return float(after)
-    with suppress(ValueError):
-        return max(0.0, parsedate_to_datetime(after).timestamp() - time.time())
-    if hint:
+    for header, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
+        if (wait := asked_wait(headers.get(header, ""))) is not None:
+            return wait / unit
+    if hint := _HINT.search(message):
         minutes, number, unit = hint.groups()
         return 60 * int(minutes or 0) + float(number) / (1000 if unit == "ms" else 1)
     return None
@@ -211,7 +205,6 @@ def failure(
         return Failure("never", f"{text}: a redirect, which is not followed")
     if status in (408, 409, 429) or status >= 500:
         wait = _asked_wait(headers, text)
-        wait = wait if wait is not None and math.isfinite(wait) and wait >= 0 else None
         paid = status >= 500 or status == 408
         return Failure("again", text, wait=wait, throttled=status == 429, paid=paid)
     if status in (404, 405) and path == "/chat/completions":

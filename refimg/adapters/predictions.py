@@ -10,22 +10,27 @@ import io
 import json
 import logging
 import re
-import time
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from functools import partial
-from hashlib import sha256
-from math import ceil, inf
+from math import ceil
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
 
 from .network import Unreadable, is_hopeless, is_unsent
-from .outputs import image_addresses, is_empty
-from .retry import Account, Failure, Lane, ProviderError
+from .outputs import Prediction
+from refimg.adapters.retry import (
+    Account,
+    Failure,
+    Lane,
+    ProviderError,
+    asked_wait,
+    bounded_wait,
+)
 from ..engine.protocols import Call
 from ..storage.secrets import log_line
 
@@ -33,7 +38,7 @@ if TYPE_CHECKING:
     from replicate.client import Client
 
 # %% auto #0
-__all__ = ['Refusal', 'failure', 'Connection', 'Prediction', 'PendingCreates', 'PredictionRequest']
+__all__ = ['Refusal', 'failure', 'Connection', 'PendingCreates', 'PredictionRequest']
 
 # %% ../../nbs/adapters/predictions.ipynb #e19484b9
 _logger = logging.getLogger(__name__)
@@ -51,12 +56,8 @@ class Refusal(Exception):
     @property
     def wait(self) -> float | None:
         """Seconds that the answer asks to wait; None: it does not ask."""
-        hint = re.search(r"~(\d+)s", self.detail)
-        with suppress(ValueError):
-            return max(0.0, float(self.retry_after))
-        with suppress(ValueError):
-            return max(0.0, parsedate_to_datetime(self.retry_after).timestamp() - time.time())
-        return float(hint[1]) if hint else None
+        wait, hint = asked_wait(self.retry_after), re.search(r"~(\d{1,9})s", self.detail)
+        return float(hint[1]) if wait is None and hint else wait
 
     def __str__(self) -> str:
         return f"{self.status}: {self.detail}"
@@ -71,8 +72,8 @@ def failure(error: Exception) -> Failure:
         if error.status in (408, 409, 429) or error.status >= 500:
             return Failure("again", text, error.wait, error.status == 429)
         return Failure("never", text)
-    if isinstance(error, RecursionError):
-        return Failure("never", "the answer is nested too deeply to be read")
+    if isinstance(error, (RecursionError, UnicodeDecodeError)):
+        return Failure("never", "the answer is no JSON that can be read")
     passing = isinstance(error, (httpx.TransportError, OSError, json.JSONDecodeError))
     named = ": ".join(filter(None, (type(error).__name__, text)))
     return Failure("again" if passing and not is_hopeless(error) else "never", named)
@@ -86,6 +87,8 @@ class Connection:
         client: Client,  # of the SDK
         account: Account,  # whose retry limits are kept
     ):
+        from replicate.client import RetryTransport
+
         self.client, self.account = client, account
         self.uploads: dict[str, Any] = {}  # for the image model, by content
         self.pending: dict[str, PendingCreates] = {}  # by input
@@ -93,6 +96,8 @@ class Connection:
         # with a create (Cancel-After), shows one of an answer (Retry-After, Date), reads the status
         # "aborted" or a model's `is_official`, tells the address, or closes the connections.
         self._http = client._async_client
+        if isinstance(self._http._transport, RetryTransport):  # that repeats what is read
+            self._http._transport.max_attempts = 1
 
     @property
     def address(self) -> tuple[str, str]:
@@ -160,78 +165,6 @@ class Connection:
         """Close the connections."""
         await self._http.aclose()
 
-# %% ../../nbs/adapters/predictions.ipynb #aeab9c33
-_REFUSED = re.compile(r"nsfw|flagged|sensitive|safety|moderat|content.polic|prohibited|E005", re.I)
-_PASSING = re.compile("interrupted|try again later|temporar|unavailable|high demand|overload", re.I)
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """A prediction as the server describes it."""
-
-    id: str  # the server's name for it
-    status: str  # "starting", "processing", or how it ended
-    data: dict[str, Any]  # the whole answer
-
-    @classmethod
-    def read(cls, answer: Any) -> Prediction:
-        """Read the JSON of an answer; a ConnectionError unless it is a prediction."""
-        data = answer if isinstance(answer, dict) else {}
-        number, status = str(data.get("id") or ""), data.get("status")
-        if not re.fullmatch(r"[\w-]{1,64}", number, re.A) or not isinstance(status, str):
-            raise ConnectionError(f"the server sent no prediction: {str(answer)[:80]!r}")
-        return cls(number, status, data)
-
-    @property
-    def ended(self) -> bool:
-        """Whether its status is final."""
-        return self.status in ("succeeded", "failed", "canceled", "aborted")
-
-    @property
-    def addresses(self) -> list[str]:
-        """Where its image may be, the likeliest first; []: it has none."""
-        return image_addresses(self.data.get("output")) if self.status == "succeeded" else []
-
-    @property
-    def failure(self) -> Failure:
-        """Why there is no image, for a prediction without one."""
-        gave = f"no image in its output, {self.data.get('output')!r:.80}"
-        why = gave if self.status == "succeeded" else self.data.get("error")
-        text = f"prediction {self.id} {self.status}: {why}"
-        return Failure("never", text, paid=self.status != "aborted")
-
-    @property
-    def refused(self) -> bool:
-        """Whether the content was refused; an output without any content says so too."""
-        succeeded = self.status == "succeeded"
-        said = self.data.get("output" if succeeded else "error")
-        named = not self.addresses and bool(_REFUSED.search(str(said or "")))
-        return named or (succeeded and is_empty(said))
-
-    @property
-    def worth_another(self) -> bool:
-        """Whether one more prediction of its kind may succeed."""
-        passing = _PASSING.search(str(self.data.get("error") or ""))
-        return self.refused or (self.status == "failed" and bool(passing))
-
-    def next_seed(self, seed: int | None) -> int | None:
-        """Return the seed of one more prediction: another one if the content was refused."""
-        if seed is None or not self.refused:
-            return seed
-        return int.from_bytes(sha256(f"{seed}/refused".encode()).digest()[:4], "big")
-
-    @property
-    def metrics(self) -> dict[str, Any]:
-        """Measurements of the server, such as `predict_time` in seconds; {}: none."""
-        measured = self.data.get("metrics")
-        return measured if isinstance(measured, dict) else {}
-
-    @property
-    def seconds(self) -> float | None:
-        """Seconds that it ran; None: the server does not say."""
-        ran = self.metrics.get("predict_time")
-        return ran if isinstance(ran, float | int) and ran is not False and 0 <= ran < inf else None
-
 # %% ../../nbs/adapters/predictions.ipynb #e739b4a8
 _LATE = 1.5  # seconds that creates on their way are given when nobody wants them any more
 _claimed: set[str] = set()  # predictions that some call in this process has
@@ -294,7 +227,7 @@ class PendingCreates:
             raise ConnectionError(f"the server sent no predictions: {str(page)[:80]!r}")
         try:
             now = parsedate_to_datetime(response.headers["date"])
-        except (KeyError, ValueError):
+        except (KeyError, ValueError, OverflowError):
             now = datetime.now(UTC)
         since = now - timedelta(seconds=_loop_time() - self.begun + 2)  # to two seconds
         for entry in page["results"]:
@@ -432,14 +365,18 @@ class PredictionRequest:
             async with asyncio.timeout(self.timeout):
                 while not prediction.ended:
                     await asyncio.sleep(pause)
+                    asked = _loop_time()
                     try:
                         async with asyncio.timeout(10):
                             answer = await self.connection.ask("GET", f"/v1/predictions/{number}")
                         prediction = Prediction.read(answer.json())
                     except Exception as error:
-                        if failure(error).kind != "again":
+                        if (told := failure(error)).kind != "again":
                             raise
-                        _logger.info("prediction %s: no status, %s", number, log_line(str(error)))
+                        _logger.info("prediction %s: no status, %s", number, told.text)
+                        if told.throttled:
+                            self.connection.account.lane.narrow(asked, told.wait)
+                        await asyncio.sleep(bounded_wait(told.wait) or 0)
                     pause = min(longest, pause * 1.5) if _loop_time() > begun + 1 else pause
         except TimeoutError:
             told = f"prediction {number} had not ended after {self.timeout:g} s"

@@ -10,8 +10,11 @@ import hashlib
 import logging
 import math
 import random
+import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from email.utils import parsedate_to_datetime
 from functools import partial
 from itertools import count
 from typing import Literal, TypeVar
@@ -21,7 +24,7 @@ from ..engine.protocols import Call
 from ..storage.secrets import log_line
 
 # %% auto #0
-__all__ = ['Failure', 'ProviderError', 'RunLimits', 'Lane', 'Account']
+__all__ = ['Failure', 'ProviderError', 'RunLimits', 'asked_wait', 'bounded_wait', 'Lane', 'Account']
 
 # %% ../../nbs/adapters/retry.ipynb #329b4cb2
 _logger = logging.getLogger(__name__)
@@ -99,6 +102,24 @@ class RunLimits:
         return self.tokens >= 0
 
 # %% ../../nbs/adapters/retry.ipynb #03bdbd7c
+def asked_wait(
+    after: str,  # a header Retry-After: seconds, or a date; "": there is none
+) -> float | None:
+    """Return the seconds that a server asks to wait; None where that cannot be read."""
+    with suppress(ValueError):
+        return wait if 0 <= (wait := float(after)) < math.inf else None
+    with suppress(ValueError, OverflowError):
+        return max(0.0, parsedate_to_datetime(after).timestamp() - time.time())
+    return None
+
+
+def bounded_wait(
+    wait: float | None,  # seconds that a provider asks for, as it said it; None: it does not
+) -> float | None:
+    """Return the seconds to wait, at most a minute; None: no wait."""
+    return min(wait, _LONGEST) if wait and wait > 0 else None
+
+
 def _jittered(wait: float) -> float:
     """Return the seconds to wait, and up to a second more."""
     return wait + random.uniform(0, min(wait, _SPREAD))
@@ -153,7 +174,7 @@ class Lane:
         wait: float | None = None,  # seconds that the provider asks for; None: it does not
     ) -> None:
         """Halve what may be under way, and hold the next calls back."""
-        now = asyncio.get_running_loop().time()
+        now, wait = asyncio.get_running_loop().time(), bounded_wait(wait)
         if sent >= self.narrowed:
             self.limit, self.narrowed = max(1.0, min(self.limit, self.under_way) / 2), now
         if wait is not None:
@@ -171,11 +192,6 @@ class Lane:
 
 
 # %% ../../nbs/adapters/retry.ipynb #f9ffb103
-def _bounded(wait: float | None) -> float | None:
-    """Return the seconds that a provider asks for, at most a minute; None: no wait."""
-    return min(wait, _LONGEST) if wait and wait > 0 else None
-
-
 _lanes: WeakKeyDictionary = WeakKeyDictionary()  # event loop -> account -> its lane
 
 
@@ -224,7 +240,7 @@ class Account:
         if failure.kind == "down":
             limits.down[self] = failure
         if failure.throttled:
-            lane.narrow(sent, _bounded(failure.wait))
+            lane.narrow(sent, failure.wait)
         raise ProviderError(self.provider, failure)
 
     async def attempts(
@@ -251,7 +267,7 @@ class Account:
             if call.may_retry and not call.may_retry(error.paid):
                 return False
             _logger.info("%s; trying again, %d retries left", error, limits.tokens)
-            wait = _bounded(error.failure.wait)
+            wait = bounded_wait(error.failure.wait)
             return _jittered(wait) if wait else True
 
         retrying = stamina.retry(

@@ -71,6 +71,9 @@ _UNITS = re.compile(
 )
 
 
+_CODED = re.compile(r"[\x1b\\%&]")  # what the units that stand for something else begin with
+
+
 def _undone(unit: str) -> str:
     """Return what the unit of a text stands for; nothing for an escape sequence."""
     if unit[0] == "%":
@@ -100,14 +103,19 @@ def _signs(text: str) -> tuple[str, list[int], list[int]]:
 
 
 @lru_cache(maxsize=256)
-def _runs(secret: str) -> dict[str, int]:
-    """Return the runs of letters and digits that give the secret away, with their length."""
-    found = {}
+def _runs(secret: str) -> tuple[dict[str, int], set[str]]:
+    """Return the runs of letters and digits that give the secret away, with their length.
+
+    Each run holds at least one of the shorter ones that follow, which are quicker to look for.
+    """
+    found, parts = {}, set()
     for shape in (secret, *_in_base64(secret)):
         signs = _signs(shape)[0]
         size = min(max(_SHORTEST, len(signs) // 3), 12)
+        half = (size + 1) // 2
         found |= {signs[i : i + size]: size for i in range(len(signs) - size + 1)}
-    return found
+        parts |= {signs[i : i + half] for i in range(0, len(signs) - half + 1, half)}
+    return found, parts
 
 
 def hide_secrets(
@@ -118,7 +126,11 @@ def hide_secrets(
     known = sorted((s for s in known if len(s) >= _SHORTEST), key=len, reverse=True)
     for shape in (shape for secret in known for shape in _shapes(secret)):
         text = text.replace(shape, _HIDDEN)
-    runs = {run: size for secret in known for run, size in _runs(secret).items()}
+    plain = None if _CODED.search(text) else re.sub(r"[\W_]+", "", text)
+    runs: dict[str, int] = {}
+    for found, parts in map(_runs, known):
+        if plain is None or any(part in plain for part in parts):
+            runs |= found
     signs, begins, ends = _signs(text) if runs else ("", [], [])
     sizes, spans = sorted({*runs.values()}), []
     for i in range(len(signs)):
