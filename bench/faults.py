@@ -4,8 +4,9 @@ Local servers stand for the providers and fail by seeded scripts; timeouts are s
 counts broken promises: a scene without a reference, another order, a path that does not decode, a
 trace or a part of a file left behind, an error that is none of the documented ones. `leaks` counts
 texts and files that hold a key, `overspend` is in USD, `orphans` are predictions that nobody ended,
-and `repaid` are calls made again after a kill although their answer was in the journal.
-`--quick N` runs N stories and five kill points.
+`repaid` are calls made again after a kill although their answer was in the journal, `alike` killed
+stories whose files are in the end those of a story that was not, and `leftovers` other files.
+`--quick N` runs N stories and six kill points.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # bench/statistics.py hides nothing
 
 from tests.bad_days import Report, spend_all
-from tests.killed import STEPS, kill_and_run_again
+from tests.killed import kill_and_run_again
 from tests.servers.images import start_image_server
 from tests.servers.llm import start_llm_server
 
@@ -27,10 +28,9 @@ SEED = 20261123
 
 def kill(count: int) -> dict:
     """What came of a story that was killed at so many steps, evenly spread."""
-    points = [STEPS * k // (count + 1) for k in range(1, count + 1)]
     with (tempfile.TemporaryDirectory() as folder, start_llm_server() as llm,
           start_image_server(seconds=0.2) as images):
-        return kill_and_run_again(Path(folder), llm, images, points)
+        return kill_and_run_again(Path(folder), llm, images, count)
 
 
 def show(found: Report, kills: dict) -> None:
@@ -51,9 +51,9 @@ def show(found: Report, kills: dict) -> None:
 def main() -> None:
     """Prints the tables and, as the last line, the result as JSON."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", type=int, metavar="N", help="stories; five kill points")
+    parser.add_argument("--quick", type=int, metavar="N", help="stories; six kill points")
     given = parser.parse_args()
-    found, kills = spend_all(SEED, given.quick or 5000), kill(5 if given.quick else 25)
+    found, kills = spend_all(SEED, given.quick or 5000), kill(6 if given.quick else 120)
     show(found, kills)
     undone = 3 * kills["kill_points"] - kills["killed"] - kills["finished"] - kills["alike"]
     result = {
@@ -61,6 +61,7 @@ def main() -> None:
         "failures": len(found.failures) + undone, "leaks": len(found.leaks),
         "overspend": round(found.overspend, 6), "orphans": len(found.orphans),
         "kill_points": kills["kill_points"], "repaid": kills["repaid"],
+        "alike": kills["alike"], "leftovers": len(kills["left"]),
     }  # fmt: skip
     print(json.dumps(result))
 

@@ -1,7 +1,8 @@
 """A story whose process is killed at a chosen step, and what is left to pay when it runs again.
 
-As a program it runs the story and, at step `at` (0: never), ends itself with SIGKILL. A step is the
-beginning or the end of a line written to the journal, of a result in its folder, or of an image.
+As a program it runs the story and, at step `at` (0: never), ends itself: with SIGKILL at an even
+one, with SIGTERM at an odd one. A step is the beginning or the end of a line written to the
+journal, of a result in its folder, or of an image.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
@@ -23,7 +25,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SCENES, VARIATIONS, ROUNDS = 2, 2, 2
-STEPS = 120  # about how many there are
+SIGNALS = (signal.SIGKILL, signal.SIGTERM)
 
 
 def keys(name: str) -> tuple[str, str]:
@@ -49,7 +51,8 @@ def main() -> None:
 
     def step() -> None:
         if next(steps) == options.at:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), SIGNALS[options.at % 2])
+            time.sleep(9)  # a signal may come a moment later
 
     def stepped(work: Callable) -> Callable:
         def both(*args: Any, **how: Any) -> Any:
@@ -90,7 +93,7 @@ class Life:
         where = [self.folder, self.llm.base_url, self.images.base_url, self.name, at]
         made = subprocess.run([sys.executable, "-m", "tests.killed", *map(str, where)], cwd=ROOT,
                               capture_output=True, text=True, timeout=120)
-        if made.returncode not in (0, -signal.SIGKILL):
+        if made.returncode not in (0, *(-number for number in SIGNALS)):
             raise RuntimeError(made.stderr)
         return json.loads(made.stdout) if made.returncode == 0 else None
 
@@ -122,11 +125,12 @@ class Life:
                 if not p.name.startswith(".refimg-")}
 
 
-def kill_and_run_again(folder: Path, llm: Any, images: Any, points: list[int]) -> dict[str, Any]:
-    """What came of a story that was killed once at each of these steps."""
+def kill_and_run_again(folder: Path, llm: Any, images: Any, count: int) -> dict[str, Any]:
+    """What came of a story that was killed at so many steps, evenly spread, once at each."""
     whole = Life(folder, llm, images, "whole")
     told = whole.live()
     planned, pictures = whole.asked(), whole.pictures()
+    points = [int(0.98 * told["steps"]) * k // count for k in range(1, count + 1)]
     lives = [Life(folder, llm, images, f"kill{at}") for at in points]
     with ThreadPoolExecutor(3) as pool:
         first = list(pool.map(Life.live, lives, points))
@@ -139,14 +143,15 @@ def kill_and_run_again(folder: Path, llm: Any, images: Any, points: list[int]) -
             repaid += abs(now - (planned[kind] - had[kind]))
             lost += was[kind] - had[kind]
     return {
-        "kill_points": len(points), "repaid": repaid, "lost": lost, "steps": told["steps"],
+        "kill_points": count, "repaid": repaid, "lost": lost, "steps": told["steps"],
         "killed": sum(one is None for one in first), "planned": planned,
         "known": known,
         "finished": sum(one is not None for one in second),
         "alike": sum(life.pictures() == pictures for life in lives), "images": len(pictures),
         "references": [[Path(p).name for p in one["references"]] == [
             Path(p).name for p in told["references"]] for one in second if one],
-        "left": [str(p) for life in lives for p in life.folder.rglob("reference_image_traces*")],
+        "left": [str(p) for life in lives for name in ("reference_image_traces*", ".refimg-*")
+                 for p in life.folder.rglob(name)],
     }  # fmt: skip
 
 
