@@ -259,7 +259,7 @@ def test_what_only_looks_like_a_token_stays(text):
         f"Based on your feedback, here is the revised prompt: {GOOD}",
         f"I've revised the prompt based on your feedback:\n\n{GOOD}",
         str({"prompt": GOOD}),
-        f"Here is the prompt: {str({'prompt': GOOD, 'notes': None})}",
+        "Here is the prompt: " + str({"prompt": GOOD, "notes": None}),
         f"\\boxed{{{GOOD}}}",
         f"$\\boxed{{\\text{{{GOOD}}}}}$",
         f"Prompt mejorado: {GOOD}",
@@ -268,6 +268,11 @@ def test_what_only_looks_like_a_token_stays(text):
         f"Hier ist der verbesserte Prompt:\n{GOOD}",
         f"改进后的提示词：{GOOD}",
         f"Улучшенный промпт: {GOOD}",
+        f"Thank you for the feedback! Here is the updated prompt:\n\n{GOOD}",
+        f"I've incorporated your feedback. Here is the revised prompt:\n\n{GOOD}",
+        f"Here is a single, fluent paragraph:\n\n{GOOD}",
+        f"The enhanced prompt is: {GOOD}",
+        f"Prompt v2: {GOOD}",
     ],
 )
 def test_of_a_wrapped_answer_the_prompt_alone_is_kept(answer):
@@ -325,6 +330,11 @@ async def test_what_holds_no_single_prompt_is_repaired(answer):
         "A box labelled {'prompt'} stands in the rain.",
         "A monitor shows <prompt> in green letters.",
         "# 12 is painted on a red door.",
+        "Here is a new version of the tower - taller, in ruins.",
+        "This is a new version of Venice: canals of glass.",
+        "Great! reads a banner over a crowd.",
+        "Of course. The word is carved in stone above a gate.",
+        "Scene 1:\nA keeper reads.\nScene 2:\nA storm.",
     ],
 )
 def test_a_prompt_that_is_not_wrapped_is_left_as_it_is(text):
@@ -397,6 +407,17 @@ REFUSALS = [
     "عذرًا، لا أستطيع المساعدة في ذلك.",
     "Tyvärr kan jag inte hjälpa till med det.",
     "Maaf, saya tidak bisa membantu.",
+    "I cannot and will not create this.",
+    "I apologize for the inconvenience, but this falls outside what I can do.",
+    "I'm just an AI and can't produce that.",
+    "It is against my guidelines to create such an image.",
+    "My guidelines prevent me from writing this.",
+    "Request denied.",
+    "I can't.",
+    "I don't think I can help with this.",
+    "This prompt contains content that violates our policy, so I can't enhance it.",
+    "Ich bin nicht in der Lage, das zu schreiben.",
+    "无法提供帮助。",
 ]
 
 
@@ -447,13 +468,18 @@ SAID = [  # what a user wrote; prompts begin with it, or with something like it
     "我不能看见大海，灯塔看守人说。",
     "すみません、と灯台守が言い、扉を閉める。",
     "죄송합니다, 등대지기가 편지를 읽으며 말한다.",
+    "My policy papers burn in a tin.",
+    "Hello, I can't process this, reads a robot's screen.",
+    "This image violates the frame: paint runs down the wall.",
+    "Plage désolée au crépuscule.",
 ]
 
 
 @pytest.mark.parametrize("original", SAID)
 def test_a_prompt_that_begins_as_the_user_does_is_no_refusal(original):
     first, _, rest = original.rstrip(".。").partition(" ")
-    for text in (f"{original} {SEEN}", f"{original}\n\n{SEEN}", original, f"{first} {rest}; {SEEN}"):
+    joined = f"{first} {rest}; {SEEN}"
+    for text in (f"{original} {SEEN}", f"{original}\n\n{SEEN}", original, joined):
         assert parse_prompt(text, original) == text
         assert parse_prompt(f"“{text}”", original) == text
 
@@ -601,7 +627,7 @@ async def test_a_critique_without_improvements_asks_for_none(answer):
 
 def test_what_is_wrong_is_said_in_the_same_words_as_before():
     for answer, said in (
-        ('{"completeness": 80, "improvements": null}', "improvements: Input should be a valid list"),
+        ('{"completeness": 80, "improvements": null}', "improvements: Input should be"),
         ('{"completeness": 80}', "improvements: Field required"),
         (json.dumps({"scores": [{"name": "completeness", "score": 7}]}), "completeness: Field req"),
         (critique({"reason": "clear"}), "must be a number from 0 to 100, not 'None'"),

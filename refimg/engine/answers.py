@@ -8,17 +8,18 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any, TypeVar
 
 # %% auto #0
-__all__ = ['plain_text', 'last_object', 'read_number', 'parse_prompt']
+__all__ = ['plain_text', 'last_object', 'read_number', 'flat_object', 'parse_prompt']
 
 # %% ../../nbs/engine/answers.ipynb #a5000008
 _NAME = r"[\w.:▁-]{0,40}?(?:think|thought|reason|analy[sz]|reflect|scratchpad)[\w.:▁-]{0,40}"
 _MARKS = (  # what opens reasoning, and what closes it
     (rf"<{_NAME}(?:\s[^<>]*)?>", rf"</{_NAME}\s*>"),
-    (rf"<[|｜](?!/|end){_NAME}(?<!end)[|｜]>", rf"<[|｜](?:(?=/|end)/?{_NAME}|{_NAME}(?<=end))[|｜]>"),
+    (rf"<[|｜](?!/|end){_NAME}(?<!end)[|｜]>",
+     rf"<[|｜](?:(?=/|end)/?{_NAME}|{_NAME}(?<=end))[|｜]>"),
     (r"◁think▷", r"◁/think▷"),
     (r"\[THINK\]|\A\s*\[(?i:think(?:ing)?)\]", r"\[/(?i:think(?:ing)?)\]"),
     (r"<\|inner_prefix\|>", r"<\|inner_suffix\|>"),
@@ -132,29 +133,81 @@ def read_number(
         return float(parts[1]) * (10 if parts[2] == "10" else 1)
     return float(value)
 
+# %% ../../nbs/engine/answers.ipynb #a500002d
+def _plain_score(
+    score: dict[str, Any],  # a score with a reason, or with what it is out of
+) -> Any:
+    """Return the number in an object, as "7/10" where it says what it is out of."""
+    number, most = (
+        next((score[key] for key in keys if key in score), None)
+        for keys in (("score", "value", "rating", "points"), ("out_of", "max", "max_score")))
+    both = all(re.fullmatch(r"\d+(?:\.\d+)?", str(part)) for part in (number, most))
+    return f"{number}/{most}" if both else number
+
+
+def _by_name(
+    part: Any,  # of a critique
+    names: Set[str],  # lower-case, with "_" for a space
+) -> Any:
+    """Make an object of a list that says all the names; anything else stays as it is."""
+    found: dict[str, Any] = {}
+    for item in part if isinstance(part, list) else []:
+        if isinstance(item, list) and len(item) == 2:
+            item = {"name": item[0], "score": item[1]}
+        if isinstance(item, dict):
+            words = {re.sub(r"\W+", "_", str(value).strip().lower()) for value in item.values()}
+            found |= dict.fromkeys(words.intersection(names), item)
+    return found if found.keys() == set(names) else part
+
+# %% ../../nbs/engine/answers.ipynb #a5000031
+def flat_object(
+    body: dict[str, Any],  # an object as a critic writes it
+    fields: Set[str],  # that belong to the top
+    names: Set[str],  # of those that are scores
+) -> dict[str, Any]:
+    """Bring the fields to the top, with plain scores and a list of improvements."""
+    body = {key: _by_name(part, names) for key, part in body.items()}
+    inner = [part for part in body.values() if isinstance(part, dict) and part.keys() & fields]
+    flat = {key: value for key, value in body.items() if value not in inner}
+    for part in inner:
+        if part.keys() & flat.keys() & fields:
+            return body
+        flat |= part
+    for name in names:
+        if isinstance(score := flat.get(name), dict):
+            flat[name] = _plain_score(score)
+    if isinstance(listed := flat.get("improvements"), str):
+        lines = (re.sub(r"^(?:[-*•]|\d+[.)])\s+", "", line.strip()) for line in listed.split("\n"))
+        flat["improvements"] = [line for line in lines if line]
+    return flat
+
 # %% ../../nbs/engine/answers.ipynb #a5000017
 _POLITE = r"(?:sure|certainly|of course|absolutely|okay|ok|got it|understood|no problem)"
+_ASIDE = r"(?:here|below|i\b|this is|let|\*\*|\n)"
 _BETTER = r"(?:final|full|first|new|better|richer|detailed|improved|enhanced|revised|refined|" \
-    r"updated|rewritten|optimi[sz]ed|polished|expanded|image|scene|text-to-image|negative|" \
+    r"updated|rewritten|optimi[sz]ed|polished|expanded|cinematic|image|scene|text-to-image|" \
+    r"generation|midjourney|negative|" \
     r"verbessert\w*|überarbeitet\w*|mejorad\w|revisad\w|amélioré\w?|migliorat\w|melhorad\w|" \
     r"улучшенн\w+)"
 _THE = r"(?:an?|the|your|my|another|le|la|une?|der|das|ein|el|il|o)"
 _PROMPT = r"(?:prompts?|versions?|descriptions?|rewrites?|промпт\w*)"
 _LABEL = rf"(?:(?:{_THE} )?(?:{_BETTER} )*{_PROMPT}(?: {_BETTER})?|" \
     r"[぀-鿿]{0,12}(?:提示[词詞]|プロンプト)|[가-힣 ]{0,12}프롬프트|" \
-    rf"(?:{_BETTER} )?(?:output|answer|response|result)|(?:re|en|im)(?:vised|hanced|proved))"
+    rf"(?:{_BETTER} )?(?:output|answer|response|result)|revised|enhanced|improved|rewritten)"
 _HERE = r"(?:here(?:'s|’s| is| are|)|below is|this is|voici|hier ist|aquí (?:está|tienes)|" \
     r"aqui está|ecco|вот)"
 _COLON = r"[*_]*\s*[:：][*_]*\s*"
 _LAYERS = tuple(re.compile(pattern, re.I) for pattern in (
-    rf"^{_POLITE}(?: thing)?(?:[!.]\s+|,\s+(?=here|below|i\b|this is|let))|^great!\s+",
-    rf"^(?:(?:based on|following|using|after|with)\b[^\n:]{{0,80}},\s*)?{_HERE}(?: {_THE})?"
-    rf"(?: (?!(?:{_THE}|of|in|on|at|by|from|with|who|that) )[\w'’-]+){{0,5}}? {_PROMPT}\b"
+    rf"^{_POLITE}(?: thing)?(?:!\s+|[.,]\s+(?={_ASIDE}))|^great!\s+(?={_ASIDE})",
+    r"^(?:(?:based on|following|using|after|with|taking|incorporating|considering|thank|thanks|"
+    rf"i[’']ve|i have)\b[^\n:]{{0,80}}[,.!]\s+)?{_HERE}(?: {_THE})?"
+    rf"(?: (?!(?:{_THE}|of|in|on|at|by|from|with|who|that) )[\w'’-]+,?){{0,5}}?"
+    rf" (?:{_PROMPT}|paragraph)\b(?! of (?!your |the original))"
     rf"[^\n:：—–]{{0,80}}?(?:{_COLON}|\s+[-—–]\s+|\n\s*)",
     r"^i(?:'ve|’ve| have) (?:revised|enhanced|improved|refined|updated|rewritten|written|made)\b"
     rf"[^\n:]{{0,80}}\b{_PROMPT}\b[^\n:]{{0,60}}{_COLON}",
     rf"^(?:{_HERE}(?: it| what\b[^\n:]{{0,60}})?|here (?:it is|you (?:are|go))){_COLON}",
-    rf"^[*_#\s]*{_LABEL}\s*(?:\([^()\n]*\)|\d+)?{_COLON}",
+    rf"^[*_#\s]*{_LABEL}\s*(?:\([^()\n]*\)|v?\d+|is)?{_COLON}",
     rf"^[*_#\s]*(?:prompt|(?:{_BETTER} )+{_PROMPT})[*_]*(?:\s+[-—–]\s+|\s*\n\s*|\s*\Z)",
     rf"^(?!(?:an?|the) )(?:\S+ ){{0,6}}{_PROMPT}(?: \S+){{0,2}}?\s*[:：][*_ ]*\n+",
     r"^#{1,6} [^\n]*\n+|^\*\*[^*\n]{1,80}\*\*\n+",
@@ -227,33 +280,42 @@ def _content(text: str, original: str = "") -> str:
 
 # %% ../../nbs/engine/answers.ipynb #a500001f
 _SORRY = r"(?:(?:i'm|i am|we're|we are) (?:\w+ )?(?:sorry|afraid)|(?:very |so )?sorry|" \
-    r"i apologi[sz]e|(?:my |our )?apologies|unfortunately|regrettably|i regret)\b"
+    r"i apologi[sz]e|(?:my |our )?apologies|unfortunately|regrettably|i regret)\b(?!-)"
 _LEAD = rf"(?:{_SORRY}|as an? (?:ai|artificial|language|responsible)\b|no\b|thanks?\b|" \
-    r"(?:i|we) (?:understand|appreciate|see that|know)\b|while i\b|hello\b|hi\b)"
+    r"i(?:'m| am) (?:\w+ )?an? (?:\w+ )?(?:ai|model|assistant)\b|while i\b|let me be|" \
+    r"(?:i|we) (?:understand|appreciate|see that|know)\b|error\b|hello\b|hi\b)"
 _DOING = r"(?:(?:help|assist)(?:ing)?(?! but)|(?:creat|generat|writ|rewrit|produc|provid|continu|" \
-    r"describ|engag|enhanc|accommodat|improv)(?:e|ing)|(?:fulfill?|comply|complet|proceed|process|" \
-    r"depict|craft|answer|discuss|draw|support|respond|render)(?:e|ing)?|do(?:ing)? (?:that|this|" \
-    r"so|it)|mak(?:e|ing) (?:that|this|such|an? (?:image|prompt)))\b"
+    r"describ|engag|enhanc|accommodat|improv)(?:e|ing)|(?:fulfill?|comply|complet|proceed|" \
+    r"process|depict|craft|answer|discuss|draw|support|respond|render)(?:e|ing)?|" \
+    r"do(?:ing)? (?:that|this|so|it)|mak(?:e|ing) (?:that|this|such|an? (?:image|prompt)))\b"
 _NOT = r"(?:cannot|can not|can't|could not|couldn't|will not|won't|would not|" \
     r"(?:not|un)(?: able|able| allowed| permitted| comfortable|comfortable| going| designed)|" \
-    r"(?:do not|don't) feel)" \
-    r"(?: (?:be|able|to|in|good|conscience|directly|comfortable))*"
+    r"(?:do not|don't) (?:feel|think (?:i|we) can))" \
+    r"(?: (?:be|able|to|in|good|conscience|directly|comfortable|and|will not|won't))*"
 _REFUSAL = re.compile(
     rf"(?:{_LEAD}[\s\S]{{0,150}}?\b)?(?:"
     rf"(?:(?:i|we)(?:'m|'re| am| are)?(?: really| just| simply| also)? )?{_NOT} {_DOING}|"
     r"i(?:'m| am)? (?:must|have to|need to|will|going to have to) (?:\w+ly )?(?:decline|refuse)\b|"
     r"(?:that|this|it)(?:'s not| is not| isn't) something (?:i|we)\b|"
-    r"(?:this|that|your|the|such|content|image) ?(?:request|prompt|content|image|topic|policy|)"
-    r"(?: you(?:'ve| have)? \w+)?(?: is| was| has been| appears to| seems to| may| might| could|"
+    r"(?:it|that|this)(?:'s| is| goes| would be| would go) against (?:my|our)\b|"
+    r"my (?:guidelines|programming|polic(?:y|ies)) (?:prevent|prohibit|forbid|do|don't|require)|"
+    r"(?:(?:this|that|your|the) )?(?:request|prompt|content policy)"
+    r"(?: you(?:'ve| have)? \w+)?(?: is| was| has been| appears to| may| might| could|"
     r" cannot| can't| goes)?(?: \w+ly)? (?:violat\w+|against\b|not (?:allowed|permitted)|"
-    r"(?:be )?(?:flagged|blocked|rejected|refused|declined|denied|fulfilled|processed)\b))|"
-    rf"{_SORRY}[^\n]{{0,60}}\Z|"
-    r"es tut mir leid|tut mir leid|leider k|ich kann (?:\w+ ){0,3}nicht|"
-    r"(?:je suis )?(?:\w+ )?désolée?\b|je ne (?:peux|suis)|malheureusement|cette (?:demande|requête)|"
-    r"lo siento|lamento|lamentablemente|no puedo|desculpe|sinto muito|infelizmente|não posso|"
-    r"mi dispiace|purtroppo|non posso|het spijt me|helaas|tyvärr|beklager|maaf|mohon maaf|"
+    r"(?:be )?(?:flagged|blocked|rejected|refused|declined|denied|fulfilled|processed)\b)|"
+    r"(?:this|your|the) (?:request|prompt|content|image)\b[^.]{0,60}\bviolates?\b)|"
+    r"i (?:can't|cannot|won't|will not)\W*\Z|"
+    rf"{_SORRY}(?:[^\n]{{0,60}}|[^\n]{{0,60}}\bbut\b[^\n]{{0,100}})\Z|"
+    r"es tut mir leid|tut mir leid|leider k|(?:das |ich )?kann (?:\w+ ){0,3}nicht|"
+    r"ich bin nicht|entschuldigung|je regrette|"
+    r"(?:je suis )?(?:\w+ )?désolée?\b|je ne (?:peux|suis)|malheureusement|"
+    r"cette (?:demande|requête)|lo siento|lamento|lamentablemente|no puedo|desculpe|sinto muito|"
+    r"infelizmente|não posso|"
+    r"mi dispiace|purtroppo|non posso|het spijt me|helaas|tyvärr|"
+    r"jag kan (?:\w+ )?inte|beklager|maaf|mohon maaf|"
     r"przepraszam|niestety|przykro mi|nie mogę|üzgünüm|maalesef|xin lỗi|"
     r"к сожалению|извините|простите|я не могу|на жаль|вибачте|عذر|آسف|لا أستطيع|"
+    r"मुझे खेद|क्षमा करें|无法(?:提供|生成|满足|完成)|ご(?:要望|希望)には|"
     r"很?抱歉|对不起|對不起|我(?:无法|不能|無法)|申し訳|すみません|ごめんなさい|죄송", re.I)
 _TRADE = re.compile(
     r"\b(?:prompts?|images?|requests?|polic(?:y|ies)|guidelines|content|help|assist|language model|"
