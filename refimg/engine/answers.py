@@ -134,17 +134,6 @@ def read_number(
     return float(value)
 
 # %% ../../nbs/engine/answers.ipynb #a500002d
-def _plain_score(
-    score: dict[str, Any],  # a score with a reason, or with what it is out of
-) -> Any:
-    """Return the number in an object, as "7/10" where it says what it is out of."""
-    number, most = (
-        next((score[key] for key in keys if key in score), None)
-        for keys in (("score", "value", "rating", "points"), ("out_of", "max", "max_score")))
-    both = all(re.fullmatch(r"\d+(?:\.\d+)?", str(part)) for part in (number, most))
-    return f"{number}/{most}" if both else number
-
-
 def _by_name(
     part: Any,  # of a critique
     names: Set[str],  # lower-case, with "_" for a space
@@ -175,7 +164,12 @@ def flat_object(
         flat |= part
     for name in names:
         if isinstance(score := flat.get(name), dict):
-            flat[name] = _plain_score(score)
+            number, most = (
+                next((score[key] for key in keys if key in score), None)
+                for keys in (("score", "value", "rating", "points"),
+                             ("out_of", "max", "max_score")))
+            both = all(re.fullmatch(r"\d+(?:\.\d+)?", str(part)) for part in (number, most))
+            flat[name] = f"{number}/{most}" if both else number
     if isinstance(listed := flat.get("improvements"), str):
         lines = (re.sub(r"^(?:[-*•]|\d+[.)])\s+", "", line.strip()) for line in listed.split("\n"))
         flat["improvements"] = [line for line in lines if line]
