@@ -9,7 +9,6 @@ import asyncio
 import json
 import logging
 import math
-import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -27,7 +26,7 @@ from pydantic import (
     computed_field,
 )
 
-from .engine.answers import last_object, parse_prompt, plain_text, read_number
+from .engine.answers import flat_object, last_object, parse_prompt, plain_text, read_number
 from .engine.fence import fence, read_fences
 from .engine.instructions import CRITIC, DIMENSIONS, DIRECTOR, NEGATIVE
 from .engine.intent import lost_intent
@@ -174,30 +173,16 @@ def _explain(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def _flat(body: dict[str, Any]) -> dict[str, Any]:
-    """Bring the fields of a critique to the top, with plain scores and a list of improvements."""
-    fields = Critique.model_fields.keys()
-    inner = [part for part in body.values() if isinstance(part, dict) and part.keys() & fields]
-    flat = {key: value for key, value in body.items() if value not in inner}
-    for part in inner:
-        if part.keys() & flat.keys() & fields:
-            return body
-        flat |= part
-    for name in DIMENSIONS:
-        if isinstance(score := flat.get(name), dict):
-            flat[name] = score.get("score", score.get("value"))
-    if isinstance(listed := flat.get("improvements"), str):
-        lines = (re.sub(r"^(?:[-*•]|\d+[.)])\s+", "", line.strip()) for line in listed.split("\n"))
-        flat["improvements"] = [line for line in lines if line]
-    return flat
-
-
 def parse_critique(
     answer: str,  # what the critic said
 ) -> Critique:
     """Find the last critique in the answer; a ValueError says what is wrong where there is none."""
     def read(body: dict[str, Any]) -> Critique:
-        return Critique.model_validate(_flat(body))
+        flat = flat_object(body, Critique.model_fields.keys(), DIMENSIONS.keys())
+        if flat.get("improvements") is None:
+            with suppress(ValidationError):
+                return Critique.model_validate(flat | {"improvements": []})
+        return Critique.model_validate(flat)
 
     try:
         return last_object(answer, read)

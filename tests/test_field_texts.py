@@ -88,6 +88,15 @@ async def run(*answers: str, judges=None, **more):
         ("<|inner_prefix|>", "<|inner_suffix|>"),
         ("<unused94>thought", "<unused95>"),
         ("<|channel>thought", "<channel|>"),
+        ("[think]", "[/think]"),
+        ("<analysis>", "</analysis>"),
+        ("<reasoning_content>", "</reasoning_content>"),
+        ("<thinking_process>", "</thinking_process>"),
+        ("<longcat_think>", "</longcat_think>"),
+        ("<chain-of-thought>", "</chain-of-thought>"),
+        ("<|thinking|>", "<|/thinking|>"),
+        ("<|think_start|>", "<|think_end|>"),
+        ("<｜begin▁of▁thinking｜>", "<｜end▁of▁thinking｜>"),
     ],
 )
 def test_reasoning_of_every_kind_is_cut(opening, closing):
@@ -170,6 +179,7 @@ def test_control_tokens_and_what_follows_the_end_are_cut(end):
         "<|begin_of_solution|>",
         "<|im_end|>\n",
         "<think></think><answer>",
+        "[gMASK]<sop>",
     ],
 )
 def test_control_tokens_before_the_answer_are_cut(start):
@@ -184,6 +194,7 @@ def test_control_tokens_before_the_answer_are_cut(start):
         "Two birds, 3 < 4 and 5 > 2, <3 in red.",
         "A keeper thinks: I think, therefore I am.",
         "An analysis of light, finally <blue>.",
+        "A neon sign that blinks [think] above a bar, <analysis pending on a screen",
     ],
 )
 def test_what_only_looks_like_a_token_stays(text):
@@ -232,6 +243,36 @@ def test_what_only_looks_like_a_token_stays(text):
         f"{GOOD}\n\n---\n**Why this works:** it names the light.",
         f"{GOOD}\n\n(14 words)",
         f"{GOOD}\n\n**Negative prompt:** blur",
+        f"Here's your enhanced image prompt — {GOOD}",
+        f"Here's an enhanced prompt – {GOOD}",
+        f"<prompt>{GOOD}</prompt>",
+        f"<enhanced_prompt>\n{GOOD}\n</enhanced_prompt>",
+        f"Sure! Here it is:\n<prompt>{GOOD}</prompt>\nEnjoy!",
+        f"<changes>more light</changes>\n<final_prompt>{GOOD}</final_prompt>",
+        f"<output>{GOOD}</output>",
+        f"Enhanced Prompt - {GOOD}",
+        f"Enhanced prompt\n\n{GOOD}",
+        f"Output: {GOOD}",
+        f"Answer: {GOOD}",
+        f"Revised: {GOOD}",
+        f"**Final answer:** {GOOD}",
+        f"Based on your feedback, here is the revised prompt: {GOOD}",
+        f"I've revised the prompt based on your feedback:\n\n{GOOD}",
+        str({"prompt": GOOD}),
+        "Here is the prompt: " + str({"prompt": GOOD, "notes": None}),
+        f"\\boxed{{{GOOD}}}",
+        f"$\\boxed{{\\text{{{GOOD}}}}}$",
+        f"Prompt mejorado: {GOOD}",
+        f"Verbesserter Prompt: {GOOD}",
+        f"**Prompt amélioré :** {GOOD}",
+        f"Hier ist der verbesserte Prompt:\n{GOOD}",
+        f"改进后的提示词：{GOOD}",
+        f"Улучшенный промпт: {GOOD}",
+        f"Thank you for the feedback! Here is the updated prompt:\n\n{GOOD}",
+        f"I've incorporated your feedback. Here is the revised prompt:\n\n{GOOD}",
+        f"Here is a single, fluent paragraph:\n\n{GOOD}",
+        f"The enhanced prompt is: {GOOD}",
+        f"Prompt v2: {GOOD}",
     ],
 )
 def test_of_a_wrapped_answer_the_prompt_alone_is_kept(answer):
@@ -249,6 +290,10 @@ def test_of_a_wrapped_answer_the_prompt_alone_is_kept(answer):
         f"Option 1:\n```\n{GOOD}\n```\nOption 2:\n```\n{GOOD} At dusk.\n```",
         "Sure! Here is the enhanced prompt:",
         "**Enhanced Prompt:**",
+        "## Enhanced Prompt",
+        f"<prompt>{GOOD}</prompt>\n<prompt>{GOOD} At dusk.</prompt>",
+        str({"prompt_1": GOOD, "prompt_2": GOOD}),
+        "{'prompt': ",
     ],
 )
 async def test_what_holds_no_single_prompt_is_repaired(answer):
@@ -270,6 +315,26 @@ async def test_what_holds_no_single_prompt_is_repaired(answer):
         "I see a keeper through the window, and I can't see his face.",
         "The prompt on a terminal reads: login.",
         "A book titled “Sorry, I can't” lies open.",
+        "Night scene:\nA keeper reads a letter.",
+        "Three lights burn below:\na harbour at dusk.",
+        "This is a photo of a description: a keeper",
+        "A keeper reads the prompt: login, in green letters.",
+        "Login prompt: green letters on a black screen.",
+        "Login prompt - green letters on a black screen.",
+        "Here is a keeper reading the prompt: login.",
+        "Okay, says the keeper, and closes the door.",
+        "I have a terminal with a prompt on it: login.",
+        "A keeper writes a letter.\nI hope you come home, it says.",
+        "A sign:\nWould you like some tea?",
+        "A letter to the keeper: 'Answer: never', in red ink.",
+        "A box labelled {'prompt'} stands in the rain.",
+        "A monitor shows <prompt> in green letters.",
+        "# 12 is painted on a red door.",
+        "Here is a new version of the tower - taller, in ruins.",
+        "This is a new version of Venice: canals of glass.",
+        "Great! reads a banner over a crowd.",
+        "Of course. The word is carved in stone above a gate.",
+        "Scene 1:\nA keeper reads.\nScene 2:\nA storm.",
     ],
 )
 def test_a_prompt_that_is_not_wrapped_is_left_as_it_is(text):
@@ -307,6 +372,52 @@ REFUSALS = [
     "抱歉，我无法满足您的请求。",
     "申し訳ありませんが、お手伝いできません。",
     json.dumps({"prompt": "I'm sorry, but I can't help with that."}),
+    "I'm afraid I can't help with that.",
+    "I'm really sorry, but that's not something I can help with.",
+    "Sorry, this request is against our policy.",
+    "Your request was flagged by our content policy.",
+    "This request cannot be fulfilled.",
+    "We cannot process this request.",
+    "I regret that I cannot create this image.",
+    "I couldn't generate that.",
+    "I can't help you create an image of a lighthouse keeper who reads a letter.",
+    "I'm not comfortable enhancing this description of a keeper.",
+    "I appreciate your request, but I'm unable to write a prompt about a keeper and a letter.",
+    "Thank you for your message. Unfortunately, I won't be able to assist with this.",
+    "I understand that you want a letter, but I have to decline.",
+    "Your prompt has been rejected by the safety system.",
+    "The prompt you provided goes against my guidelines.",
+    "Unable to generate a prompt for this scene.",
+    "I'm sorry.",
+    "No, I can't do that.",
+    "Désolé, je ne peux pas.",
+    "Cette demande enfreint nos règles.",
+    "Ich kann dabei leider nicht helfen.",
+    "Leider kann ich diese Anfrage nicht bearbeiten.",
+    "Lamento, mas não posso ajudar.",
+    "Infelizmente, não posso criar isso.",
+    "Mi dispiace, ma non posso aiutarti.",
+    "Het spijt me, maar ik kan hier niet bij helpen.",
+    "Przepraszam, ale nie mogę w tym pomóc.",
+    "К сожалению, я не могу помочь с этим.",
+    "Üzgünüm, bu konuda yardımcı olamam.",
+    "很抱歉，我不能协助完成这个请求。",
+    "すみませんが、そのリクエストにはお応えできません。",
+    "죄송하지만 도와드릴 수 없습니다.",
+    "عذرًا، لا أستطيع المساعدة في ذلك.",
+    "Tyvärr kan jag inte hjälpa till med det.",
+    "Maaf, saya tidak bisa membantu.",
+    "I cannot and will not create this.",
+    "I apologize for the inconvenience, but this falls outside what I can do.",
+    "I'm just an AI and can't produce that.",
+    "It is against my guidelines to create such an image.",
+    "My guidelines prevent me from writing this.",
+    "Request denied.",
+    "I can't.",
+    "I don't think I can help with this.",
+    "This prompt contains content that violates our policy, so I can't enhance it.",
+    "Ich bin nicht in der Lage, das zu schreiben.",
+    "无法提供帮助。",
 ]
 
 
@@ -315,6 +426,102 @@ async def test_a_refusal_is_no_prompt_and_is_said(refusal):
     made, writes = await run(refusal, judges=critic(5))
     assert (made.final_prompt, made.stop_reason) == (PROMPT, "failed")
     assert "refus" in made.warnings[0] and len(writes.calls) == 1
+
+
+SEEN = "A wide shot, 35 mm, in cold blue light before sunrise, with fine grain and deep shadows."
+SAID = [  # what a user wrote; prompts begin with it, or with something like it
+    "I can't see the sea, says a keeper.",
+    "Sorry, says the keeper, and closes the door.",
+    "I'm sorry, I can't help you, says the doctor to the sailor.",
+    "I'm sorry, but I love the storm, a girl writes on the wall.",
+    "I cannot write any longer: my hand shakes over the paper.",
+    "I won't go back to the harbour, whispers the boy.",
+    "I couldn't draw the curtain; the lamp burned all night.",
+    "Unfortunately, the bridge is gone: two riders at the river.",
+    "We cannot continue up the stairs; the water follows us.",
+    "I am unable to move, buried in red sand up to my chest.",
+    "I must decline the crown, says a knight on his knees.",
+    "The request is denied: a herald before the king.",
+    "This request is stamped DECLINED, a form on an oak desk.",
+    "A policy is pinned to the door of an insurance office.",
+    "Your request was refused, says a letter in the rain.",
+    "The prompt is blocked by ivy: an old stage prompter's box.",
+    "I'm afraid I can't do that, says a red camera eye to the astronaut.",
+    "I'm afraid of the dark forest behind our house.",
+    "I regret nothing: a singer in black under one spotlight.",
+    "Apologies hang from the trees on paper strips.",
+    "No, I can't make it, says the climber on the ice wall.",
+    "As an AI wakes, a robot opens its eyes in a dusty workshop.",
+    "Access denied, in red letters on a steel door.",
+    "We can't process grief, reads a banner over a crowd.",
+    "I will not answer the phone, a woman in a red kitchen.",
+    "Je ne peux pas voir la mer, dit un gardien.",
+    "Désolé, dit le gardien, et il ferme la porte.",
+    "Leider kann ich das Meer nicht sehen, sagt ein Wärter.",
+    "Es tut mir leid, steht auf einem Zettel an der Tür.",
+    "Lo siento, dice el guardián junto a la lámpara.",
+    "Lamento no ver el mar, escribe una niña en la arena.",
+    "Não posso ver o mar, diz o faroleiro.",
+    "Non posso vedere il mare, dice il guardiano.",
+    "Извините, говорит смотритель маяка и закрывает дверь.",
+    "抱歉，看守人说，他关上了灯塔的门。",
+    "我不能看见大海，灯塔看守人说。",
+    "すみません、と灯台守が言い、扉を閉める。",
+    "죄송합니다, 등대지기가 편지를 읽으며 말한다.",
+    "My policy papers burn in a tin.",
+    "Hello, I can't process this, reads a robot's screen.",
+    "This image violates the frame: paint runs down the wall.",
+    "Plage désolée au crépuscule.",
+]
+
+
+@pytest.mark.parametrize("original", SAID)
+def test_a_prompt_that_begins_as_the_user_does_is_no_refusal(original):
+    first, _, rest = original.rstrip(".。").partition(" ")
+    joined = f"{first} {rest}; {SEEN}"
+    for text in (f"{original} {SEEN}", f"{original}\n\n{SEEN}", original, joined):
+        assert parse_prompt(text, original) == text
+        assert parse_prompt(f"“{text}”", original) == text
+
+
+SCENES = [
+    "I stand at the rail and cannot see the shore. Fog swallows the bow, grey on grey.",
+    "I can't help but stare at the storm: lightning over a black pier, long exposure.",
+    "I can't stop the horse. Its mane flies across my face, motion blur, low sun.",
+    "“I can't help you,” says a keeper in a wool coat; a sailor lowers his eyes. Two-shot.",
+    "Unable to sleep, a woman in a linen shirt sits by the window in blue moonlight.",
+    "Sorry-looking scarecrows lean in a flooded field at dusk, wide shot, muted greens.",
+    "Content policy pages burn in a steel bin, macro, orange light on wet concrete.",
+    "A clerk stamps a request DECLINED under a green lamp, close-up, shallow focus.",
+    "This content sailor mends a net on a sunlit quay, medium shot, warm palette.",
+    "The content of the chest spills out: coins, letters, a red ribbon. Top light.",
+    "The image of a saint is blocked by smoke; candles glow in the foreground.",
+    "We cannot see her face, only the lamp behind her hair, a rim of gold. Close shot.",
+    "My apologies, reads a card beside a broken blue vase, still life, window light.",
+    "As an artificial moon rises, divers climb from a turquoise pool, aerial view.",
+    "No request reaches the tower: cut wires swing in the wind, telephoto, dusk.",
+    "Thank you, says a note in red ink on a wet bench; the park behind is out of focus.",
+]
+
+
+@pytest.mark.parametrize("text", SCENES)
+def test_a_prompt_with_a_refusing_word_is_no_refusal(text):
+    assert parse_prompt(text) == text
+    assert parse_prompt(text, PROMPT) == text
+
+
+@pytest.mark.parametrize("refusal", REFUSALS[:6] + REFUSALS[17:26])
+@pytest.mark.parametrize("original", [SAID[0], SAID[2], SAID[12]])
+def test_a_refusal_of_a_prompt_that_sounds_like_one_is_a_refusal(refusal, original):
+    with pytest.raises(RuntimeError, match="refused"):
+        parse_prompt(refusal, original)
+
+
+@pytest.mark.parametrize("start", ["I'm sorry, but I can't", "I am unable to", "We cannot"])
+def test_a_refusal_that_talks_at_length_is_a_refusal(start):
+    more = "A keeper who reads a letter may stand for a real person, and that would be wrong. " * 8
+    with pytest.raises(RuntimeError, match="refused"):
+        parse_prompt(f"{start} create an image prompt for this request. {more}", PROMPT)
 
 
 async def test_after_a_refusal_the_image_model_gets_the_prompt_and_its_markers():
@@ -383,6 +590,18 @@ REST = {"critique": "as scripted", "improvements": ["more"]}
         json.dumps({"draft": body(critique="x") | FIVE, "final": body()}),
         f"{critique(70)}\n{critique(10)[:-9]}",
         f'{critique(70)}\n{{"note": "done"}}',
+        critique("70/100 (good)"),
+        critique("70 points"),
+        critique("70/100 points"),
+        critique("7/10 – good"),
+        critique("70 (solid)"),
+        json.dumps({name: {"rating": 70, "comment": "clear"} for name in FIVE} | REST),
+        json.dumps({name: {"score": 7, "out_of": 10} for name in FIVE} | REST),
+        json.dumps({name: {"score": 70.0, "max_score": 100} for name in FIVE} | REST),
+        json.dumps({"scores": [{"name": name, "score": 70} for name in FIVE]} | REST),
+        json.dumps({"scores": [{"dimension": name.replace("_", " ").title(), "rating": "7/10"}
+                               for name in FIVE]} | REST),
+        json.dumps({"scores": [[name, 70] for name in FIVE]} | REST),
     ],
 )
 async def test_json_is_read_with_patience_and_the_last_that_fits_counts(answer):
@@ -395,7 +614,38 @@ async def test_json_is_read_with_patience_and_the_last_that_fits_counts(answer):
 @pytest.mark.parametrize(
     "answer",
     [
+        critique(70, improvements=None),
+        json.dumps(FIVE | {"critique": "as scripted"}),
+        json.dumps({"scores": FIVE, "feedback": {"critique": "as scripted"}}),
+    ],
+)
+async def test_a_critique_without_improvements_asks_for_none(answer):
+    judges = FakeChat([answer])
+    made, _ = await run(GOOD, judges=judges, max_iterations=1)
+    assert (len(judges.calls), made.warnings, made.final_score.improvements) == (1, [], [])
+
+
+def test_what_is_wrong_is_said_in_the_same_words_as_before():
+    for answer, said in (
+        ('{"completeness": 80, "improvements": null}', "improvements: Input should be"),
+        ('{"completeness": 80}', "improvements: Field required"),
+        (json.dumps({"scores": [{"name": "completeness", "score": 7}]}), "completeness: Field req"),
+        (critique({"reason": "clear"}), "must be a number from 0 to 100, not 'None'"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            parse_critique(answer)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
         critique("85/0"),
+        critique("70 - 80"),
+        critique("70 or 80"),
+        critique({"score": 85, "out_of": 37}),
+        critique({"score": None, "out_of": 10}),
+        json.dumps({"scores": [{"name": name, "score": 70} for name in list(FIVE)[:4]]} | REST),
+        json.dumps({"scores": [["completeness", 70]] * 5} | REST),
         critique("high/100"),
         critique("85/37"),
         critique("1/2/100"),

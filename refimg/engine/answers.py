@@ -5,22 +5,23 @@
 # %% ../../nbs/engine/answers.ipynb #a5000004
 from __future__ import annotations
 
+import ast
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any, TypeVar
 
 # %% auto #0
-__all__ = ['plain_text', 'last_object', 'read_number', 'parse_prompt']
+__all__ = ['plain_text', 'last_object', 'read_number', 'flat_object', 'parse_prompt']
 
 # %% ../../nbs/engine/answers.ipynb #a5000008
-_NAME = r"(?:[\w.-]+:)?(?:think(?:ing)?|thoughts?|reason(?:ing)?|reflection|scratchpad)"
+_NAME = r"[\w.:▁-]{0,40}?(?:think|thought|reason|analy[sz]|reflect|scratchpad)[\w.:▁-]{0,40}"
 _MARKS = (  # what opens reasoning, and what closes it
     (rf"<{_NAME}(?:\s[^<>]*)?>", rf"</{_NAME}\s*>"),
+    (rf"<[|｜](?!/|end){_NAME}(?<!end)[|｜]>",
+     rf"<[|｜](?:(?=/|end)/?{_NAME}|{_NAME}(?<=end))[|｜]>"),
     (r"◁think▷", r"◁/think▷"),
-    (r"\[THINK\]", r"\[/THINK\]"),
-    (r"<\|START_THINKING\|>", r"<\|END_THINKING\|>"),
-    (r"<\|begin_of_thought\|>", r"<\|end_of_thought\|>"),
+    (r"\[THINK\]|\A\s*\[(?i:think(?:ing)?)\]", r"\[/(?i:think(?:ing)?)\]"),
     (r"<\|inner_prefix\|>", r"<\|inner_suffix\|>"),
     (r"<unused94>", r"<unused95>"),
     (r"<\|channel>thought", r"<channel\|>"),
@@ -33,7 +34,7 @@ def _without_reasoning(text: str) -> str:
     for opening, closing in _MARKS:
         flags = re.I if opening.startswith("<") else 0
         if re.search(f"{opening}|{closing}", text, flags):
-            text = re.sub(f"(?s:{opening}.*?(?:{closing}|\\Z))", "", text, flags=flags)
+            text = re.sub(f"(?s:(?:{opening}).*?(?:{closing}|\\Z))", "", text, flags=flags)
             text = re.split(closing, text, flags=flags)[-1]
     if re.search(r"<\|channel\|>", text):
         parts = re.split(_FINAL, text)
@@ -53,7 +54,7 @@ _START = re.compile(
     r"<\|start_header_id\|>\s*assistant\s*<\|end_header_id\|>|<\|message\|>")
 _TOKEN = re.compile(
     r"<[|｜][\w▁]{1,40}[|｜]>|</?s>|</?answer>|<(?:bos|eos|pad|unk)>|"
-    r"<(?:start|end)_of_turn>|\[/?INST\]|\[(?:EOS|BOS)\]")
+    r"<(?:start|end)_of_turn>|\[/?INST\]|\[(?:EOS|BOS|g?MASK)\]|<[se]op>")
 
 
 def _first_turn(answer: str) -> str:
@@ -119,39 +120,107 @@ def last_object(
     raise problems[0] if problems else ValueError("there is no JSON object in the answer")
 
 # %% ../../nbs/engine/answers.ipynb #a5000024
-_OUT_OF = re.compile(r"\s*(-?\d+(?:\.\d+)?)\s*(?:(?:/|out of)\s*(100?)|%)\s*", re.I)
+_OUT_OF = re.compile(
+    r"\s*(-?\d+(?:\.\d+)?)\s*(?:(?:/|out of)\s*(100?)(?:\.0)?(?!\d)|%)?\s*(?:points?|pts\.?)?\s*"
+    r"(?:\([^()]*\)|[-–—:,;]\s*[^\W\d].*)?\s*", re.I | re.S)
 
 
 def read_number(
     value: float | str,  # a number from 0 to 100, as JSON or a model writes it
 ) -> float:
-    """Read a number, "85", "85/100", "8.5/10" or "85 %"; a ValueError where it is none."""
+    """Read a number, "85", "85/100 (good)", "8.5/10" or "85 %"; a ValueError where it is none."""
     if isinstance(value, str) and (parts := _OUT_OF.fullmatch(value)):
         return float(parts[1]) * (10 if parts[2] == "10" else 1)
     return float(value)
 
+# %% ../../nbs/engine/answers.ipynb #a500002d
+def _by_name(
+    part: Any,  # of a critique
+    names: Set[str],  # lower-case, with "_" for a space
+) -> Any:
+    """Make an object of a list that says all the names; anything else stays as it is."""
+    found: dict[str, Any] = {}
+    for item in part if isinstance(part, list) else []:
+        if isinstance(item, list) and len(item) == 2:
+            item = {"name": item[0], "score": item[1]}
+        if isinstance(item, dict):
+            words = {re.sub(r"\W+", "_", str(value).strip().lower()) for value in item.values()}
+            found |= dict.fromkeys(words.intersection(names), item)
+    return found if found.keys() == set(names) else part
+
+# %% ../../nbs/engine/answers.ipynb #a5000031
+def flat_object(
+    body: dict[str, Any],  # an object as a critic writes it
+    fields: Set[str],  # that belong to the top
+    names: Set[str],  # of those that are scores
+) -> dict[str, Any]:
+    """Bring the fields to the top, with plain scores and a list of improvements."""
+    body = {key: _by_name(part, names) for key, part in body.items()}
+    inner = [part for part in body.values() if isinstance(part, dict) and part.keys() & fields]
+    flat = {key: value for key, value in body.items() if value not in inner}
+    for part in inner:
+        if part.keys() & flat.keys() & fields:
+            return body
+        flat |= part
+    for name in names:
+        if isinstance(score := flat.get(name), dict):
+            number, most = (
+                next((score[key] for key in keys if key in score), None)
+                for keys in (("score", "value", "rating", "points"),
+                             ("out_of", "max", "max_score")))
+            both = all(re.fullmatch(r"\d+(?:\.\d+)?", str(part)) for part in (number, most))
+            flat[name] = f"{number}/{most}" if both else number
+    if isinstance(listed := flat.get("improvements"), str):
+        lines = (re.sub(r"^(?:[-*•]|\d+[.)])\s+", "", line.strip()) for line in listed.split("\n"))
+        flat["improvements"] = [line for line in lines if line]
+    return flat
+
 # %% ../../nbs/engine/answers.ipynb #a5000017
 _POLITE = r"(?:sure|certainly|of course|absolutely|okay|ok|got it|understood|no problem)"
-_OF_PROMPT = r"(?:prompts?|versions?|descriptions?|rewrites?)"
+_ASIDE = r"(?:here|below|i\b|this is|let|\*\*|\n)"
+_BETTER = r"(?:final|full|first|new|better|richer|detailed|improved|enhanced|revised|refined|" \
+    r"updated|rewritten|optimi[sz]ed|polished|expanded|cinematic|image|scene|text-to-image|" \
+    r"generation|midjourney|negative|" \
+    r"verbessert\w*|überarbeitet\w*|mejorad\w|revisad\w|amélioré\w?|migliorat\w|melhorad\w|" \
+    r"улучшенн\w+)"
+_THE = r"(?:an?|the|your|my|another|le|la|une?|der|das|ein|el|il|o)"
+_PROMPT = r"(?:prompts?|versions?|descriptions?|rewrites?|промпт\w*)"
+_LABEL = rf"(?:(?:{_THE} )?(?:{_BETTER} )*{_PROMPT}(?: {_BETTER})?|" \
+    r"[぀-鿿]{0,12}(?:提示[词詞]|プロンプト)|[가-힣 ]{0,12}프롬프트|" \
+    rf"(?:{_BETTER} )?(?:output|answer|response|result)|revised|enhanced|improved|rewritten)"
+_HERE = r"(?:here(?:'s|’s| is| are|)|below is|this is|voici|hier ist|aquí (?:está|tienes)|" \
+    r"aqui está|ecco|вот)"
+_COLON = r"[*_]*\s*[:：][*_]*\s*"
 _LAYERS = tuple(re.compile(pattern, re.I) for pattern in (
-    rf"^{_POLITE}(?: thing)?[!.,]\s+|^great!\s+",
-    rf"^(?:here(?:'s|’s| is| are|)|below is|this is|i(?:'ve|’ve| have))\b[^\n:]{{0,120}}"
-    rf"\b{_OF_PROMPT}\b[^\n:]{{0,60}}[:：][*_]*\s*",
-    rf"^[*_#\s]*(?:[a-z-]+ ){{0,4}}{_OF_PROMPT}\s*(?:\([^()\n]*\)|\d+)?[*_]*\s*[:：][*_]*\s*",
-    r"^(?=[^\n]{1,200}\n)[^\n]*[:：][*_ ]*\n+",
-    r"^#{1,6} [^\n]*(?:\n+|\Z)|^\*\*[^*\n]{1,80}\*\*\n+",
-    r"\n[ \t]*[*_#]*(?:let me know|i hope|hope this|enjoy!|would you like|feel free|"
-    r"if you(?:'d|’d| would) like|why (?:this|it) works|word count|"
+    rf"^{_POLITE}(?: thing)?(?:!\s+|[.,]\s+(?={_ASIDE}))|^great!\s+(?={_ASIDE})",
+    r"^(?:(?:based on|following|using|after|with|taking|incorporating|considering|thank|thanks|"
+    rf"i[’']ve|i have)\b[^\n:]{{0,80}}[,.!]\s+)?{_HERE}(?: {_THE})?"
+    rf"(?: (?!(?:{_THE}|of|in|on|at|by|from|with|who|that) )[\w'’-]+,?){{0,5}}?"
+    rf" (?:{_PROMPT}|paragraph)\b(?! of (?!your |the original))"
+    rf"[^\n:：—–]{{0,80}}?(?:{_COLON}|\s+[-—–]\s+|\n\s*)",
+    r"^i(?:'ve|’ve| have) (?:revised|enhanced|improved|refined|updated|rewritten|written|made)\b"
+    rf"[^\n:]{{0,80}}\b{_PROMPT}\b[^\n:]{{0,60}}{_COLON}",
+    rf"^(?:{_HERE}(?: it| what\b[^\n:]{{0,60}})?|here (?:it is|you (?:are|go))){_COLON}",
+    rf"^[*_#\s]*{_LABEL}\s*(?:\([^()\n]*\)|v?\d+|is)?{_COLON}",
+    rf"^[*_#\s]*(?:prompt|(?:{_BETTER} )+{_PROMPT})[*_]*(?:\s+[-—–]\s+|\s*\n\s*|\s*\Z)",
+    rf"^(?!(?:an?|the) )(?:\S+ ){{0,6}}{_PROMPT}(?: \S+){{0,2}}?\s*[:：][*_ ]*\n+",
+    r"^#{1,6} [^\n]*\n+|^\*\*[^*\n]{1,80}\*\*\n+",
+    r"\n[ \t]*[*_#]*(?:let me know|i hope (?:this|it|that|you like)|hope this|enjoy!|feel free|"
+    r"would you like (?:me|any|to)\b|if you(?:'d|’d| would) like|why (?:this|it) works|word count|"
     r"(?:notes?|explanation|rationale|negative prompt|(?:key |main )?(?:changes|improvements)"
     r"(?: made)?)[*_]*:)[\s\S]*\Z",
     r"\n[ \t]*(?:-{3,}|\*{3,}|_{3,}|\(\d+ words\)|\[\d+ words\])\s*\Z",
     r"^(?:-{3,}|\*{3,}|_{3,})\s*\n",
 ))
+_AROUND = re.compile(
+    r"<([\w-]+)>(?P<tagged>[^<>]+)</\1>|\$*\\boxed\{(?:\\text\{)?(?P<boxed>.+?)\}{1,2}\$*", re.S)
 _QUOTES = ('""', "“”", "„“", "«»", "「」", "``", "''")
 
 
 def _unquoted(text: str) -> str:
-    """Take off what stands around the whole text: quotation marks, emphasis, a quotation's `>`."""
+    """Take off what stands around the whole text: quotation marks, emphasis, `>`, a tag, a box."""
+    if found := _AROUND.fullmatch(text):
+        return (found["tagged"] or found["boxed"]).strip()
     if text.startswith(">"):
         text = re.sub(r"^>[ \t]?", "", text, flags=re.MULTILINE)
     for first, last in _QUOTES:
@@ -184,9 +253,15 @@ def _unwrapped(text: str, original: str = "") -> str:
 def _content(text: str, original: str = "") -> str:
     """Unwrap a text, or the one prompt in JSON; a ValueError where there is none, or a choice."""
     text = _unwrapped(plain_text(text), original)
-    if not re.match(r'\{\s*["}]|\[\s*["{]', text):
+    if not re.match(r"\{\s*[\"'}]|\[\s*[\"'{]", text):
         return text
-    value, _ = _read_json(text)
+    try:
+        value, _ = _read_json(text)
+    except ValueError as error:
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            raise error from None
     while isinstance(value, list | dict) and len(value) == 1:
         value = value[0] if isinstance(value, list) else next(iter(value.values()))
     if isinstance(value, dict):
@@ -198,19 +273,70 @@ def _content(text: str, original: str = "") -> str:
     return _unwrapped(value.strip(), original)
 
 # %% ../../nbs/engine/answers.ipynb #a500001f
-_SORRY = r"(?:i(?:'m| am) (?:very |so |really |deeply )?sorry|sorry|i apologi[sz]e|my apologies|" \
-    r"apologies|unfortunately|regrettably|as an? (?:ai|artificial|language|responsible)\b[^,.]*)"
-_UNABLE = r"i(?: really| just| simply)?(?: cannot| can not| can't| can’t| won't| will not|" \
-    r" do not feel| don't feel| must decline| have to decline| need to decline|" \
-    r"(?:'m| am) (?:not able|unable|not comfortable|not going to))\b"
+_SORRY = r"(?:(?:i'm|i am|we're|we are) (?:\w+ )?(?:sorry|afraid)|(?:very |so )?sorry|" \
+    r"i apologi[sz]e|(?:my |our )?apologies|unfortunately|regrettably|i regret)\b(?!-)"
+_LEAD = rf"(?:{_SORRY}|as an? (?:ai|artificial|language|responsible)\b|no\b|thanks?\b|" \
+    r"i(?:'m| am) (?:\w+ )?an? (?:\w+ )?(?:ai|model|assistant)\b|while i\b|let me be|" \
+    r"(?:i|we) (?:understand|appreciate|see that|know)\b|error\b|hello\b|hi\b)"
+_DOING = r"(?:(?:help|assist)(?:ing)?(?! but)|(?:creat|generat|writ|rewrit|produc|provid|continu|" \
+    r"describ|engag|enhanc|accommodat|improv)(?:e|ing)|(?:fulfill?|comply|complet|proceed|" \
+    r"process|depict|craft|answer|discuss|draw|support|respond|render)(?:e|ing)?|" \
+    r"do(?:ing)? (?:that|this|so|it)|mak(?:e|ing) (?:that|this|such|an? (?:image|prompt)))\b"
+_NOT = r"(?:cannot|can not|can't|could not|couldn't|will not|won't|would not|" \
+    r"(?:not|un)(?: able|able| allowed| permitted| comfortable|comfortable| going| designed)|" \
+    r"(?:do not|don't) (?:feel|think (?:i|we) can))" \
+    r"(?: (?:be|able|to|in|good|conscience|directly|comfortable|and|will not|won't))*"
 _REFUSAL = re.compile(
-    rf"(?:{_SORRY}\W+(?:but |that )?)?{_UNABLE}|i(?:'m| am) sorry\W+but\b|{_SORRY}\W+but i\b|"
-    r"(?:this|your|the) (?:request|prompt|content)\b[^.]{0,60}\b"
-    r"(?:violates?|not allowed|(?:is|was|been) (?:rejected|refused|declined|blocked))\b|"
-    r"es tut mir leid|tut mir leid|leider kann ich|je suis (?:vraiment )?désolée?|je ne peux pas|"
-    r"lo siento|no puedo|desculpe|sinto muito|não posso|mi dispiace|non posso|"
-    r"к сожалению, я|извините|я не могу|很?抱歉|对不起|對不起|我(?:无法|不能|無法)|"
-    r"申し訳|죄송", re.I)
+    rf"(?:{_LEAD}[\s\S]{{0,150}}?\b)?(?:"
+    rf"(?:(?:i|we)(?:'m|'re| am| are)?(?: really| just| simply| also)? )?{_NOT} {_DOING}|"
+    r"i(?:'m| am)? (?:must|have to|need to|will|going to have to) (?:\w+ly )?(?:decline|refuse)\b|"
+    r"(?:that|this|it)(?:'s not| is not| isn't) something (?:i|we)\b|"
+    r"(?:it|that|this)(?:'s| is| goes| would be| would go) against (?:my|our)\b|"
+    r"my (?:guidelines|programming|polic(?:y|ies)) (?:prevent|prohibit|forbid|do|don't|require)|"
+    r"(?:(?:this|that|your|the) )?(?:request|prompt|content policy)"
+    r"(?: you(?:'ve| have)? \w+)?(?: is| was| has been| appears to| may| might| could|"
+    r" cannot| can't| goes)?(?: \w+ly)? (?:violat\w+|against\b|not (?:allowed|permitted)|"
+    r"(?:be )?(?:flagged|blocked|rejected|refused|declined|denied|fulfilled|processed)\b)|"
+    r"(?:this|your|the) (?:request|prompt|content|image)\b[^.]{0,60}\bviolates?\b)|"
+    r"i (?:can't|cannot|won't|will not)\W*\Z|"
+    rf"{_SORRY}(?:[^\n]{{0,60}}|[^\n]{{0,60}}\bbut\b[^\n]{{0,100}})\Z|"
+    r"es tut mir leid|tut mir leid|leider k|(?:das |ich )?kann (?:\w+ ){0,3}nicht|"
+    r"ich bin nicht|entschuldigung|je regrette|"
+    r"(?:je suis )?(?:\w+ )?désolée?\b|je ne (?:peux|suis)|malheureusement|"
+    r"cette (?:demande|requête)|lo siento|lamento|lamentablemente|no puedo|desculpe|sinto muito|"
+    r"infelizmente|não posso|"
+    r"mi dispiace|purtroppo|non posso|het spijt me|helaas|tyvärr|"
+    r"jag kan (?:\w+ )?inte|beklager|maaf|mohon maaf|"
+    r"przepraszam|niestety|przykro mi|nie mogę|üzgünüm|maalesef|xin lỗi|"
+    r"к сожалению|извините|простите|я не могу|на жаль|вибачте|عذر|آسف|لا أستطيع|"
+    r"मुझे खेद|क्षमा करें|无法(?:提供|生成|满足|完成)|ご(?:要望|希望)には|"
+    r"很?抱歉|对不起|對不起|我(?:无法|不能|無法)|申し訳|すみません|ごめんなさい|죄송", re.I)
+_TRADE = re.compile(
+    r"\b(?:prompts?|images?|requests?|polic(?:y|ies)|guidelines|content|help|assist|language model|"
+    r"(?:do|create|generate|write) (?:that|this)|anfrage|demande|solicitud|pedido)\b|"
+    r"请求|請求|リクエスト|요청", re.I)
+
+
+def _stems(text: str) -> set[str]:
+    return {word[:4] for word in re.findall(r"[⺀-퟿]|[^\W⺀-퟿]{3,}", text.lower())}
+
+
+def _refuses(text: str, original: str) -> bool:
+    """Say whether the text refuses; what begins as the original does is a prompt."""
+    text = re.sub(r"[*_#>]", "", text).replace("’", "'").strip()
+    if not (found := _REFUSAL.match(text)):
+        return False
+    said, asked = _stems(found[0]), _stems(original)
+    kept = 0 < len(asked) <= 2 * len(asked & _stems(text))
+    if kept and len(said) <= 2 * len(said & asked):
+        return False
+    short = len(text) < 400
+    return bool(_TRADE.search(text[: found.end() + 100])) or (short and not kept)
+
+# %% ../../nbs/engine/answers.ipynb #a5000027
+_BLOCK = re.compile(
+    r"^[ \t]*(?:```[\w-]*[ \t]*\n|<(?P<tag>(?!negative|original|user|input)[\w-]*prompt[\w-]*)>)"
+    r"(?P<text>.*?)(?(tag)</(?P=tag)>[ \t]*$|\n[ \t]*```)", re.S | re.M | re.I)
 
 
 def parse_prompt(
@@ -221,7 +347,7 @@ def parse_prompt(
     text = _first_turn(answer)
     if len(text) > (most := max(4000, len(original) + 1000)):
         raise RuntimeError(f"{len(text):,} characters are no prompt, at most {most:,} are")
-    blocks = re.findall(r"^[ \t]*```[\w-]*[ \t]*\n(.*?)\n[ \t]*```", text, re.S | re.M)
+    blocks = [found["text"] for found in _BLOCK.finditer(text)]
     if len(blocks) > 1:
         raise ValueError("the answer must be one prompt alone, not several")
     try:
@@ -230,7 +356,7 @@ def parse_prompt(
         if not blocks:
             raise
         text = _content(text, original)  # the block is a part of the prompt
-    if _REFUSAL.match(re.sub(r'[*_#>"]', "", text).replace("’", "'").strip()):
+    if _refuses(text, original):
         raise RuntimeError(f"the model refused: {text[:200]!r}")
     if not text:
         raise ValueError("there is no prompt in the answer")
