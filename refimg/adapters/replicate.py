@@ -14,7 +14,6 @@ import math
 import os
 import re
 from collections.abc import AsyncIterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from .download import NoImage, fetch, origin
+from .download import NoImage, Unusable, fetch, origin
 from refimg.adapters.inputs import (
     Capabilities,
     check_own_inputs,
@@ -175,13 +174,15 @@ class _Server:
         import stamina
 
         passing, own = (httpx.HTTPError, NoImage, OSError), self.base_url if self.foreign else None
-        *others, last = prediction.addresses or [""]
 
         async def first_image() -> bytes:
-            for url in others:
-                with suppress(NoImage, httpx.HTTPStatusError):
+            problems: list[Exception] = []
+            for url in prediction.addresses:
+                try:
                     return await fetch(url, own=own)
-            return await fetch(last, own=own)
+                except (NoImage, Unusable, httpx.HTTPStatusError) as error:
+                    problems.append(error)
+            raise min(problems, key=lambda problem: isinstance(problem, Unusable))
 
         retrying = stamina.retry(
             on=passing, attempts=4, timeout=None, wait_initial=_FETCH[0], wait_max=_FETCH[1],
@@ -368,7 +369,13 @@ class ReplicateImages:
 
     async def _image(self, tried: list[Prediction], inputs: dict[str, Any]) -> GeneratedImage:
         """Return the image of the last prediction, with the cost of all of them."""
-        prediction, data = tried[-1], await self.server.fetch(tried[-1])
+        prediction = tried[-1]
+        try:
+            data = await self.server.fetch(prediction)
+        except ProviderError as error:
+            if isinstance(error.__cause__, Unusable) and self.imageless == "":
+                self.imageless = error.failure.text
+            raise
         self.imageless = None
         times = [each.seconds for each in tried if each.seconds is not None]
         seconds = sum(times) if len(times) == len(tried) else None
