@@ -138,7 +138,7 @@ async def test_a_fault_that_may_pass_does_not_condemn_the_model(server, fault):
     model, wish = images(server), ImageRequest(prompt="a keeper")
     with pytest.raises(ProviderError) as caught:
         await model.generate(wish)
-    assert caught.value.paid and model.imageless == ""
+    assert caught.value.paid and model.server.imageless == ""
     assert (await model.generate(wish)).data.startswith(b"\x89PNG")
 
 
@@ -146,11 +146,11 @@ async def test_an_address_that_may_not_be_asked_hides_no_other(server):
     server.script([{"output": ["https://example.com/a.png", "{url}"]}] * 2 + [NEVER["a host"]])
     model, wish = images(server), ImageRequest(prompt="a keeper")
     assert (await model.generate(wish)).data.startswith(b"\x89PNG")
-    assert model.imageless is None and len(server.requests("create")) == 1
+    assert model.server.imageless is None and len(server.requests("create")) == 1
     await model.generate(wish)
     with pytest.raises(ProviderError, match="url must be"):
         await model.generate(wish)
-    assert model.imageless is None, "a model that gave an image gives images"
+    assert model.server.imageless is None, "a model that gave an image gives images"
 
 
 async def test_a_model_whose_output_is_no_image_is_refused_at_the_start(server, tmp_path):

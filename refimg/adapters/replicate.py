@@ -98,6 +98,7 @@ class _Server:
         self.base_url = re.sub("/v1$", "", url.rstrip("/"))  # the paths of requests begin with it
         self.token, self.client, self.prices = token or "", client, PriceTable()
         self.connections: dict[asyncio.AbstractEventLoop, tuple] = {}
+        self.imageless: str | None = ""  # what came in place of images; None: one came
         remember(token)
 
     @property
@@ -169,6 +170,11 @@ class _Server:
                 upload.until = clock() + _KEEP
         return upload.url
 
+    def note_imageless(self, what: str) -> None:
+        """Take it for what the model always gives, unless it has given an image."""
+        if self.imageless == "":
+            self.imageless = what
+
     async def fetch(self, prediction: Prediction) -> bytes:
         """Return the image of a prediction that succeeded, and so is billed."""
         import stamina
@@ -189,9 +195,13 @@ class _Server:
             wait_jitter=_FETCH[0],
         )
         try:
-            return await retrying(first_image)()
+            data = await retrying(first_image)()
+            self.imageless = None
+            return data
         except (*passing, ValueError) as error:
             told = f"the image of prediction {prediction.id}: {failure(error).text}"
+            if isinstance(error, Unusable):
+                self.note_imageless(told)
             raise ProviderError(self.name, Failure("never", told, paid=True)) from error
 
 # %% ../../nbs/adapters/replicate.ipynb #e428b40f
@@ -221,7 +231,6 @@ class ReplicateImages:
         self.inputs, self.reference_input = dict(inputs or {}), reference_input
         self.timeout, self.version = timeout, model.partition(":")[2]
         self.capabilities = known_capabilities(model, reference_input)
-        self.imageless: str | None = ""  # what it gave in place of images; None: it gives images
         self.metrics: dict[str, dict[str, Any]] = {}  # by prediction: status, predict_time, …
 
     @property
@@ -295,8 +304,8 @@ class ReplicateImages:
         request: ImageRequest,  # what would be drawn; its files are not read
     ) -> None:
         """Raise a ValueError where the model cannot draw that; nothing is sent."""
-        if self.imageless:
-            raise ValueError(f"model must be one that gives images, got {self.imageless}")
+        if self.server.imageless:
+            raise ValueError(f"model must be one that gives images, got {self.server.imageless}")
         self._draft(request, references=[""] * len(request.references))
 
     async def generate(
@@ -312,15 +321,15 @@ class ReplicateImages:
         urls = [await self.server.upload(path, call) for path in request.references]
         seed, tried = request.seed, []
         while True:
-            if self.imageless:
-                raise ProviderError(self.server.name, Failure("never", self.imageless))
+            if self.server.imageless:
+                raise ProviderError(self.server.name, Failure("never", self.server.imageless))
             inputs = self._draft(request, seed=seed, references=urls)
             tried.append(prediction := await self._predict(inputs, call))
             if prediction.addresses:
                 return await self._image(tried, inputs)
-            if prediction.status == "succeeded" and not prediction.refused and self.imageless == "":
-                self.imageless = prediction.failure.text
             why, asked = prediction.failure, call and call.may_retry
+            if prediction.status == "succeeded" and not prediction.refused:
+                self.server.note_imageless(why.text)
             again = len(tried) == 1 and prediction.worth_another
             if not again or (asked and not asked(why.paid)):
                 raise ProviderError(self.server.name, why)
@@ -369,14 +378,7 @@ class ReplicateImages:
 
     async def _image(self, tried: list[Prediction], inputs: dict[str, Any]) -> GeneratedImage:
         """Return the image of the last prediction, with the cost of all of them."""
-        prediction = tried[-1]
-        try:
-            data = await self.server.fetch(prediction)
-        except ProviderError as error:
-            if isinstance(error.__cause__, Unusable) and self.imageless == "":
-                self.imageless = error.failure.text
-            raise
-        self.imageless = None
+        prediction, data = tried[-1], await self.server.fetch(tried[-1])
         times = [each.seconds for each in tried if each.seconds is not None]
         seconds = sum(times) if len(times) == len(tried) else None
         cost = self.server.prices.image_cost(self.name, seconds)
