@@ -144,13 +144,50 @@ def test_what_a_number_sign_took_away_is_warned_of(tmp_path, caplog, line, key, 
     assert lost in " ".join(said)
 
 
+@pytest.mark.parametrize("block, line, lost", [
+    ("\n  - #ff0000\n  - #00ff00", 4, "#ff0000"), ("\n  - red #1\n  - blue", 4, "#1"),
+    (" [#ff0000\n    ]", 3, "#ff0000"), ("\n    sky: #00ff00", 4, "#00ff00"),
+    (" [\n    #ff0000,\n    red]", 4, "#ff0000"), (" [red,\n    blue #2\n    ]", 4, "#2"),
+    (" ['#1', a#b, #ff0000\n    ]", 3, "#ff0000"),
+    ("\n    calm #1 of 2", 4, "#1 of 2"), ("\n  - # a comment\n  - red", 0, "item 1"),
+    ("\n    sky:", 0, "palette, sky"),
+])  # fmt: skip
+def test_what_a_number_sign_took_from_a_list_is_warned_of(tmp_path, caplog, block, line, lost):
+    text = f"scenes: [{{prompt: a}}]\nconsistency_markers:\n  palette:{block}\n"
+    Story.load(written(tmp_path / "s.yaml", text))
+    said = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert all("quotes" in text for text in said)
+    found = [text for text in said if lost in text and (not line or f"line {line}" in text)]
+    assert len(found) == 1, said
+
+
+@pytest.mark.parametrize("markers, named", [
+    ({"palette": None}, ["palette"]), ({"palette": [None, "red"]}, ["palette, item 1"]),
+    ({"light": {"sky": None, "sea": [None]}, "mood": "calm"}, ["light, sky", "light, sea, item 1"]),
+])  # fmt: skip
+async def test_a_marker_without_a_value_is_warned_of_once(tmp_path, caplog, markers, named):
+    story = Story(scenes=[Scene(prompt="a")], consistency_markers=markers)
+    said = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert [f"consistency_markers, {name} has no value" in text
+            for name, text in zip(named, said, strict=True)] == [True] * len(named)
+    caplog.clear()
+    pipeline = Pipeline(director(), critic(), FakeImages(), [FakeScorer()], num_variations=1,
+                        max_enhancement_iterations=0)
+    result = await pipeline.run(story, output_dir=tmp_path / "images", generation_id="x")
+    result.save(tmp_path / "run.json")
+    assert StoryResult.load(tmp_path / "run.json") == result
+    assert not [r for r in caplog.records if "no value" in r.getMessage()]
+
+
 def test_a_prompt_that_a_number_sign_cut_short_is_warned_of(tmp_path, caplog):
     Story.load(written(tmp_path / "s.yaml", "scenes:\n- prompt: fox #1 of the den\n"))
     assert "prompt" in caplog.text and "#1 of the den" in caplog.text
 
 
 @pytest.mark.parametrize("line", ["mood: calm  # a comment", "mood: '#ff0000'", "mood: a#b",
-                                  "mood: calm  #", "mood: |\n    one #1\n    two"])
+                                  "mood: calm  #", "mood: |\n    one #1\n    two",
+                                  "mood:\n  - a#b  # one\n  #- two\n  - '#3'",
+                                  "mood: ['#1', a#b]  # two", "mood: [ # colours\n    red]"])
 def test_comments_and_quoted_signs_are_not_warned_of(tmp_path, caplog, line):
     text = f"scenes: [{{prompt: a}}]\nconsistency_markers:\n  {line}\n"
     Story.load(written(tmp_path / "s.yaml", text))
