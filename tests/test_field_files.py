@@ -18,11 +18,17 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from refimg import Pipeline, Scene, Story, StoryResult, cli
+from refimg.adapters.clip import Aesthetic, ClipScore, PickScore
 from refimg.engine import results
 from refimg.engine.prompts import compose_prompt
+from refimg.enhance import enhance_prompt_iterative
 from refimg.generate import generate_images
-from refimg.score import score_images
+from refimg.score import Calibration, calibrate, score_images
+from refimg.storage.journal import Journal
 from refimg.storage.traces import TraceTree
+from refimg.validate import load_runs, runs_table, score_csv
+from refimg.view import Gallery, report, save_table
+from refimg.view.gallery_state import GalleryState
 
 from .fakes import FakeImages, FakeScorer, critic, director, picture
 
@@ -244,6 +250,69 @@ def test_a_tilde_is_the_home_folder_for_commands_and_files(home, monkeypatch):
     assert (home / "refs" / "x.json").is_file() and (home / "refs" / "x_scene_01_v1.png").is_file()
     done = CliRunner().invoke(cli.app, ["report", "~/refs/x.json", "-o", "~/x.html"])
     assert done.exit_code == 0 and (home / "x.html").is_file()
+    assert not [*Path().iterdir()]
+
+
+async def _traced(result: StoryResult) -> Path:
+    await enhance_prompt_iterative("a fox", director=director(), critic=critic(),
+                                   trace_dir="~/trace")
+    return Path("trace/00_original_prompt.txt")
+
+
+async def _calibrated(result: StoryResult) -> Path:
+    made = calibrate(range(100), FakeScorer())
+    made.save("~/map.json")
+    assert Calibration.load("~/map.json") == made
+    return Path("map.json")
+
+
+async def _tabled(result: StoryResult) -> Path:
+    save_table(runs_table([result]), "~/runs.csv")
+    assert len(load_runs("~/records")) == 1
+    return Path("runs.csv")
+
+
+async def _scored(result: StoryResult) -> Path:
+    csv = Path("~/list.csv").expanduser()
+    csv.write_text(f"story,scene,text,image\ns,1,a,{result.references[0].name}\n")
+    assert len(await score_csv("~/list.csv", "~/refs", scorers=[FakeScorer()])) == 1
+    return Path("list.csv")
+
+
+async def _written_report(result: StoryResult) -> Path:
+    report(result, "~/page.html")
+    return Path("page.html")
+
+
+async def _shown(result: StoryResult) -> Path:
+    assert GalleryState("~/records/run.json").path == Path("~/records/run.json").expanduser()
+    gallery = Gallery(None, result.story, generation_id="y", output_dir="~/refs")
+    assert gallery.path == Path("~/refs/y.json").expanduser()
+    return Path("records/run.json")
+
+
+async def _journaled(result: StoryResult) -> Path:
+    assert Journal("~/journal").folder == Path("~/journal").expanduser()
+    await Journal("~/journal").check()
+    return Path("journal")
+
+
+async def _weighed(result: StoryResult) -> Path:
+    for scorer in (ClipScore("~/weights"), Aesthetic(folder="~/weights"), PickScore("~/weights")):
+        assert scorer.source.path == Path("~/weights").expanduser()
+    return Path("weights")
+
+
+@pytest.mark.parametrize("use", [
+    _traced, _calibrated, _tabled, _scored, _written_report, _shown, _journaled, _weighed])
+async def test_a_tilde_is_the_home_folder_for_every_path(home, use):
+    pipeline = Pipeline(director(), critic(), FakeImages(), [FakeScorer()], num_variations=1,
+                        max_enhancement_iterations=0)
+    story = Story(scenes=[Scene(prompt="a")])
+    result = await pipeline.run(story, output_dir="~/refs", generation_id="x")
+    result.save("~/records/run.json")
+    (home / "weights").mkdir()
+    assert (home / await use(result)).exists()
     assert not [*Path().iterdir()]
 
 

@@ -56,14 +56,13 @@ def _loader() -> type:
 
         def construct_sequence(self, node: Any, deep: bool = False) -> list:
             """Return the list; in brackets, a comment may stand before an item too."""
-            ends = [item.end_mark for item in node.value]
+            marks: list[Any] = [item.end_mark for item in node.value]
+            stops: list[Any] = [None] * len(marks)
             if node.flow_style:
-                starts = [*(item.start_mark for item in node.value), node.end_mark]
-                for end, start in zip([node.start_mark, *ends], starts, strict=True):
-                    self._warn_of_comment("a list", end, start.index)
-            else:
-                for end in ends:
-                    self._warn_of_comment("a list", end)
+                marks = [node.start_mark, *marks]
+                stops = [item.start_mark.index for item in node.value] + [node.end_mark.index]
+            for mark, stop in zip(marks, stops, strict=True):
+                self._warn_of_comment("a list", mark, stop)
             return super().construct_sequence(node, deep)
 
         def _warn_of_comment(self, name: Any, mark: Any, stop: int | None = None) -> None:
