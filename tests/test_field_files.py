@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from refimg import Pipeline, Scene, Story, StoryResult, cli
 from refimg.adapters.clip import Aesthetic, ClipScore, PickScore
+from refimg.adapters.prices import PRICES, PriceTable
 from refimg.engine import results
 from refimg.engine.prompts import compose_prompt
 from refimg.enhance import enhance_prompt_iterative
@@ -317,11 +318,35 @@ async def test_a_tilde_is_the_home_folder_for_every_path(home, use):
 
 
 def test_the_price_file_may_be_in_the_home_folder(home, monkeypatch):
-    from refimg.adapters.prices import PRICES, PriceTable
-
     written(home / "prices.json", '{"mine": {"image": 0.01}}')
     monkeypatch.setenv("REFIMG_PRICES", "~/prices.json")
     assert PriceTable().rows().keys() == {*PRICES, "mine"}
+
+
+@pytest.mark.parametrize("coding", ["utf-8-sig", "utf-16"])
+def test_a_price_file_with_a_byte_order_mark_is_read(tmp_path, monkeypatch, coding):
+    path = tmp_path / "prices.json"
+    path.write_bytes('{"mine": {"image": 1}}\r\n'.encode(coding))
+    monkeypatch.setenv("REFIMG_PRICES", str(path))
+    assert PriceTable().image_cost("mine") == 1.0
+
+
+@pytest.mark.parametrize("text, key", [
+    ('{"mine": {"image": 0.01}, "mine": {"image": 9}}', "mine"),
+    ('{"mine": {"image": 0.01, "image": 9}}', "image"),
+])
+def test_a_price_that_stands_twice_is_refused(tmp_path, monkeypatch, text, key):
+    monkeypatch.setenv("REFIMG_PRICES", str(written(tmp_path / "prices.json", text)))
+    with pytest.raises(ValueError, match=rf"REFIMG_PRICES must be .*prices\.json.*'{key}' twice"):
+        PriceTable()
+
+
+@pytest.mark.parametrize("text", ['{"m": {"image": true}}', '{"m": {"image": "1"}}', "[]", "1",
+                                  '{"m": {"image": NaN}}', '{"m": {"image": Infinity}}'])
+def test_a_price_is_a_finite_number(tmp_path, monkeypatch, text):
+    monkeypatch.setenv("REFIMG_PRICES", str(written(tmp_path / "prices.json", text)))
+    with pytest.raises(ValueError, match="REFIMG_PRICES must be a JSON file"):
+        PriceTable()
 
 
 # drives

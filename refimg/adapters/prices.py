@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel, Field, TypeAdapter, model_validator
 
 from ..engine.protocols import Message, Usage
+from ..storage.documents import decode_text, read_json
 
 # %% auto #0
 __all__ = ['PRICES', 'MAX_COMPLETION', 'MAX_SECONDS', 'CANCELLING', 'Price', 'PriceTable']
@@ -89,7 +90,8 @@ _HEAD = 256  # tokens that a server may put before the messages
 @lru_cache(maxsize=8)
 def _read(path: str, changed: int) -> dict[str, Price]:
     """Return the rows of a file as it was when it last changed."""
-    return TypeAdapter(dict[str, Price]).validate_json(Path(path).read_bytes())
+    rows = read_json(decode_text(Path(path).read_bytes()))
+    return TypeAdapter(dict[str, Price]).validate_python(rows)
 
 
 def _known(cost: float | None, name: str, by: str) -> float:
