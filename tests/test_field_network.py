@@ -126,6 +126,36 @@ def test_a_proxy_that_cannot_be_used_is_refused(two, monkeypatch, name):
     assert nothing_was_asked(two)
 
 
+NO_PLACE = ["127.0.0.1:99999", "http://127.0.0.1:65536", "http://127.0.0.1:-1", "http://a b",
+            "http://a b:80", "http://a..b:80", "http://a;b", "a,b:80", "http://a\\b",
+            f"http://{'a' * 64}:80"]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", NO_PLACE)
+@pytest.mark.parametrize("name", ["HTTP_PROXY", "all_proxy"])
+def test_a_proxy_that_cannot_exist_is_refused(two, monkeypatch, name, text):
+    monkeypatch.setenv(name, text)
+    for make in both(two):
+        with pytest.raises(ValueError, match=f"{name.upper()} must be http://host:port"):
+            make()
+    assert nothing_was_asked(two)
+
+
+@pytest.mark.parametrize("text", ["localhost:65535", "http://my_proxy.lan.:8080", "http://[::1]:80",
+                                  "http://me:p%40ss@a-b.example", "http://bücher.example:3128",
+                                  "http://[fe80::1%25eth0]:80", "http://10.0.0.1"])
+def test_a_proxy_that_can_exist_is_taken(two, monkeypatch, text):
+    monkeypatch.setenv("HTTPS_PROXY", text)
+    for make in both(two):
+        make()
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:70000", "http://a b/v1", "http://a..b", "ftp://a"])
+def test_an_address_of_an_image_server_that_cannot_exist_is_refused(url):
+    with pytest.raises(ValueError, match="url must be"):
+        ReplicateImages(base_url=url, api_token=TOKEN)
+
+
 async def test_a_proxy_that_nobody_would_use_is_not_looked_at(two, monkeypatch):
     with start_proxy() as proxy:
         monkeypatch.setenv("ALL_PROXY", "socks://127.0.0.1:1080")

@@ -15,7 +15,7 @@ from urllib.parse import unquote_to_bytes
 
 import httpx
 
-from .network import Proxies, Transport
+from .network import Proxies, Transport, names_host
 
 # %% auto #0
 __all__ = ['Unusable', 'origin', 'is_public', 'NoImage', 'fetch']
@@ -34,7 +34,7 @@ def origin(
         host = parts.raw_host.decode("ascii")
     except (httpx.InvalidURL, TypeError, ValueError) as error:
         raise Unusable(f"url must be an address, got {url!r:.100}: {error}") from error
-    if parts.scheme not in ("http", "https") or not host or parts.userinfo:
+    if parts.scheme not in ("http", "https") or not names_host(parts) or parts.userinfo:
         raise Unusable(f"url must be https://host/path, got {url!r:.100}")
     return parts.scheme, host, parts.port or {"http": 80, "https": 443}[parts.scheme]
 
