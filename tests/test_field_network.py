@@ -450,6 +450,15 @@ async def test_an_address_that_ends_in_v1_is_the_same_image_server(two):
         ReplicateImages(base_url=two[1].base_url + "?v=1", api_token=TOKEN)
 
 
+@pytest.mark.parametrize("end", ["/v1/predictions", "/predictions/", "/v1/chat/completions",
+                                 "/v1/models/lab/words/predictions", "/v1/models/lab/words",
+                                 "/v1/files"])
+def test_an_address_of_one_call_is_no_base_url_of_an_image_server(two, end):
+    with pytest.raises(ValueError, match=rf"base_url must be .* got one that ends in '{end}'"):
+        ReplicateImages(base_url=two[1].base_url + end, api_token=TOKEN)
+    assert ReplicateImages(base_url=two[1].base_url + "/predictions-proxy", api_token=TOKEN)
+
+
 async def test_an_address_without_v1_is_hinted_at(two):
     with pytest.raises(ProviderError, match="ends in /v1"):
         await OpenAIChat("m", base_url=two[0].origin).reply(ASKED)

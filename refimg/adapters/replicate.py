@@ -52,6 +52,7 @@ __all__ = ['ReplicateImages']
 _logger = logging.getLogger(__name__)
 
 _REPLICATE = "https://api.replicate.com"
+_CALL = r"(/v1/(models/.*|files)|(/v1)?/(predictions|chat/completions))/?$"  # no base URL
 _SIDE = 1536  # pixels of a reference image
 _KEEP = 1800.0  # seconds that an upload is used
 _UPLOAD = 60.0  # seconds for one attempt
@@ -91,6 +92,9 @@ class _Server:
             url, token = Connection(client, Account("")).address
         elif httpx.URL(url).query or httpx.URL(url).fragment:
             raise ValueError("base_url must be an address without ? and #, got one with them")
+        elif call := re.search(_CALL, url):
+            raise ValueError("base_url must be the address before /v1/predictions, "
+                             f"got one that ends in {call[0]!r}")
         elif not (token := header_value("api_token", token or own)):
             raise ValueError(f"REPLICATE_API_TOKEN must be set, or api_token given, for {url}: "
                              "an address given as base_url needs a token of its own")
