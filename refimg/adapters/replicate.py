@@ -36,7 +36,7 @@ from refimg.adapters.predictions import (
     PredictionRequest,
     failure,
 )
-from .prices import PriceTable
+from .prices import PriceTable, priced_as
 from .retry import Account, Failure, ProviderError
 from ..engine.protocols import Call, GeneratedImage, ImageRequest
 from ..storage.files import read_image
@@ -242,6 +242,11 @@ class ReplicateImages:
         """Provider and model, as in "replicate:google/nano-banana"."""
         return self.server.name.replace("replicate", f"replicate:{self.model}", 1)
 
+    @property
+    def price_name(self) -> str:
+        """By what its price is asked: its name, and the inputs of its own that change the price."""
+        return priced_as(self.name, self.inputs)
+
     def _known(self) -> Capabilities:
         """Return what the model takes; a ValueError where that is not known yet."""
         if self.capabilities is None:
@@ -385,7 +390,7 @@ class ReplicateImages:
         prediction, data = tried[-1], await self.server.fetch(tried[-1])
         times = [each.seconds for each in tried if each.seconds is not None]
         seconds = sum(times) if len(times) == len(tried) else None
-        cost = self.server.prices.image_cost(self.name, seconds)
+        cost = self.server.prices.image_cost(self.price_name, seconds)
         seed = inputs.get("seed")
         if type(seed) is not int:  # the log of a model with seeds may report the one it took
             told = logged_seed(prediction.data.get("logs"))
