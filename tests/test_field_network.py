@@ -26,6 +26,7 @@ from refimg.adapters.replicate import ReplicateImages
 from refimg.adapters.retry import ProviderError
 from refimg.engine.protocols import ImageRequest
 from refimg.enhance import director_messages
+from tests.fakes import FakeScorer, critic, director, picture
 from tests.servers.images import ROOT, draw, start_image_server
 from tests.servers.llm import start_llm_server
 from tests.servers.proxy import start_proxy
@@ -167,15 +168,36 @@ async def test_a_proxy_that_nobody_would_use_is_not_looked_at(two, monkeypatch):
     await use(two)
 
 
-async def test_every_client_uses_the_proxy(two, monkeypatch):
+async def test_every_client_uses_the_proxy(two, tmp_path, monkeypatch):
+    """A chat answer, an upload, and a prediction from its model's page to its image."""
+    (tmp_path / "mine.png").write_bytes(picture(90))
+    wish = ImageRequest(prompt="a keeper", references=(tmp_path / "mine.png",), slot="a")
+    two[1].script([{"takes": 0.3}])
     with start_proxy() as proxy:
         monkeypatch.setenv("HTTP_PROXY", proxy.url)
-        await use(two)
-    asked = " ".join(proxy.asked)
-    for part in ("/v1/chat/completions", "/v1/models/", "/predictions", "/output/"):
-        assert part in asked
-    seen = [r for r in two[1].requests() if r["kind"] != "control"]
-    assert len(proxy.asked) == len(two[0].requests()) + len(seen)
+        model = ReplicateImages("lab/portrait", base_url=two[1].base_url, api_token=TOKEN)
+        assert (await chat(two).reply(ASKED)).text
+        assert (await model.generate(wish)).data.startswith(b"\x89PNG")
+    monkeypatch.delenv("HTTP_PROXY")
+    seen = [f"{r['method']} {server.base_url.removesuffix('/v1')}{r['path']}"
+            for server in two for r in server.requests()]
+    assert sorted(proxy.asked) == sorted(seen)
+    kinds = {r["kind"] for r in two[1].requests()}
+    assert kinds == {"model", "upload", "create", "get", "output"}
+    (sent,) = two[1].requests("create")
+    assert "/v1/files/" in str(sent["json"]["input"])
+
+
+async def test_a_proxy_waits_for_no_connection_that_was_to_be_closed(two):
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(two[1].base_url[17:]))
+    for close in (False, True):
+        head = "Connection: close\r\n" * close
+        writer.write(f"GET /v1/predictions HTTP/1.1\r\nAuthorization: x\r\n{head}\r\n".encode())
+        answer = await reader.readuntil(b"\r\n\r\n")
+        length = int(re.search(rb"content-length: (\d+)", answer)[1])
+        await reader.readexactly(length)
+    assert await asyncio.wait_for(reader.read(), 20) == b""
+    writer.close()
 
 
 async def test_a_dead_proxy_is_named_in_the_error(two, monkeypatch, once, caplog):
@@ -358,6 +380,20 @@ async def test_this_machine_by_another_name_is_the_same_server(two, name):
     for wrong in (f"http://{name}:9{seen['path']}", f"https://{name}:{port}/", "http://10.0.0.1/"):
         with pytest.raises(ValueError, match="url must be"):
             await fetch(wrong, own=two[1].base_url)
+
+
+@pytest.mark.parametrize(("base", "output"), [
+    ("localhost", "127.0.0.1"), ("127.0.0.1", "localhost"), ("localhost", "localhost")])
+async def test_a_whole_run_on_this_machine_by_another_name(two, tmp_path, base, output):
+    port = two[1].base_url.rpartition(":")[2]
+    two[1].script([{"output": f"http://{output}:{port}/{{path}}"}] * 4)
+    model = ReplicateImages(base_url=f"http://{base}:{port}", api_token=TOKEN)
+    run = Pipeline(director(), critic(90), model, [FakeScorer()], num_variations=2,
+                   max_enhancement_iterations=0)
+    result = await run.run(Story(scenes=[Scene(prompt="a"), Scene(prompt="b")]),
+                           output_dir=tmp_path / "o")
+    assert [len(scene.variations) for scene in result.scenes] == [2, 2]
+    assert len(two[1].requests("create")) == len(two[1].requests("output")) == 4
 
 
 # --- keys, organisations, addresses -----------------------------------------------------------
