@@ -8,6 +8,9 @@ import json
 import logging
 import ntpath
 import os
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -341,7 +344,7 @@ def test_a_price_that_stands_twice_is_refused(tmp_path, monkeypatch, text, key):
         PriceTable()
 
 
-@pytest.mark.parametrize("text", ['{"m": {"image": true}}', '{"m": {"image": "1"}}', "[]", "1",
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"m": {"image": true}}', '{"m": {"image": "1"}}', "[]", "1",
                                   '{"m": {"image": NaN}}', '{"m": {"image": Infinity}}'])
 def test_a_price_is_a_finite_number(tmp_path, monkeypatch, text):
     monkeypatch.setenv("REFIMG_PRICES", str(written(tmp_path / "prices.json", text)))
@@ -361,6 +364,55 @@ def test_a_drive_without_locks_is_named_with_a_way_round(tmp_path, monkeypatch, 
     with pytest.raises(ValueError, match=r"file locks.*disk of this machine") as caught:
         TraceTree.open(tmp_path / "images", "x")
     assert str(tmp_path) in str(caught.value)
+
+
+WITHOUT_LOCKS = """
+import asyncio, json, sys
+from pathlib import Path
+from refimg import Pipeline, Scene, Story
+from refimg.storage import database
+from refimg.storage.journal import Journal
+from tests.fakes import FakeImages, FakeScorer, critic, director
+
+database._BUSY, folder, agent = 0.2, Path(sys.argv[1]), director()
+journal = Journal(folder / "journal") if sys.argv[2] == "journal" else None
+run = Pipeline(agent, critic(90), FakeImages(), [FakeScorer()], num_variations=1, journal=journal)
+try:
+    asyncio.run(run.run(Story(scenes=[Scene(prompt="a")]), output_dir=folder / "images"))
+    told = ""
+except ValueError as error:
+    told = str(error)
+print(json.dumps([told, len(agent.calls)]))
+"""
+
+
+@pytest.fixture(scope="module")
+def no_locks(tmp_path_factory) -> Path:
+    """What takes the locks of files away from a process that loads it."""
+    made = tmp_path_factory.mktemp("shim") / "no_locks.so"
+    source = Path(__file__).with_name("no_locks.c")
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", made, source, "-ldl"], check=True)
+    return made
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the shim is for Linux")
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="the shim is built with gcc")
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+@pytest.mark.parametrize("what", ["traces", "journal"])
+def test_a_run_on_a_drive_without_locks_is_refused_unpaid(no_locks, tmp_path, what, number):
+    """Without `flock` at all, ENOSYS, a lock file does for the traces; SQLite has none."""
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "NO_LOCKS": str(number),
+                        "LD_PRELOAD": str(no_locks)}
+    command = [sys.executable, "-c", WITHOUT_LOCKS, str(tmp_path), what]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+    assert done.returncode == 0, done.stderr
+    told, calls = json.loads(done.stdout)
+    if (what, number) == ("traces", errno.ENOSYS):
+        assert told == "" and calls
+    else:
+        named, way = {"traces": ("output_dir", "file locks.*disk of this machine"),
+                      "journal": ("journal", "")}[what]
+        assert re.match(f"({named}) must be .*{way}.*{tmp_path}", told) and calls == 0
 
 
 @pytest.mark.parametrize("path, folder, text", [

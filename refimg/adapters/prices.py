@@ -127,7 +127,7 @@ class PriceTable:
         try:
             self._good[path] = _read(path, os.stat(path).st_mtime_ns) if path else {}
             return PRICES | self._good[path]
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             if path in self._good:
                 return PRICES | self._good[path]
             form = '{model: {"input": USD, "output": USD} or {"image": USD} or {"second": USD}}'
