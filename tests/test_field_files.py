@@ -344,8 +344,9 @@ def test_a_price_that_stands_twice_is_refused(tmp_path, monkeypatch, text, key):
         PriceTable()
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, '{"m": {"image": true}}', '{"m": {"image": "1"}}', "[]", "1",
-                                  '{"m": {"image": NaN}}', '{"m": {"image": Infinity}}'])
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "1", '{"m": {"image": true}}',
+                                  '{"m": {"image": "1"}}', '{"m": {"image": NaN}}',
+                                  '{"m": {"image": Infinity}}'])
 def test_a_price_is_a_finite_number(tmp_path, monkeypatch, text):
     monkeypatch.setenv("REFIMG_PRICES", str(written(tmp_path / "prices.json", text)))
     with pytest.raises(ValueError, match="REFIMG_PRICES must be a JSON file"):
