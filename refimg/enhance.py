@@ -238,7 +238,7 @@ class EnhancementTrace:
         folder: Path | str | None,  # made if need be
         prompt: str,  # what the enhancement starts from
     ):
-        self.folder = Path(folder) if folder is not None else None
+        self.folder = Path(folder).expanduser() if folder is not None else None
         if self.folder is not None:
             with suppress(OSError):
                 self.folder.mkdir(parents=True, exist_ok=True)

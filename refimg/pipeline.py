@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from .engine.costs import price_name
 from refimg.engine.decisions import (
     Rerun,
     choose,
@@ -143,13 +144,14 @@ class Pipeline:
         from refimg import defaults
 
         settings = self._checked(story)
-        negative = self._models().image_model.takes_negative_prompt
+        model = self._models().image_model
+        negative = model.takes_negative_prompt
         scenes, most = len(story.scenes), settings.max_enhancement_iterations
         used = (story_usage(story, n, negative=negative) for n in (min(1, most), most))
         return defaults.estimate(
             *used, images=scenes * settings.num_variations,
             chat_calls=scenes * (2 * most + (negative and most > 0)),
-            director=settings.director, critic=settings.critic, image_model=settings.image_model)
+            director=settings.director, critic=settings.critic, image_model=price_name(model))
 
     async def enhance(
         self,

@@ -130,6 +130,9 @@ def check_weights(
 ) -> None:
     """Raise a ValueError that says which name or weight is wrong and what is allowed."""
     names = list(names)
+    if unseen := [name for name in names if not name or not name.isprintable()]:
+        raise ValueError("the name of a scorer must be a text on one line that can be seen, got "
+                         f"{unseen[0]!r}")
     if doubled := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"the names of the scorers must be unique, got {doubled[0]!r} twice")
     if "overall" in names:

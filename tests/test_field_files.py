@@ -8,6 +8,9 @@ import json
 import logging
 import ntpath
 import os
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -18,11 +21,18 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from refimg import Pipeline, Scene, Story, StoryResult, cli
+from refimg.adapters.clip import Aesthetic, ClipScore, PickScore
+from refimg.adapters.prices import PRICES, PriceTable
 from refimg.engine import results
 from refimg.engine.prompts import compose_prompt
+from refimg.enhance import enhance_prompt_iterative
 from refimg.generate import generate_images
-from refimg.score import score_images
+from refimg.score import Calibration, calibrate, score_images
+from refimg.storage.journal import Journal
 from refimg.storage.traces import TraceTree
+from refimg.validate import load_runs, runs_table, score_csv
+from refimg.view import Gallery, report, save_table
+from refimg.view.gallery_state import GalleryState
 
 from .fakes import FakeImages, FakeScorer, critic, director, picture
 
@@ -144,13 +154,50 @@ def test_what_a_number_sign_took_away_is_warned_of(tmp_path, caplog, line, key, 
     assert lost in " ".join(said)
 
 
+@pytest.mark.parametrize("block, line, lost", [
+    ("\n  - #ff0000\n  - #00ff00", 4, "#ff0000"), ("\n  - red #1\n  - blue", 4, "#1"),
+    (" [#ff0000\n    ]", 3, "#ff0000"), ("\n    sky: #00ff00", 4, "#00ff00"),
+    (" [\n    #ff0000,\n    red]", 4, "#ff0000"), (" [red,\n    blue #2\n    ]", 4, "#2"),
+    (" ['#1', a#b, #ff0000\n    ]", 3, "#ff0000"),
+    ("\n    calm #1 of 2", 4, "#1 of 2"), ("\n  - # a comment\n  - red", 0, "item 1"),
+    ("\n    sky:", 0, "palette, sky"),
+])  # fmt: skip
+def test_what_a_number_sign_took_from_a_list_is_warned_of(tmp_path, caplog, block, line, lost):
+    text = f"scenes: [{{prompt: a}}]\nconsistency_markers:\n  palette:{block}\n"
+    Story.load(written(tmp_path / "s.yaml", text))
+    said = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert all("quotes" in text for text in said)
+    found = [text for text in said if lost in text and (not line or f"line {line}" in text)]
+    assert len(found) == 1, said
+
+
+@pytest.mark.parametrize("markers, named", [
+    ({"palette": None}, ["palette"]), ({"palette": [None, "red"]}, ["palette, item 1"]),
+    ({"light": {"sky": None, "sea": [None]}, "mood": "calm"}, ["light, sky", "light, sea, item 1"]),
+])  # fmt: skip
+async def test_a_marker_without_a_value_is_warned_of_once(tmp_path, caplog, markers, named):
+    story = Story(scenes=[Scene(prompt="a")], consistency_markers=markers)
+    said = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert [f"consistency_markers, {name} has no value" in text
+            for name, text in zip(named, said, strict=True)] == [True] * len(named)
+    caplog.clear()
+    pipeline = Pipeline(director(), critic(), FakeImages(), [FakeScorer()], num_variations=1,
+                        max_enhancement_iterations=0)
+    result = await pipeline.run(story, output_dir=tmp_path / "images", generation_id="x")
+    result.save(tmp_path / "run.json")
+    assert StoryResult.load(tmp_path / "run.json") == result
+    assert not [r for r in caplog.records if "no value" in r.getMessage()]
+
+
 def test_a_prompt_that_a_number_sign_cut_short_is_warned_of(tmp_path, caplog):
     Story.load(written(tmp_path / "s.yaml", "scenes:\n- prompt: fox #1 of the den\n"))
     assert "prompt" in caplog.text and "#1 of the den" in caplog.text
 
 
 @pytest.mark.parametrize("line", ["mood: calm  # a comment", "mood: '#ff0000'", "mood: a#b",
-                                  "mood: calm  #", "mood: |\n    one #1\n    two"])
+                                  "mood: calm  #", "mood: |\n    one #1\n    two",
+                                  "mood:\n  - a#b  # one\n  #- two\n  - '#3'",
+                                  "mood: ['#1', a#b]  # two", "mood: [ # colours\n    red]"])
 def test_comments_and_quoted_signs_are_not_warned_of(tmp_path, caplog, line):
     text = f"scenes: [{{prompt: a}}]\nconsistency_markers:\n  {line}\n"
     Story.load(written(tmp_path / "s.yaml", text))
@@ -210,12 +257,100 @@ def test_a_tilde_is_the_home_folder_for_commands_and_files(home, monkeypatch):
     assert not [*Path().iterdir()]
 
 
-def test_the_price_file_may_be_in_the_home_folder(home, monkeypatch):
-    from refimg.adapters.prices import PRICES, PriceTable
+async def _traced(result: StoryResult) -> Path:
+    await enhance_prompt_iterative("a fox", director=director(), critic=critic(),
+                                   trace_dir="~/trace")
+    return Path("trace/00_original_prompt.txt")
 
+
+async def _calibrated(result: StoryResult) -> Path:
+    made = calibrate(range(100), FakeScorer())
+    made.save("~/map.json")
+    assert Calibration.load("~/map.json") == made
+    return Path("map.json")
+
+
+async def _tabled(result: StoryResult) -> Path:
+    save_table(runs_table([result]), "~/runs.csv")
+    assert len(load_runs("~/records")) == 1
+    return Path("runs.csv")
+
+
+async def _scored(result: StoryResult) -> Path:
+    csv = Path("~/list.csv").expanduser()
+    csv.write_text(f"story,scene,text,image\ns,1,a,{result.references[0].name}\n")
+    assert len(await score_csv("~/list.csv", "~/refs", scorers=[FakeScorer()])) == 1
+    return Path("list.csv")
+
+
+async def _written_report(result: StoryResult) -> Path:
+    report(result, "~/page.html")
+    return Path("page.html")
+
+
+async def _shown(result: StoryResult) -> Path:
+    assert GalleryState("~/records/run.json").path == Path("~/records/run.json").expanduser()
+    gallery = Gallery(None, result.story, generation_id="y", output_dir="~/refs")
+    assert gallery.path == Path("~/refs/y.json").expanduser()
+    return Path("records/run.json")
+
+
+async def _journaled(result: StoryResult) -> Path:
+    assert Journal("~/journal").folder == Path("~/journal").expanduser()
+    await Journal("~/journal").check()
+    return Path("journal")
+
+
+async def _weighed(result: StoryResult) -> Path:
+    for scorer in (ClipScore("~/weights"), Aesthetic(folder="~/weights"), PickScore("~/weights")):
+        assert scorer.source.path == Path("~/weights").expanduser()
+    return Path("weights")
+
+
+@pytest.mark.parametrize("use", [
+    _traced, _calibrated, _tabled, _scored, _written_report, _shown, _journaled, _weighed])
+async def test_a_tilde_is_the_home_folder_for_every_path(home, use):
+    pipeline = Pipeline(director(), critic(), FakeImages(), [FakeScorer()], num_variations=1,
+                        max_enhancement_iterations=0)
+    story = Story(scenes=[Scene(prompt="a")])
+    result = await pipeline.run(story, output_dir="~/refs", generation_id="x")
+    result.save("~/records/run.json")
+    (home / "weights").mkdir()
+    assert (home / await use(result)).exists()
+    assert not [*Path().iterdir()]
+
+
+def test_the_price_file_may_be_in_the_home_folder(home, monkeypatch):
     written(home / "prices.json", '{"mine": {"image": 0.01}}')
     monkeypatch.setenv("REFIMG_PRICES", "~/prices.json")
     assert PriceTable().rows().keys() == {*PRICES, "mine"}
+
+
+@pytest.mark.parametrize("coding", ["utf-8-sig", "utf-16"])
+def test_a_price_file_with_a_byte_order_mark_is_read(tmp_path, monkeypatch, coding):
+    path = tmp_path / "prices.json"
+    path.write_bytes('{"mine": {"image": 1}}\r\n'.encode(coding))
+    monkeypatch.setenv("REFIMG_PRICES", str(path))
+    assert PriceTable().image_cost("mine") == 1.0
+
+
+@pytest.mark.parametrize("text, key", [
+    ('{"mine": {"image": 0.01}, "mine": {"image": 9}}', "mine"),
+    ('{"mine": {"image": 0.01, "image": 9}}', "image"),
+])
+def test_a_price_that_stands_twice_is_refused(tmp_path, monkeypatch, text, key):
+    monkeypatch.setenv("REFIMG_PRICES", str(written(tmp_path / "prices.json", text)))
+    with pytest.raises(ValueError, match=rf"REFIMG_PRICES must be .*prices\.json.*'{key}' twice"):
+        PriceTable()
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "1", '{"m": {"image": true}}',
+                                  '{"m": {"image": "1"}}', '{"m": {"image": NaN}}',
+                                  '{"m": {"image": Infinity}}'])
+def test_a_price_is_a_finite_number(tmp_path, monkeypatch, text):
+    monkeypatch.setenv("REFIMG_PRICES", str(written(tmp_path / "prices.json", text)))
+    with pytest.raises(ValueError, match="REFIMG_PRICES must be a JSON file"):
+        PriceTable()
 
 
 # drives
@@ -230,6 +365,55 @@ def test_a_drive_without_locks_is_named_with_a_way_round(tmp_path, monkeypatch, 
     with pytest.raises(ValueError, match=r"file locks.*disk of this machine") as caught:
         TraceTree.open(tmp_path / "images", "x")
     assert str(tmp_path) in str(caught.value)
+
+
+WITHOUT_LOCKS = """
+import asyncio, json, sys
+from pathlib import Path
+from refimg import Pipeline, Scene, Story
+from refimg.storage import database
+from refimg.storage.journal import Journal
+from tests.fakes import FakeImages, FakeScorer, critic, director
+
+database._BUSY, folder, agent = 0.2, Path(sys.argv[1]), director()
+journal = Journal(folder / "journal") if sys.argv[2] == "journal" else None
+run = Pipeline(agent, critic(90), FakeImages(), [FakeScorer()], num_variations=1, journal=journal)
+try:
+    asyncio.run(run.run(Story(scenes=[Scene(prompt="a")]), output_dir=folder / "images"))
+    told = ""
+except ValueError as error:
+    told = str(error)
+print(json.dumps([told, len(agent.calls)]))
+"""
+
+
+@pytest.fixture(scope="module")
+def no_locks(tmp_path_factory) -> Path:
+    """What takes the locks of files away from a process that loads it."""
+    made = tmp_path_factory.mktemp("shim") / "no_locks.so"
+    source = Path(__file__).with_name("no_locks.c")
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", made, source, "-ldl"], check=True)
+    return made
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the shim is for Linux")
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="the shim is built with gcc")
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+@pytest.mark.parametrize("what", ["traces", "journal"])
+def test_a_run_on_a_drive_without_locks_is_refused_unpaid(no_locks, tmp_path, what, number):
+    """Without `flock` at all, ENOSYS, a lock file does for the traces; SQLite has none."""
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "NO_LOCKS": str(number),
+                        "LD_PRELOAD": str(no_locks)}
+    command = [sys.executable, "-c", WITHOUT_LOCKS, str(tmp_path), what]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+    assert done.returncode == 0, done.stderr
+    told, calls = json.loads(done.stdout)
+    if (what, number) == ("traces", errno.ENOSYS):
+        assert told == "" and calls
+    else:
+        named, way = {"traces": ("output_dir", "file locks.*disk of this machine"),
+                      "journal": ("journal", "")}[what]
+        assert re.match(f"({named}) must be .*{way}.*{tmp_path}", told) and calls == 0
 
 
 @pytest.mark.parametrize("path, folder, text", [

@@ -101,6 +101,58 @@ async def test_an_output_that_can_hold_no_image_is_not_paid_for_again(server, tm
     assert caught.value.failure.kind == "never" and not caught.value.paid
 
 
+SVG = b'<?xml version="1.0"?>\n<!-- a tool -->\n<svg xmlns="http://www.w3.org/2000/svg"/>'
+NEVER = {
+    "an ending": {"output": "https://x.replicate.delivery/a/out.svg?x=1"},
+    "SVG in the address": {"output": "data:image/svg+xml;base64,PHN2Zy8+"},
+    "a document in the address": {"output": "data:application/pdf;base64,JVBERi0xLjcK"},
+    "a host": {"output": "https://example.com/a.png"},
+    "a port": {"output": ["https://x.replicate.delivery:8443/a.png", "ftp://x/a.png"]},
+    "a redirect": {"fault": "redirect", "url": "https://example.com/a.png"},
+    "SVG": {"body": base64.b64encode(SVG).decode()},
+    "PDF": {"body": base64.b64encode(b"%PDF-1.7").decode()},
+    "TIFF": {"body": base64.b64encode(saved(NOISE, "TIFF")).decode()},
+    "video": {"body": base64.b64encode(b"\0\0\0 ftypisom" + bytes(40)).decode()},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NEVER)
+async def test_an_output_whose_kind_is_never_fetched_is_not_paid_for_again(server, tmp_path, kind):
+    server.script([NEVER[kind]] * 9)
+    before, model = len(server.predictions()), images(server)
+    with pytest.raises(GenerationFailed, match=r"no image|must be"):
+        await pipeline(model).run(story("a keeper"), output_dir=tmp_path / "o")
+    assert len(server.predictions()) - before == 2  # the first variations, 5 in all before
+    with pytest.raises(ValueError, match="model must be one that gives images"):
+        await pipeline(model).run(story("a keeper"), output_dir=tmp_path / "p")
+    assert len(server.predictions()) - before == 2
+
+
+@pytest.mark.parametrize("fault", [
+    {"fault": "html"}, {"fault": "empty"}, {"fault": "gone"}, {"body": "bm9uc2Vuc2U="},
+    {"output": ["https://example.com/a.png", "{url}"], "fault": "html"},
+    {"output": ["{url}", "https://example.com/a.png"], "fault": "gone"},
+])  # fmt: skip
+async def test_a_fault_that_may_pass_does_not_condemn_the_model(server, fault):
+    server.script([fault])
+    model, wish = images(server), ImageRequest(prompt="a keeper")
+    with pytest.raises(ProviderError) as caught:
+        await model.generate(wish)
+    assert caught.value.paid and model.server.imageless == ""
+    assert (await model.generate(wish)).data.startswith(b"\x89PNG")
+
+
+async def test_an_address_that_may_not_be_asked_hides_no_other(server):
+    server.script([{"output": ["https://example.com/a.png", "{url}"]}] * 2 + [NEVER["a host"]])
+    model, wish = images(server), ImageRequest(prompt="a keeper")
+    assert (await model.generate(wish)).data.startswith(b"\x89PNG")
+    assert model.server.imageless is None and len(server.requests("create")) == 1
+    await model.generate(wish)
+    with pytest.raises(ProviderError, match="url must be"):
+        await model.generate(wish)
+    assert model.server.imageless is None, "a model that gave an image gives images"
+
+
 async def test_a_model_whose_output_is_no_image_is_refused_at_the_start(server, tmp_path):
     text = {"type": "array", "items": {"type": "string"}, "x-cog-array-display": "concatenate"}
     numbers = {"type": "array", "items": {"type": "number"}}

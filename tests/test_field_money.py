@@ -13,8 +13,9 @@ from refimg import GenerationFailed, Pipeline, Scene, Story
 from refimg.adapters import prices, retry
 from refimg.adapters.openai import OpenAIChat
 from refimg.adapters.prices import MAX_COMPLETION, PriceTable
+from refimg.adapters.replicate import ReplicateImages
 from refimg.engine.costs import Budget, BudgetSpent
-from refimg.engine.protocols import Message, Reply, Usage
+from refimg.engine.protocols import ImageRequest, Message, Reply, Usage
 from refimg.storage.journal import Journal
 
 from .fakes import FakeChat, FakeImages, FakeScorer, critic, director, picture
@@ -140,6 +141,48 @@ def test_a_model_that_cannot_be_given_a_limit_has_no_budget(tmp_path, monkeypatc
     with pytest.raises(ValueError, match="budget_usd must be None for me/x"):
         Budget(1, TABLE).images(FakeImages(name="me/x"))
     Budget(1, TABLE).images(FakeImages(name="google/nano-banana"))
+
+
+SIZED = [{"resolution": "4K"}, {"quality": "high"}, {"megapixels": "2"}, {"output_resolution": 2},
+         {"size": "4K"}, {"image_size": "4K"}, {"width": 4096}, {"output_megapixels": "4"}]
+
+
+@pytest.mark.parametrize("inputs", SIZED, ids=[*map(str, SIZED)])
+async def test_a_price_of_the_defaults_is_not_that_of_another_size(tmp_path, monkeypatch, inputs):
+    monkeypatch.setattr(ReplicateImages, "load", lambda self, call=None: asyncio.sleep(0))
+    (named,), agent = inputs, FakeChat(name="gpt-5.5")
+    agent.takes_call = True
+    model = ReplicateImages("google/nano-banana-2", api_token="x", inputs=inputs)
+    run = Pipeline(agent, agent, model, [], num_variations=1, budget_usd=9,
+                   max_enhancement_iterations=0)
+    told = run.estimate(Story(scenes=[Scene(prompt="a")]))
+    assert told.low is None and told.unpriced == [f"{model.name} with own {named}"]
+    with pytest.raises(ValueError, match=f"nano-banana-2 with own {named} has none by image"):
+        await run.run(Story(scenes=[Scene(prompt="a")]), output_dir=tmp_path / "o")
+    assert model.name == "replicate:google/nano-banana-2"
+    (tmp_path / "prices.json").write_text(json.dumps({"google/nano-banana-2": {"image": 0.151}}))
+    monkeypatch.setenv("REFIMG_PRICES", str(tmp_path / "prices.json"))
+    assert run.estimate(Story(scenes=[Scene(prompt="a")])).low == 0.151
+    assert Budget(1, PriceTable()).images(model).name == model.name
+
+
+@pytest.mark.parametrize("inputs", [{}, {"output_format": "png"}, {"output_quality": 90}])
+def test_what_changes_no_size_changes_no_price(inputs):
+    model = ReplicateImages("google/nano-banana-2", api_token="x", inputs=inputs)
+    run = Pipeline(director(), critic(), model, [], num_variations=1, max_enhancement_iterations=0)
+    assert run.estimate(Story(scenes=[Scene(prompt="a")])).low == 0.067
+    Budget(1, TABLE).images(model)
+
+
+@pytest.mark.parametrize("inputs, cost", [({}, 0.067), ({"width": 512}, None)])
+async def test_an_image_of_another_size_has_no_cost_rather_than_a_wrong_one(
+    servers, monkeypatch, inputs, cost
+):
+    model = ReplicateImages("lab/portrait", base_url=servers[1].base_url, api_token="x",
+                            inputs=inputs)
+    monkeypatch.setitem(prices.PRICES, model.name, prices.Price(image=0.067))
+    made = await model.generate(ImageRequest(prompt="a keeper", aspect_ratio="1:1"))
+    assert made.cost == cost
 
 
 async def test_a_model_that_ignores_its_limit_is_not_called_again():

@@ -27,6 +27,7 @@ from refimg.adapters.replicate import ReplicateImages
 from refimg.adapters.retry import ProviderError
 from refimg.engine.protocols import ImageRequest
 from refimg.enhance import director_messages
+from tests.fakes import FakeScorer, critic, director, picture
 from tests.servers.images import ROOT, draw, start_image_server
 from tests.servers.llm import start_llm_server
 from tests.servers.proxy import start_proxy
@@ -127,6 +128,36 @@ def test_a_proxy_that_cannot_be_used_is_refused(two, monkeypatch, name):
     assert nothing_was_asked(two)
 
 
+NO_PLACE = ["127.0.0.1:99999", "http://127.0.0.1:65536", "http://127.0.0.1:-1", "http://a b",
+            "http://a b:80", "http://a..b:80", "http://a;b", "a,b:80", "http://a\\b",
+            f"http://{'a' * 64}:80"]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", NO_PLACE)
+@pytest.mark.parametrize("name", ["HTTP_PROXY", "all_proxy"])
+def test_a_proxy_that_cannot_exist_is_refused(two, monkeypatch, name, text):
+    monkeypatch.setenv(name, text)
+    for make in both(two):
+        with pytest.raises(ValueError, match=f"{name.upper()} must be http://host:port"):
+            make()
+    assert nothing_was_asked(two)
+
+
+@pytest.mark.parametrize("text", ["localhost:65535", "http://my_proxy.lan.:8080", "http://[::1]:80",
+                                  "http://me:p%40ss@a-b.example", "http://bücher.example:3128",
+                                  "http://[fe80::1%25eth0]:80", "http://10.0.0.1"])
+def test_a_proxy_that_can_exist_is_taken(two, monkeypatch, text):
+    monkeypatch.setenv("HTTPS_PROXY", text)
+    for make in both(two):
+        make()
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:70000", "http://a b/v1", "http://a..b", "ftp://a"])
+def test_an_address_of_an_image_server_that_cannot_exist_is_refused(url):
+    with pytest.raises(ValueError, match="url must be"):
+        ReplicateImages(base_url=url, api_token=TOKEN)
+
+
 async def test_a_proxy_that_nobody_would_use_is_not_looked_at(two, monkeypatch):
     with start_proxy() as proxy:
         monkeypatch.setenv("ALL_PROXY", "socks://127.0.0.1:1080")
@@ -138,15 +169,36 @@ async def test_a_proxy_that_nobody_would_use_is_not_looked_at(two, monkeypatch):
     await use(two)
 
 
-async def test_every_client_uses_the_proxy(two, monkeypatch):
+async def test_every_client_uses_the_proxy(two, tmp_path, monkeypatch):
+    """A chat answer, an upload, and a prediction from its model's page to its image."""
+    (tmp_path / "mine.png").write_bytes(picture(90))
+    wish = ImageRequest(prompt="a keeper", references=(tmp_path / "mine.png",), slot="a")
+    two[1].script([{"takes": 0.3}])
     with start_proxy() as proxy:
         monkeypatch.setenv("HTTP_PROXY", proxy.url)
-        await use(two)
-    asked = " ".join(proxy.asked)
-    for part in ("/v1/chat/completions", "/v1/models/", "/predictions", "/output/"):
-        assert part in asked
-    seen = [r for r in two[1].requests() if r["kind"] != "control"]
-    assert len(proxy.asked) == len(two[0].requests()) + len(seen)
+        model = ReplicateImages("lab/portrait", base_url=two[1].base_url, api_token=TOKEN)
+        assert (await chat(two).reply(ASKED)).text
+        assert (await model.generate(wish)).data.startswith(b"\x89PNG")
+    monkeypatch.delenv("HTTP_PROXY")
+    seen = [f"{r['method']} {server.base_url.removesuffix('/v1')}{r['path']}"
+            for server in two for r in server.requests()]
+    assert sorted(proxy.asked) == sorted(seen)
+    kinds = {r["kind"] for r in two[1].requests()}
+    assert kinds == {"model", "upload", "create", "get", "output"}
+    (sent,) = two[1].requests("create")
+    assert "/v1/files/" in str(sent["json"]["input"])
+
+
+async def test_a_proxy_waits_for_no_connection_that_was_to_be_closed(two):
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(two[1].base_url[17:]))
+    for close in (False, True):
+        head = "Connection: close\r\n" * close
+        writer.write(f"GET /v1/predictions HTTP/1.1\r\nAuthorization: x\r\n{head}\r\n".encode())
+        answer = await reader.readuntil(b"\r\n\r\n")
+        length = int(re.search(rb"content-length: (\d+)", answer)[1])
+        await reader.readexactly(length)
+    assert await asyncio.wait_for(reader.read(), 20) == b""
+    writer.close()
 
 
 async def test_a_dead_proxy_is_named_in_the_error(two, monkeypatch, once, caplog):
@@ -331,6 +383,20 @@ async def test_this_machine_by_another_name_is_the_same_server(two, name):
             await fetch(wrong, own=two[1].base_url)
 
 
+@pytest.mark.parametrize(("base", "output"), [
+    ("localhost", "127.0.0.1"), ("127.0.0.1", "localhost"), ("localhost", "localhost")])
+async def test_a_whole_run_on_this_machine_by_another_name(two, tmp_path, base, output):
+    port = two[1].base_url.rpartition(":")[2]
+    two[1].script([{"output": f"http://{output}:{port}/{{path}}"}] * 4)
+    model = ReplicateImages(base_url=f"http://{base}:{port}", api_token=TOKEN)
+    run = Pipeline(director(), critic(90), model, [FakeScorer()], num_variations=2,
+                   max_enhancement_iterations=0)
+    result = await run.run(Story(scenes=[Scene(prompt="a"), Scene(prompt="b")]),
+                           output_dir=tmp_path / "o")
+    assert [len(scene.variations) for scene in result.scenes] == [2, 2]
+    assert len(two[1].requests("create")) == len(two[1].requests("output")) == 4
+
+
 # --- keys, organisations, addresses -----------------------------------------------------------
 
 
@@ -419,6 +485,15 @@ async def test_an_address_that_ends_in_v1_is_the_same_image_server(two):
         assert (await made.generate(WISH)).data.startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="base_url must be"):
         ReplicateImages(base_url=two[1].base_url + "?v=1", api_token=TOKEN)
+
+
+@pytest.mark.parametrize("end", ["/v1/predictions", "/predictions/", "/v1/chat/completions",
+                                 "/v1/models/lab/words/predictions", "/v1/models/lab/words",
+                                 "/v1/files"])
+def test_an_address_of_one_call_is_no_base_url_of_an_image_server(two, end):
+    with pytest.raises(ValueError, match=rf"base_url must be .* got one that ends in '{end}'"):
+        ReplicateImages(base_url=two[1].base_url + end, api_token=TOKEN)
+    assert ReplicateImages(base_url=two[1].base_url + "/predictions-proxy", api_token=TOKEN)
 
 
 async def test_an_address_without_v1_is_hinted_at(two):

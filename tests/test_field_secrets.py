@@ -15,6 +15,7 @@ from PIL import Image
 from refimg import Pipeline, Scene, Story, StoryResult, choose
 from refimg.enhance import Reply, enhance_prompt_iterative
 from refimg.generate import generate_images
+from refimg.score import score_images
 from refimg.storage import secrets
 from refimg.storage.secrets import log_line, redact, remember
 from refimg.storage.traces import write_trace
@@ -302,3 +303,29 @@ def test_half_precision_is_what_the_device_itself_computes(monkeypatch, device, 
         including_emulation or of() >= (8, 0)))
     assert towers.resolve_placement(device) == (device, kind)
     assert vqa.resolve_placement is clip.resolve_placement is towers.resolve_placement
+
+
+# the names of scorers
+
+
+@pytest.mark.parametrize("name", ["red\x1b[31m", "nul\0", "bidi\u202e", "half\ud83d", "two\nlines",
+                                  "\ufeffmark", ""])
+async def test_the_name_of_a_scorer_that_no_reader_can_see_is_refused(tmp_path, name):
+    pipeline = Pipeline(director(), critic(), FakeImages(), [FakeScorer(name)], num_variations=1)
+    told = "the name of a scorer must be a text on one line that can be seen, got "
+    with pytest.raises(ValueError, match=told) as caught:
+        await pipeline.run(Story(scenes=[Scene(prompt="a")]), output_dir=tmp_path / "o")
+    assert str(caught.value).endswith(repr(name)) and pipeline.director.calls == []
+    (tmp_path / "a.png").write_bytes(picture(1))
+    with pytest.raises(ValueError, match=told):
+        await score_images([tmp_path / "a.png"], "a", scorers=[FakeScorer(name)])
+
+
+@pytest.mark.parametrize("name", ["pickscore", "my score 2", "Größe", "美感", "🦊"])
+async def test_the_name_of_a_scorer_may_be_of_any_script(tmp_path, name):
+    pipeline = Pipeline(director(), critic(), FakeImages(), [FakeScorer(name)], num_variations=1,
+                        max_enhancement_iterations=0)
+    result = await pipeline.run(Story(scenes=[Scene(prompt="a")]), output_dir=tmp_path / "o")
+    result.save(tmp_path / "run.json")
+    assert StoryResult.load(tmp_path / "run.json") == result
+    assert [*result.scenes[0].variations[0].scores.metrics] == [name]

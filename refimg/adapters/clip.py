@@ -185,9 +185,10 @@ def _named_loader(model: str, pretrained: str) -> Callable[..., Towers]:
 
 def _open_clip_source(model: str | Path, pretrained: str) -> tuple[Checkpoint | Folder, Callable]:
     """Return where the weights are, and what loads them."""
-    if isinstance(model, Path) or Path(model).is_dir():
+    own = Path(model).expanduser()
+    if isinstance(model, Path) or own.is_dir():
         needs = (("open_clip_model.safetensors",), ("open_clip_config.json",))
-        return Folder(Path(model), needs), load_open_clip
+        return Folder(own, needs), load_open_clip
     return open_clip_checkpoint(model, pretrained), _named_loader(model, pretrained)
 
 # %% ../../nbs/adapters/clip.ipynb #aed221b3

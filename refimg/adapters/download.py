@@ -8,29 +8,34 @@ from __future__ import annotations
 import asyncio
 import base64
 import ipaddress
+import re
 import socket
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
 import httpx
 
-from .network import Proxies, Transport
+from .network import Proxies, Transport, names_host
 
 # %% auto #0
-__all__ = ['origin', 'is_public', 'NoImage', 'fetch']
+__all__ = ['Unusable', 'origin', 'is_public', 'NoImage', 'fetch']
 
 # %% ../../nbs/adapters/download.ipynb #b1edf545
+class Unusable(ValueError):
+    """An address or a file of a kind that is never used; asking again does not help."""
+
+
 def origin(
     url: str,  # an absolute http or https address
 ) -> tuple[str, str, int]:
-    """Return scheme, host and port; a ValueError for what is no plain address."""
+    """Return scheme, host and port; Unusable for what is no plain address."""
     try:
         parts = httpx.URL(url)
         host = parts.raw_host.decode("ascii")
     except (httpx.InvalidURL, TypeError, ValueError) as error:
-        raise ValueError(f"url must be an address, got {url!r:.100}: {error}") from error
-    if parts.scheme not in ("http", "https") or not host or parts.userinfo:
-        raise ValueError(f"url must be https://host/path, got {url!r:.100}")
+        raise Unusable(f"url must be an address, got {url!r:.100}: {error}") from error
+    if parts.scheme not in ("http", "https") or not names_host(parts) or parts.userinfo:
+        raise Unusable(f"url must be https://host/path, got {url!r:.100}")
     return parts.scheme, host, parts.port or {"http": 80, "https": 443}[parts.scheme]
 
 # %% ../../nbs/adapters/download.ipynb #91263f51
@@ -72,8 +77,8 @@ async def _requests(
             target = httpx.URL(url).copy_with(host=known)
             return [client.build_request("GET", target, headers=plain, extensions=more)]
     if (scheme, port) != ("https", 443) or not f".{host}".endswith(".replicate.delivery"):
-        raise ValueError("url must be https on port 443 of replicate.delivery or a subdomain, got "
-                         f"{scheme}://{host}:{port}")
+        raise Unusable("url must be https on port 443 of replicate.delivery or a subdomain, got "
+                       f"{scheme}://{host}:{port}")
     if proxies.of(url):
         return [client.build_request("GET", url, headers=plain, extensions=more)]
     look_up = asyncio.get_running_loop().getaddrinfo
@@ -89,6 +94,11 @@ async def _requests(
 # %% ../../nbs/adapters/download.ipynb #75629c3e
 _HOPS = 4  # requests for one image, redirects included
 _BEGINNINGS = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF87a", b"GIF89a")
+_OTHERS = re.compile(
+    rb"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*|<!DOCTYPE svg[^>]*>\s*)*<svg\b|%PDF-|PK\x03\x04|BM|"
+    rb"II\*\0|MM\0\*|8BPS|glTF|\x1a\x45\xdf\xa3|ID3|OggS|RIFF.{4}(?!WEBP)|.{4}ftyp",
+    re.S,
+)  # SVG, documents, archives, other images, models, videos and sounds
 
 
 class NoImage(RuntimeError):
@@ -142,7 +152,7 @@ async def fetch(
     most: int = 64_000_000,  # bytes
     seconds: float = 60.0,  # in total
 ) -> bytes:
-    """Return the image's bytes, undecoded; a ValueError if it must not be fetched."""
+    """Return the image's bytes, undecoded; Unusable if it must not be fetched, or never is one."""
     if isinstance(url, str) and url[:5].lower() == "data:":
         data = await asyncio.to_thread(_read_data_uri, url, most)
     else:
@@ -152,5 +162,7 @@ async def fetch(
         data[4:8] == b"ftyp" and b"avi" in data[8:40])
     if not inner and not data.startswith(_BEGINNINGS):
         names = "PNG, JPEG, WebP, AVIF or GIF"
+        if _OTHERS.match(data[:2000]):
+            raise Unusable(f"the file must be {names}, got one that begins with {data[:16]!r}")
         raise NoImage(f"{len(data)} bytes that are no {names}, first {data[:16]!r}")
     return data

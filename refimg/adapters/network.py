@@ -22,8 +22,8 @@ import httpx
 from ..storage.secrets import remember
 
 # %% auto #0
-__all__ = ['header_value', 'Direct', 'Proxy', 'Proxies', 'trust', 'check_network', 'Unreadable', 'Transport', 'is_unsent',
-           'is_hopeless']
+__all__ = ['header_value', 'Direct', 'names_host', 'Proxy', 'Proxies', 'trust', 'check_network', 'Unreadable', 'Transport',
+           'is_unsent', 'is_hopeless']
 
 # %% ../../nbs/adapters/network.ipynb #ne000009
 def header_value(
@@ -83,6 +83,17 @@ class Direct:
             return False
 
 # %% ../../nbs/adapters/network.ipynb #ne000018
+_HOST = re.compile(r"[\w-]{1,63}(\.[\w-]{1,63})*\.?|[\da-f.]*:[\da-f:.]+(%25[\w-]+)?", re.A | re.I)
+
+
+def names_host(
+    url: httpx.URL,  # any
+) -> bool:
+    """Tell whether there can be a server of that host and port."""
+    named = _HOST.fullmatch(url.raw_host.decode("latin-1"))
+    return bool(named) and (url.port is None or 0 < url.port < 65536)
+
+
 @dataclass(frozen=True)
 class Proxy:
     """A proxy that a variable of the environment names."""
@@ -101,10 +112,9 @@ class Proxy:
         text = text if "://" in text else f"http://{text}"
         try:
             address = httpx.Proxy(text)
-            port = address.url.port
         except (httpx.InvalidURL, ValueError):
-            address, port = None, None
-        if not address or not address.url.host or port == 0:
+            address = None
+        if not address or not names_host(address.url):
             raise ValueError(f"{variable} must be http://host:port, https://host:port or "
                              f"socks5://host:port, got {text.partition('://')[0]!r:.20}://…")
         if address.url.scheme.startswith("socks") and not find_spec("socksio"):

@@ -18,10 +18,14 @@ from .retry import Failure
 __all__ = ['logged_seed', 'is_empty', 'Prediction', 'may_hold_image']
 
 # %% ../../nbs/adapters/outputs.ipynb #ea47f41d
-_ADDRESS = re.compile(r"(?:[a-z][a-z0-9+.-]*://\S+|data:(?!text/|audio/|video/).+)", re.I | re.S)
+_ADDRESS = re.compile(
+    r"[a-z][a-z0-9+.-]*://\S+|"
+    r"data:(?!text/|audio/|video/|image/svg|application/(?!octet-stream)).+",
+    re.I | re.S,
+)
 _NO_IMAGE = re.compile(
     r"[^?#]*\.(txt|json|csv|md|log|html?|mp4|webm|mov|mp3|wav|ogg|zip|tar|gz|safetensors|glb|obj|"
-    r"ply|pdf)([?#].*)?",
+    r"ply|pdf|svgz?)([?#].*)?",
     re.I | re.S,
 )
 _ASIDE = re.compile("mask|preview|thumb|depth|control|log", re.I)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from typing import Any
 from pydantic import BaseModel, Field, TypeAdapter, model_validator
 
 from ..engine.protocols import Message, Usage
+from ..storage.documents import decode_text, read_json
 
 # %% auto #0
-__all__ = ['PRICES', 'MAX_COMPLETION', 'MAX_SECONDS', 'CANCELLING', 'Price', 'PriceTable']
+__all__ = ['PRICES', 'MAX_COMPLETION', 'MAX_SECONDS', 'CANCELLING', 'Price', 'priced_as', 'PriceTable']
 
 # %% ../../nbs/adapters/prices.ipynb #0d297938
 _Usd = Field(default=None, ge=0, allow_inf_nan=False, strict=True)
@@ -84,12 +86,25 @@ MAX_COMPLETION = 8192  # tokens of one answer, thoughts included
 MAX_SECONDS = 120.0  # that one prediction may run
 CANCELLING = 10.0  # seconds that it may run on until its cancellation has arrived
 _HEAD = 256  # tokens that a server may put before the messages
+_OWN = " with own "  # between the name of a model and the inputs that its price depends on
+_SIZES = re.compile(
+    r"(?!output_quality)(\w+_)?(resolution|quality|megapixels|pixels|size|width|height)")
+
+
+def priced_as(
+    name: str,  # of the image model
+    inputs: Iterable[str],  # the names of those that it is given
+) -> str:
+    """Return the name by which its price is asked: a published one is that of the defaults."""
+    own = ", ".join(filter(_SIZES.fullmatch, inputs))
+    return f"{name}{_OWN}{own}" if own else name
 
 
 @lru_cache(maxsize=8)
 def _read(path: str, changed: int) -> dict[str, Price]:
     """Return the rows of a file as it was when it last changed."""
-    return TypeAdapter(dict[str, Price]).validate_json(Path(path).read_bytes())
+    rows = read_json(decode_text(Path(path).read_bytes()))
+    return TypeAdapter(dict[str, Price]).validate_python(rows)
 
 
 def _known(cost: float | None, name: str, by: str) -> float:
@@ -112,7 +127,7 @@ class PriceTable:
         try:
             self._good[path] = _read(path, os.stat(path).st_mtime_ns) if path else {}
             return PRICES | self._good[path]
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             if path in self._good:
                 return PRICES | self._good[path]
             form = '{model: {"input": USD, "output": USD} or {"image": USD} or {"second": USD}}'
@@ -121,12 +136,14 @@ class PriceTable:
 
     def price_of(
         self,
-        name: str,  # of a model, as in a record or as the provider has it
+        name: str,  # of a model, as in a record, as the provider has it, or from `priced_as`
     ) -> Price | None:
         """Return the model's price; None where it is not known."""
+        name, own, _ = name.partition(_OWN)
         bare = re.sub(r"^(openai|replicate)[:/]", "", name)
         names = [name] if " @ " in name else [name, bare, re.sub(r"-\d{4}-\d\d-\d\d$", "", bare)]
-        table = self.rows()
+        table = {key: row for key, row in self.rows().items()
+                 if not own or row is not PRICES.get(key)}
         return next((table[known] for known in names if known in table), None)
 
     def chat_cost(

@@ -14,7 +14,6 @@ import math
 import os
 import re
 from collections.abc import AsyncIterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from .download import NoImage, fetch, origin
+from .download import NoImage, Unusable, fetch, origin
 from refimg.adapters.inputs import (
     Capabilities,
     check_own_inputs,
@@ -37,7 +36,7 @@ from refimg.adapters.predictions import (
     PredictionRequest,
     failure,
 )
-from .prices import PriceTable
+from .prices import PriceTable, priced_as
 from .retry import Account, Failure, ProviderError
 from ..engine.protocols import Call, GeneratedImage, ImageRequest
 from ..storage.files import read_image
@@ -53,6 +52,7 @@ __all__ = ['ReplicateImages']
 _logger = logging.getLogger(__name__)
 
 _REPLICATE = "https://api.replicate.com"
+_CALL = r"(/v1/(models/.*|files)|(/v1)?/(predictions|chat/completions))/?$"  # no base URL
 _SIDE = 1536  # pixels of a reference image
 _KEEP = 1800.0  # seconds that an upload is used
 _UPLOAD = 60.0  # seconds for one attempt
@@ -92,6 +92,9 @@ class _Server:
             url, token = Connection(client, Account("")).address
         elif httpx.URL(url).query or httpx.URL(url).fragment:
             raise ValueError("base_url must be an address without ? and #, got one with them")
+        elif call := re.search(_CALL, url):
+            raise ValueError("base_url must be the address before /v1/predictions, "
+                             f"got one that ends in {call[0]!r}")
         elif not (token := header_value("api_token", token or own)):
             raise ValueError(f"REPLICATE_API_TOKEN must be set, or api_token given, for {url}: "
                              "an address given as base_url needs a token of its own")
@@ -99,6 +102,7 @@ class _Server:
         self.base_url = re.sub("/v1$", "", url.rstrip("/"))  # the paths of requests begin with it
         self.token, self.client, self.prices = token or "", client, PriceTable()
         self.connections: dict[asyncio.AbstractEventLoop, tuple] = {}
+        self.imageless: str | None = ""  # what came in place of images; None: one came
         remember(token)
 
     @property
@@ -170,27 +174,38 @@ class _Server:
                 upload.until = clock() + _KEEP
         return upload.url
 
+    def note_imageless(self, what: str) -> None:
+        """Take it for what the model always gives, unless it has given an image."""
+        if self.imageless == "":
+            self.imageless = what
+
     async def fetch(self, prediction: Prediction) -> bytes:
         """Return the image of a prediction that succeeded, and so is billed."""
         import stamina
 
         passing, own = (httpx.HTTPError, NoImage, OSError), self.base_url if self.foreign else None
-        *others, last = prediction.addresses or [""]
 
         async def first_image() -> bytes:
-            for url in others:
-                with suppress(NoImage, httpx.HTTPStatusError):
+            problems: list[Exception] = []
+            for url in prediction.addresses:
+                try:
                     return await fetch(url, own=own)
-            return await fetch(last, own=own)
+                except (NoImage, Unusable, httpx.HTTPStatusError) as error:
+                    problems.append(error)
+            raise min(problems, key=lambda problem: isinstance(problem, Unusable))
 
         retrying = stamina.retry(
             on=passing, attempts=4, timeout=None, wait_initial=_FETCH[0], wait_max=_FETCH[1],
             wait_jitter=_FETCH[0],
         )
         try:
-            return await retrying(first_image)()
+            data = await retrying(first_image)()
+            self.imageless = None
+            return data
         except (*passing, ValueError) as error:
             told = f"the image of prediction {prediction.id}: {failure(error).text}"
+            if isinstance(error, Unusable):
+                self.note_imageless(told)
             raise ProviderError(self.name, Failure("never", told, paid=True)) from error
 
 # %% ../../nbs/adapters/replicate.ipynb #e428b40f
@@ -220,13 +235,17 @@ class ReplicateImages:
         self.inputs, self.reference_input = dict(inputs or {}), reference_input
         self.timeout, self.version = timeout, model.partition(":")[2]
         self.capabilities = known_capabilities(model, reference_input)
-        self.imageless: str | None = ""  # what it gave in place of images; None: it gives images
         self.metrics: dict[str, dict[str, Any]] = {}  # by prediction: status, predict_time, …
 
     @property
     def name(self) -> str:
         """Provider and model, as in "replicate:google/nano-banana"."""
         return self.server.name.replace("replicate", f"replicate:{self.model}", 1)
+
+    @property
+    def price_name(self) -> str:
+        """By what its price is asked: its name, and the inputs of its own that change the price."""
+        return priced_as(self.name, self.inputs)
 
     def _known(self) -> Capabilities:
         """Return what the model takes; a ValueError where that is not known yet."""
@@ -294,8 +313,8 @@ class ReplicateImages:
         request: ImageRequest,  # what would be drawn; its files are not read
     ) -> None:
         """Raise a ValueError where the model cannot draw that; nothing is sent."""
-        if self.imageless:
-            raise ValueError(f"model must be one that gives images, got {self.imageless}")
+        if self.server.imageless:
+            raise ValueError(f"model must be one that gives images, got {self.server.imageless}")
         self._draft(request, references=[""] * len(request.references))
 
     async def generate(
@@ -311,15 +330,15 @@ class ReplicateImages:
         urls = [await self.server.upload(path, call) for path in request.references]
         seed, tried = request.seed, []
         while True:
-            if self.imageless:
-                raise ProviderError(self.server.name, Failure("never", self.imageless))
+            if self.server.imageless:
+                raise ProviderError(self.server.name, Failure("never", self.server.imageless))
             inputs = self._draft(request, seed=seed, references=urls)
             tried.append(prediction := await self._predict(inputs, call))
             if prediction.addresses:
                 return await self._image(tried, inputs)
-            if prediction.status == "succeeded" and not prediction.refused and self.imageless == "":
-                self.imageless = prediction.failure.text
             why, asked = prediction.failure, call and call.may_retry
+            if prediction.status == "succeeded" and not prediction.refused:
+                self.server.note_imageless(why.text)
             again = len(tried) == 1 and prediction.worth_another
             if not again or (asked and not asked(why.paid)):
                 raise ProviderError(self.server.name, why)
@@ -369,10 +388,9 @@ class ReplicateImages:
     async def _image(self, tried: list[Prediction], inputs: dict[str, Any]) -> GeneratedImage:
         """Return the image of the last prediction, with the cost of all of them."""
         prediction, data = tried[-1], await self.server.fetch(tried[-1])
-        self.imageless = None
         times = [each.seconds for each in tried if each.seconds is not None]
         seconds = sum(times) if len(times) == len(tried) else None
-        cost = self.server.prices.image_cost(self.name, seconds)
+        cost = self.server.prices.image_cost(self.price_name, seconds)
         seed = inputs.get("seed")
         if type(seed) is not int:  # the log of a model with seeds may report the one it took
             told = logged_seed(prediction.data.get("logs"))

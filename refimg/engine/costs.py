@@ -28,7 +28,7 @@ from refimg.engine.protocols import (
 )
 
 # %% auto #0
-__all__ = ['Prices', 'BudgetSpent', 'Budget', 'sum_known', 'Estimate', 'estimate']
+__all__ = ['Prices', 'price_name', 'BudgetSpent', 'Budget', 'sum_known', 'Estimate', 'estimate']
 
 # %% ../../nbs/engine/costs.ipynb #c0570008
 class Prices(Protocol):
@@ -61,6 +61,13 @@ class Prices(Protocol):
         ...
 
 # %% ../../nbs/engine/costs.ipynb #c057000c
+def price_name(
+    model: Any,  # a chat or image model
+) -> str:
+    """Return the name by which its price is asked."""
+    return getattr(model, "price_name", model.name)
+
+
 class BudgetSpent(RuntimeError):
     """A call was not made, since it might have passed the budget."""
 
@@ -163,7 +170,7 @@ class Budget(Ledger):
 
     def _check_limits(self, model: Any) -> None:
         """Raise a ValueError where a call may cost any sum, since no limit can go along."""
-        if self.prices.limits(model.name) and not getattr(model, "takes_call", False):
+        if self.prices.limits(price_name(model)) and not getattr(model, "takes_call", False):
             raise ValueError(f"budget_usd must be None for {model.name}, got {self.limit:g}: it "
                              "takes no `call` with a limit, so one call may cost any sum")
 
@@ -181,7 +188,7 @@ class Budget(Ledger):
         model: ImageModel,  # a ValueError where its price is not known
     ) -> ImageModel:
         """Return the model, paid from this budget."""
-        self.prices.most_for_image(model.name)
+        self.prices.most_for_image(price_name(model))
         self._check_limits(model)
         return _PaidImages(self, model)
 
@@ -214,7 +221,8 @@ class _Paid:
             tries += paid
             return budget.may_retry(most, paid)
 
-        asked = replace(call or Call(), may_retry=may_retry, **budget.prices.limits(name))
+        limits = budget.prices.limits(price_name(self._model))
+        asked = replace(call or Call(), may_retry=may_retry, **limits)
         passed = {"call": asked} if getattr(self._model, "takes_call", False) else {}
         try:
             answer = await ask(**passed)
@@ -258,7 +266,7 @@ class _PaidImages(_Paid):
 
     async def generate(self, request: ImageRequest, *, call: Call | None = None) -> GeneratedImage:
         """Return the model's image; BudgetSpent where there is no money for it."""
-        name, prices = self._model.name, self._budget.prices
+        name, prices = price_name(self._model), self._budget.prices
         ask, most = partial(self._model.generate, request), prices.most_for_image(name)
         return await self._pay(most, ask, lambda image: prices.image_cost(name), call)
 

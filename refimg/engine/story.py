@@ -51,6 +51,20 @@ def map_paths(
 _logger = logging.getLogger(__name__)
 
 
+def _filled(value: Any, at: str) -> Any:
+    """Return the value without what is None in it, which is warned of."""
+    if isinstance(value, dict):
+        found = {key: _filled(item, f"{at}, {key}") for key, item in value.items()}
+        return {key: item for key, item in found.items() if item is not None}
+    if isinstance(value, (list, tuple)):
+        items = [_filled(item, f"{at}, item {number}") for number, item in enumerate(value, 1)]
+        return type(value)(item for item in items if item is not None)
+    if value is None:
+        _logger.warning("%s has no value and is left out; in YAML a value that begins with # must "
+                        "be in quotes", at)
+    return value
+
+
 class Story(BaseModel, frozen=True, extra="forbid"):
     """Scenes in their order, and what all of them share."""
 
@@ -63,12 +77,12 @@ class Story(BaseModel, frozen=True, extra="forbid"):
     @field_validator("consistency_markers")
     @classmethod
     def _plain_markers(cls, markers: dict[str, Any]) -> dict[str, Any]:
-        """Make every text in the markers plain; two names may not become one."""
+        """Make every text in the markers plain, without what is None; no two names become one."""
         plain = map_texts(markers, visible_text)
         if len(plain) < len(markers):
             raise ValueError("names must be such that a reader can tell them apart, "
                              f"got {list(markers)!r}")
-        return plain
+        return _filled(plain, "consistency_markers")
 
     @field_validator("initial_reference_image", mode="before")
     @classmethod
@@ -111,14 +125,9 @@ class Story(BaseModel, frozen=True, extra="forbid"):
         if not isinstance(fields, dict):
             raise ValueError(f"{source} must be a mapping with `scenes`, got {fields!r:.80}")
         try:
-            story = cls.model_validate(fields)
+            return cls.model_validate(fields)
         except ValidationError as error:
             raise ValueError(f"{source} cannot be read as a story: {cls._faults(error)}") from error
-        for name, value in story.consistency_markers.items():
-            if value is None:
-                _logger.warning("%s: consistency_markers, %s has no value and is left out; in YAML "
-                                "a value that begins with # must be in quotes", source, name)
-        return story
 
     @staticmethod
     def _faults(error: ValidationError) -> str:

@@ -51,15 +51,26 @@ def _loader() -> type:
                     raise yaml.YAMLError(_TWICE.format(key=key.value) + f", again in line {line}")
                 seen |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
                 if isinstance(value, yaml.ScalarNode) and not value.style:
-                    self._warn_of_comment(key, value, line)
+                    self._warn_of_comment(key.value, value.end_mark)
             return super().construct_mapping(node, deep)
 
-        def _warn_of_comment(self, key: Any, value: Any, line: int) -> None:
-            rest = self.buffer[value.end_mark.index :].partition("\n")[0]
-            if lost := re.match(r"\s*#[^\s#].*", rest):
+        def construct_sequence(self, node: Any, deep: bool = False) -> list:
+            """Return the list; in brackets, a comment may stand before an item too."""
+            marks: list[Any] = [item.end_mark for item in node.value]
+            stops: list[Any] = [None] * len(marks)
+            if node.flow_style:
+                marks = [node.start_mark, *marks]
+                stops = [item.start_mark.index for item in node.value] + [node.end_mark.index]
+            for mark, stop in zip(marks, stops, strict=True):
+                self._warn_of_comment("a list", mark, stop)
+            return super().construct_sequence(node, deep)
+
+        def _warn_of_comment(self, name: Any, mark: Any, stop: int | None = None) -> None:
+            rest = self.buffer[mark.index : stop or self.buffer.find("\n", mark.index)]
+            if lost := re.match(r"([\s,\[]*)(#[^\s#].*)", rest):
                 _logger.warning(
-                    "line %d: %s is read without %r, which YAML takes for a comment; put the "
-                    "value in quotes", line, key.value, lost[0].strip().strip("\0"))
+                    "line %d: %s is read without %r, which YAML takes for a comment; put the value "
+                    "in quotes", mark.line + 1 + lost[1].count("\n"), name, lost[2].strip())
 
     return Loader
 

@@ -148,7 +148,7 @@ def load_runs(
     folder: str | Path,  # searched with all folders below it for files of `StoryResult.save`
 ) -> pd.DataFrame:
     """Tabulate every saved result, as `runs_table` does."""
-    folder, results, others = Path(folder), [], []
+    folder, results, others = Path(folder).expanduser(), [], []
     for path in sorted(folder.rglob("*.json")):
         try:
             results.append(StoryResult.load(path))
@@ -376,7 +376,7 @@ async def score_csv(
     """Score the listed images scene by scene, and tabulate them as `runs_table` does."""
     import pandas as pd
 
-    table, rows = _listed_images(Path(csv), Path(folder)), []
+    table, rows = _listed_images(Path(csv).expanduser(), Path(folder).expanduser()), []
     for _, group in table.groupby(["story", "scene"], sort=False):
         paths, text = [Path(path) for path in group["path"]], group["text"].iloc[0]
         scored = await score_images(paths, text, scorers=scorers, weights=weights)

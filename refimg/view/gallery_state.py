@@ -89,7 +89,8 @@ class GalleryState:
         blind: bool = False,  # True: models, scores and ranks are hidden
     ):
         if path is None and not isinstance(source, Story):
-            path = self._place(source) if isinstance(source, StoryResult) else Path(source)
+            path = (self._place(source) if isinstance(source, StoryResult)
+                    else Path(source).expanduser())
         self.path = path
         self.enhancements: list[ImagePromptEnhancementResult] | None = None
         self.prompts: list[str] = []

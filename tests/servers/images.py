@@ -12,7 +12,8 @@ model, upload or output; create if not said), and for one whose body contains `m
 `delayed` waits and then does it, `late` does it and then waits, `lost` does it and hangs up,
 `500-made` does it and says 500.
 What goes wrong later, with the prediction or its output, is told at its create; there `output` is
-what the prediction gives, with "{url}" for its image's address, and `body` that image in base64.
+what the prediction gives, with "{url}" for its image's address and "{path}" for the end of that,
+and `body` that image in base64.
 Images depend on prompt and seed; without a seed, on prompt and the number of the prediction.
 """
 
@@ -251,7 +252,8 @@ class Prediction:
         output = self.fault.get("url") if self.fault.get("fault") == "elsewhere" else None
         output = output or f"{origin}/output/{self.id}.png"
         if "output" in self.fault:
-            output = json.loads(json.dumps(self.fault["output"]).replace("{url}", output))
+            said = json.dumps(self.fault["output"]).replace("{url}", output)
+            output = json.loads(said.replace("{path}", f"output/{self.id}.png"))
         ran = min(self.seconds, (self.stopped or float("inf")) - self.born)
         ran = min(ran, self.cancel_after or ran) if self.expired else ran
         times = {"predict_time": ran, "total_time": ran} if ended else {}
@@ -517,8 +519,11 @@ async def serve(seconds: float, gap: float, skew: float) -> None:
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(asyncio.IncompleteReadError, ConnectionError):
-            while await serve_one(world, await read_request(reader), writer):
-                pass
+            lives = True
+            while lives:
+                request = await read_request(reader)
+                lives = request["headers"].get("connection", "").lower() != "close"
+                lives &= await serve_one(world, request, writer)
         writer.close()
 
     server = await asyncio.start_server(talk, "127.0.0.1", 0, limit=2**24)

@@ -61,8 +61,10 @@ class _Handler(BaseHTTPRequestHandler):
         head = "\r\n".join([f"{self.command} {path} HTTP/1.1", *lines, "Connection: close", "", ""])
         with self._reach(url.hostname, url.port or 80) as target, suppress(OSError):
             target.sendall(head.encode("latin-1") + self.rfile.read(length))
-            target.settimeout(1)
-            while data := target.recv(65536):
+            answer = target.makefile("rb")
+            if status := answer.readline():
+                self.wfile.write(status + b"Connection: close\r\n")
+            while data := answer.read1(65536):
                 self.wfile.write(data)
         self.close_connection = True
 
