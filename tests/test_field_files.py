@@ -412,7 +412,7 @@ def test_a_run_on_a_drive_without_locks_is_refused_unpaid(no_locks, tmp_path, wh
         assert told == "" and calls
     else:
         named, way = {"traces": ("output_dir", "file locks.*disk of this machine"),
-                      "journal": ("journal", "")}[what]
+                      "journal": ("journal", "file locks")}[what]
         assert re.match(f"({named}) must be .*{way}.*{tmp_path}", told) and calls == 0
 
 

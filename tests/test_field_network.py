@@ -497,9 +497,13 @@ def test_an_address_of_one_call_is_no_base_url_of_an_image_server(two, end):
 
 
 async def test_an_address_without_v1_is_hinted_at(two):
-    with pytest.raises(ProviderError, match="ends in /v1"):
-        await OpenAIChat("m", base_url=two[0].origin).reply(ASKED)
-    assert len(two[0].requests()) == 1
+    for path in ("", "/api"):
+        with pytest.raises(ProviderError, match="does not end in /v1"):
+            await OpenAIChat("m", base_url=two[0].origin + path).reply(ASKED)
+    assert len(two[0].requests()) == 2
+    for end in ("/chat/completions", "/v1/chat/completions/", "/v1/completions"):
+        with pytest.raises(ValueError, match="base_url must be the address before"):
+            OpenAIChat("m", base_url=two[0].origin + end)
     two[0].script(["404"])
     with pytest.raises(ProviderError) as caught:
         await chat(two).reply(ASKED)

@@ -60,6 +60,9 @@ def _origin(url: str) -> str:
                          "them: pass the key as api_key")
     if parts.scheme not in ("http", "https") or not host or "%" in host or parts.fragment:
         raise ValueError(f"base_url must be http://host/path or https://host/path, got {url!r}")
+    if call := re.search(r"/(chat/)?completions/?$", parts.path):
+        raise ValueError(f"base_url must be the address before /chat/completions, got one that "
+                         f"ends in {call[0]!r}")
     return f"{parts.scheme}://{parts.hostname}:{port}"
 
 
@@ -207,8 +210,8 @@ def failure(
         wait = _asked_wait(headers, text)
         paid = status >= 500 or status == 408
         return Failure("again", text, wait=wait, throttled=status == 429, paid=paid)
-    if status in (404, 405) and path == "/chat/completions":
-        text = f"{text[:400]}; the base URL has no path, and most servers want one that ends in /v1"
+    if status in (404, 405) and not path.endswith("/v1/chat/completions"):
+        text = f"{text[:400]}; the base URL does not end in /v1, as most servers want it"
     return Failure("never", text)
 
 # %% ../../nbs/adapters/openai.ipynb #2f4048ae

@@ -29,13 +29,8 @@ from refimg.adapters.inputs import (
     read_schema,
 )
 from .network import Transport, check_network, header_value
-from .outputs import logged_seed
-from refimg.adapters.predictions import (
-    Connection,
-    Prediction,
-    PredictionRequest,
-    failure,
-)
+from .outputs import Prediction, logged_seed
+from .predictions import Connection, PredictionRequest, failure
 from .prices import PriceTable, priced_as
 from .retry import Account, Failure, ProviderError
 from ..engine.protocols import Call, GeneratedImage, ImageRequest

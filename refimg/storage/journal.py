@@ -207,8 +207,8 @@ class Journal:
         try:
             await _thread(self.database.check)
         except (OSError, sqlite3.Error) as error:
-            text = f"journal must be a folder that can be written, got {str(self.folder)!r}: "
-            raise ValueError(text + str(error)) from error
+            raise ValueError("journal must be a folder that can be written, on a drive with file "
+                             f"locks, got {str(self.folder)!r}: {error}") from error
 
     async def spent(
         self,
