@@ -722,8 +722,7 @@ CHILD = """
     import asyncio, json, os, signal, sys, time
     from pathlib import Path
     from refimg.generate import GeneratedImage, ImageRequest
-    from refimg.storage import database
-from refimg.storage import journal as module
+    from refimg.storage import journal as module
     from refimg.storage.database import Database
 
     folder, point, scenes = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
