@@ -11,12 +11,14 @@ import platform
 import re
 import secrets
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from filecmp import cmp
 from functools import lru_cache
 from io import BytesIO
 from itertools import count
 from pathlib import Path
+from typing import Any, TypeVar
 from zlib import crc32
 
 from PIL import Image, PngImagePlugin
@@ -173,9 +175,21 @@ def sweep_temporary(
                 path.unlink()
 
 # %% ../../nbs/storage/files.ipynb #c5c7011a
+_T = TypeVar("_T")
+
+
 @lru_cache(maxsize=64)
 def _sweep_hourly(folder: Path, hour: int) -> None:
-    sweep_temporary(folder, ".refimg-*")
+    with suppress(OSError):
+        sweep_temporary(folder, ".refimg-*")
+
+
+def _twice(work: Callable[..., _T], *args: Any, **how: Any) -> _T:
+    """Return what the work gives; where the disk fails, it is done once more."""
+    try:
+        return work(*args, **how)
+    except OSError:
+        return work(*args, **how)
 
 
 def _claim(written: Path, target: Path) -> bool:
@@ -207,15 +221,16 @@ def save_numbered(
     """Return the new file on the disk, `{stem}_v{k}.png` with the smallest free k."""
     folder, stem = Path(os.path.expanduser(folder)), check_stem(stem)
     if not folder.is_dir():
-        make_folder(folder)
+        _twice(make_folder, folder)
     _sweep_hourly(folder, int(time.time() // 3600))
-    written = _write_temporary(folder, data, durable=True)
+    written = _twice(_write_temporary, folder, data, durable=True)
     try:
         numbered = (folder / f"{stem}_v{number}.png" for number in count(first))
         made = next(target for target in numbered
                     if _claim(written, target)
                     or (again and target.is_file() and cmp(written, target, shallow=False)))
     finally:
-        written.unlink(missing_ok=True)
-    sync_folder(folder)
+        with suppress(OSError):  # then it is swept later
+            written.unlink(missing_ok=True)
+    _twice(sync_folder, folder)
     return made
