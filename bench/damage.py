@@ -84,6 +84,14 @@ class Ruin:
         if len(self.whole) != SCENES or None in self.whole + self.others:
             raise RuntimeError("a story on a good disk did not finish")
 
+    def spent(self, **run: Any) -> float:
+        """The USD that a story has spent, by the journal."""
+        journal = Journal(self.folder / "journal")
+        try:
+            return asyncio.run(journal.spent(**run))
+        finally:
+            journal.database._file.close()
+
     def restore(self, how: str) -> None:
         """Makes the folder as it was, with a database that is closed or open."""
         shutil.rmtree(self.folder)

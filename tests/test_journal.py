@@ -380,6 +380,19 @@ async def test_copies_are_read_only_where_the_database_lacks_their_rows(tmp_path
     assert len(read) == 1
 
 
+@pytest.mark.parametrize("facts", [
+    """'{"seed": 7, "cost'""", "'null'", "'[]'", """'{"colour": 1}'""", "CAST(x'ff00fe' AS TEXT)", "7",
+])  # fmt: skip
+async def test_a_row_whose_facts_are_damaged_comes_from_its_copy(tmp_path, caplog, facts):
+    model = Paid(seed=7, cost=0.5)
+    first = await images(tmp_path, model).generate(request())
+    Journal(tmp_path).database.run(f"UPDATE calls SET facts = {facts}")
+    spent = Journal(tmp_path).spent(output_dir=tmp_path / "out", generation_id="run")
+    assert await spent == 0.5
+    assert await images(tmp_path, model).generate(request()) == first and model.calls == 1
+    assert "comes from the copy" in caplog.text
+
+
 LOCK = """
     import sqlite3, sys
     database = sqlite3.connect(sys.argv[1], isolation_level=None)

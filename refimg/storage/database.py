@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -167,6 +168,7 @@ class _File:
         connection = sqlite3.connect(
             self.path, timeout=self._wait, isolation_level=None, check_same_thread=False
         )
+        connection.text_factory = partial(str, encoding="utf-8", errors="replace")
         try:
             connection.execute("PRAGMA synchronous=FULL")
             connection.execute("PRAGMA journal_mode=WAL")
@@ -226,6 +228,15 @@ class _Answers:
         except OSError:
             return None
         return data if hashlib.sha256(data).hexdigest() == name else None
+
+    def cost(self, key: str, facts: str, newest: bool) -> float:
+        """Return the USD in a row, or in its copy if that has more or the row is damaged."""
+        known = []
+        with suppress(ValueError, TypeError, KeyError):
+            known.append(json.loads(facts)["cost"] or 0.0)
+        if (newest or not known) and (row := self.row(key)):
+            known.append(json.loads(row.facts).get("cost") or 0.0)
+        return max(known, default=0.0)
 
     def save(self, row: _Row, data: bytes) -> None:
         """Write an answer, then the copy of its row."""
@@ -295,11 +306,12 @@ class Database:
             rows = self.run(line, entry.key)
         for _, done, result, facts in rows:
             if result and (data := self.answers.read(result)) is not None:
-                return _Row(entry, done, result, facts).answer(kind, data), None
-            if result:
-                _logger.warning("%s: its answer in the journal is damaged, and lost", entry.slot)
+                with suppress(ValueError, TypeError):  # a row with a flipped bit
+                    return _Row(entry, done, result, facts).answer(kind, data), None
         row = self.answers.row(entry.key)
         if row is None or (data := self.answers.read(row.result)) is None:
+            if rows and rows[0][2]:
+                _logger.warning("%s: its answer in the journal is damaged, and lost", entry.slot)
             return None, rows[0][0] if rows else None
         _logger.warning("%s: the journal has lost its row, which comes from the copy", entry.slot)
         with self._tolerant(entry, "cannot be written down"):
@@ -342,9 +354,7 @@ class Database:
         for key, run, slot, facts in rows:
             if name.fullmatch(run):
                 answers = each.setdefault(run, {True: 0.0, False: 0.0})
-                copy = self.answers.row(key) if slot == BUDGET else None  # it may be newer
-                told = (json.loads(text).get("cost") for text in (facts, copy and copy.facts) if text)
-                answers[slot == BUDGET] += max(cost or 0.0 for cost in told)
+                answers[slot == BUDGET] += self.answers.cost(key, facts, slot == BUDGET)
         return math.fsum(max(sums.values()) for sums in each.values())
 
     def check(self) -> None:
