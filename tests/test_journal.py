@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import commit
 from refimg.engine.protocols import Call
 from refimg.enhance import Critique, Message, Reply, Usage
 from refimg.generate import GeneratedImage, ImageRequest, generate_images
@@ -726,6 +727,13 @@ async def test_an_enhancement_again_costs_nothing(tmp_path):
         ends.append(await enhance_prompt_iterative("A keeper", max_iterations=2, **wrapped))
     assert [len(model.calls) for model in agents.values()] == [2, 2]
     assert ends[0].final_prompt == ends[1].final_prompt
+
+
+async def test_the_benchmark_of_commits_sees_every_answer(tmp_path):
+    took = await commit.kept(tmp_path, 12)
+    assert {name: len(seconds) for name, seconds in took.items()} == {
+        "ask": 12, "keep": 12, "fsync": 3}  # fmt: skip
+    assert min(map(min, took.values())) > 0 and len(results(tmp_path)) == 12
 
 
 # killed

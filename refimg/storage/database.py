@@ -84,7 +84,7 @@ class _Row:
         """Write the copy."""
         row = asdict(self)
         data = json.dumps({"row": row, "sha256": digest(row)}).encode()
-        write_atomic(folder / f"{self.entry.key}.json", data, private=True, durable=True)
+        write_atomic(folder / f"{self.entry.key}.json", data, private=True)
 
     @classmethod
     def load(cls, path: Path) -> _Row | None:
