@@ -5,9 +5,9 @@ damaged; then the first story runs again, and the other. `wrong_images` are refe
 image or not those of the undisturbed run, `harmed_others` runs of the other story that failed,
 `failed` those of the first, `repaid` calls that were paid for again, and `unsaid` runs in which
 that happened without a warning that names the journal. `underspent` are runs whose journal knew of
-less money than before the damage, `noisy` those that told of the database more than once. A damaged record must load, or give one
-error that names the file: `unclear_loads` do neither; `loaded_other` loaded and are not what was
-saved.
+less money than before the damage, `noisy` those that told of the database more than once. A damaged
+record must load, or give one error that names the file: `unclear_loads` do neither; `loaded_other`
+loaded and are not what was saved.
 `--quick N` takes every N-th damage.
 """
 

@@ -22,8 +22,8 @@ def ruin(tmp_path_factory) -> Iterator[damage.Ruin]:
 @pytest.mark.parametrize("target, kind", [
     ("journal.db", "zeroed"), ("journal.db", "truncated"), ("journal.db", "deleted"),
     ("journal.db", "emptied"), ("journal.db", "swapped"), ("journal.db-wal", "flipped"),
-    ("journal.db-wal", "truncated"), ("journal.db-wal", "deleted"), ("results", "emptied"), ("images", "truncated"),
-    (damage.RECORD, "text"),
+    ("journal.db-wal", "truncated"), ("journal.db-wal", "deleted"), ("results", "emptied"),
+    ("images", "truncated"), (damage.RECORD, "text"),
 ])  # fmt: skip
 def test_a_damaged_file_harms_no_run_and_no_loss_is_silent(ruin, target, kind):
     found = ruin.damage(target, kind, 1)

@@ -347,6 +347,20 @@ async def test_what_a_run_has_spent_is_known_after_any_damage(tmp_path, caplog, 
     assert "3 of 4 answers were saved" in record.getMessage()
 
 
+async def test_a_damaged_copy_is_told_once(tmp_path, caplog):
+    wrapped = images(tmp_path, Paid())
+    for n in range(2):
+        await wrapped.generate(request(f"s_scene_{n:02d}/v1/a1"))
+    wrapped._journal.database._file.close()
+    (tmp_path / "journal.db").unlink()
+    next((tmp_path / "rows").iterdir()).write_bytes(b"")
+    for _ in range(2):
+        await Journal(tmp_path).check()
+    (record,) = caplog.records
+    assert "1 of 2 answers were saved" in record.getMessage()
+    assert len(list((tmp_path / "rows").glob("*.damaged"))) == 1
+
+
 async def test_a_budget_in_the_log_of_the_database_is_known_without_it(tmp_path):
     run, journal = {"output_dir": tmp_path / "out", "generation_id": "run"}, Journal(tmp_path)
     await journal.check()
@@ -382,7 +396,8 @@ async def test_copies_are_read_only_where_the_database_lacks_their_rows(tmp_path
 
 
 @pytest.mark.parametrize("facts", [
-    """'{"seed": 7, "cost'""", "'null'", "'[]'", """'{"colour": 1}'""", "CAST(x'ff00fe' AS TEXT)", "7",
+    """'{"seed": 7, "cost'""", "'null'", "'[]'", """'{"colour": 1}'""", "7",
+    "CAST(x'ff00fe' AS TEXT)",
 ])  # fmt: skip
 async def test_a_row_whose_facts_are_damaged_comes_from_its_copy(tmp_path, caplog, facts):
     model = Paid(seed=7, cost=0.5)

@@ -233,7 +233,7 @@ class _Answers:
         """Return the USD in a row, or in its copy if that has more or the row is damaged."""
         known = []
         with suppress(ValueError, TypeError, KeyError):
-            known.append(json.loads(facts)["cost"] or 0.0)
+            known.append(float(json.loads(facts)["cost"] or 0.0))
         if (newest or not known) and (row := self.row(key)):
             known.append(json.loads(row.facts).get("cost") or 0.0)
         return max(known, default=0.0)
@@ -255,11 +255,17 @@ class _Answers:
             connection.execute("BEGIN IMMEDIATE")
             found = dict(connection.execute(_RESULTS))
             for key, row in rows.items():
-                if row and not found.get(key):
+                if found.get(key):  # another process was sooner
+                    continue
+                if row:
                     connection.execute(_KEEP, row.values)
                 if row is None or (key not in found and row.entry.slot != BUDGET):
                     lost.add(key)
             connection.execute("COMMIT")
+        for path in (self.copies / f"{key}.json" for key in lost if rows[key] is None):
+            with suppress(OSError):
+                path.read_bytes()  # a disk that fails is no damage
+                path.replace(path.with_suffix(".damaged"))
         if lost or self.damage:
             text = ("the journal's database %s; %d of %d answers were saved, and calls under way "
                     "are forgotten")
