@@ -409,6 +409,18 @@ async def test_a_row_whose_facts_are_damaged_comes_from_its_copy(tmp_path, caplo
     assert "comes from the copy" in caplog.text
 
 
+@pytest.mark.parametrize("column", ["output_dir", "generation_id", "slot", "key", "facts"])
+async def test_a_flipped_bit_hides_no_money_and_no_answer(tmp_path, caplog, column):
+    model, run = Paid(cost=0.5), {"output_dir": tmp_path / "out", "generation_id": "run"}
+    first = await images(tmp_path, model).generate(request())
+    change = f"UPDATE calls SET {column} = replace({column}, '0.5', '0.1') || ' '"
+    Journal(tmp_path).database.run(change)
+    assert await Journal(tmp_path).spent(**run) == (1.0 if column == "key" else 0.5)
+    again = await images(tmp_path, model).generate(request())
+    assert again.data == first.data and model.calls == 1
+    assert len(caplog.records) == (column != "facts")
+
+
 LOCK = """
     import sqlite3, sys
     database = sqlite3.connect(sys.argv[1], isolation_level=None)
@@ -943,9 +955,9 @@ async def test_a_forked_process_may_use_it(tmp_path):
     if pid == 0:
         code = 1
         try:
-            own.database.run("UPDATE calls SET slot = 'child'")
+            own.database.run("UPDATE calls SET prediction = 'child'")
             code = 0
         finally:
             os._exit(code)
     assert os.waitpid(pid, 0)[1] == 0
-    assert own.database.run("SELECT slot FROM calls") == [("child",)]
+    assert own.database.run("SELECT prediction FROM calls") == [("child",)]

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,7 @@ _KEEP = """INSERT INTO calls
     ON CONFLICT (key) DO UPDATE
     SET done = excluded.done, result = excluded.result, facts = excluded.facts"""
 _COLUMNS = "SELECT count(*) FROM pragma_table_info('calls')"
-_RESULTS = "SELECT key, result FROM calls"
+_CALLS = "SELECT key, result, output_dir, generation_id, slot, model, request FROM calls"
 _DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 _BUSY, _AGAIN = 30.0, 0.02  # seconds to wait for another process, and to the next try
 _BRIEF = 1.0  # seconds to wait once another process was waited for in vain
@@ -210,6 +210,13 @@ if hasattr(os, "register_at_fork"):
 
 
 # %% ../../nbs/storage/database.ipynb #jdb00003
+def _sound(connection: sqlite3.Connection) -> dict[str, str | None]:
+    """Return the result of each row whose key is that of its call; None: it has none yet."""
+    names = [field.name for field in fields(Entry)]
+    return {key: result for key, result, *call in connection.execute(_CALLS)
+            if digest(dict(zip(names, call, strict=True))) == key}
+
+
 class _Answers:
     """The answers as files, and the copies of their rows, which the database is built from."""
 
@@ -229,14 +236,13 @@ class _Answers:
             return None
         return data if hashlib.sha256(data).hexdigest() == name else None
 
-    def cost(self, key: str, facts: str, newest: bool) -> float:
+    def cost(self, key: str, facts: str) -> float:
         """Return the USD in a row, or in its copy if that has more or the row is damaged."""
-        known = []
-        with suppress(ValueError, TypeError, KeyError):
-            known.append(float(json.loads(facts)["cost"] or 0.0))
-        if (newest or not known) and (row := self.row(key)):
-            known.append(json.loads(row.facts).get("cost") or 0.0)
-        return max(known, default=0.0)
+        copy, known = self.row(key), [0.0]
+        for text in (facts, copy and copy.facts):
+            with suppress(ValueError, TypeError, KeyError):
+                known.append(float(json.loads(text)["cost"] or 0.0))
+        return max(known)
 
     def save(self, row: _Row, data: bytes) -> None:
         """Write an answer, then the copy of its row."""
@@ -247,17 +253,19 @@ class _Answers:
     def restore(self, connection: sqlite3.Connection) -> None:
         """Add the rows that only the copies have, and say what had been lost."""
         names = {path.stem for path in self.copies.glob("*.json")}
-        names -= {key for key, result in connection.execute(_RESULTS) if result}
+        names -= {key for key, result in _sound(connection).items() if result}
         rows = {key: self.row(key) for key in names}
         whole = {key for key, row in rows.items() if row and self.read(row.result) is not None}
         lost = set()
         if rows:
             connection.execute("BEGIN IMMEDIATE")
-            found = dict(connection.execute(_RESULTS))
+            found = _sound(connection)
             for key, row in rows.items():
                 if found.get(key):  # another process was sooner
                     continue
                 if row:
+                    if key not in found:  # a row that is there has a flipped bit
+                        connection.execute("DELETE FROM calls WHERE key = ?", (key,))
                     connection.execute(_KEEP, row.values)
                 if row is None or (key not in found and row.entry.slot != BUDGET):
                     lost.add(key)
@@ -360,7 +368,7 @@ class Database:
         for key, run, slot, facts in rows:
             if name.fullmatch(run):
                 answers = each.setdefault(run, {True: 0.0, False: 0.0})
-                answers[slot == BUDGET] += self.answers.cost(key, facts, slot == BUDGET)
+                answers[slot == BUDGET] += self.answers.cost(key, facts)
         return math.fsum(max(sums.values()) for sums in each.values())
 
     def check(self) -> None:
