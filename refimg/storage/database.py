@@ -239,7 +239,7 @@ class _Answers:
     def cost(self, key: str, facts: str) -> float:
         """Return the USD in a row, or in its copy if that has more or the row is damaged."""
         copy, known = self.row(key), [0.0]
-        for text in (facts, copy and copy.facts):
+        for text in (facts, copy.facts if copy else ""):
             with suppress(ValueError, TypeError, KeyError):
                 known.append(float(json.loads(text)["cost"] or 0.0))
         return max(known)
