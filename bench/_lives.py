@@ -25,6 +25,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SCENES, VARIATIONS, ITERATIONS, SECONDS = 2, 2, 1, 0.02
+ANSWER, IMAGE = 0.001, 0.04  # USD
 LIMIT = 90  # seconds for one life
 PARTS = (".part", ".tmp")  # how the names of half-written files end
 
@@ -76,8 +77,9 @@ class Chat:
         await asyncio.sleep(SECONDS)
         self.bill.write("paid", call)
         if self.role == "critic":
-            return Reply(text=critique(90, critique=f"as scripted {call}"))
-        return Reply(text=f"A keeper in a red coat on a stair, wide shot, {call}")
+            return Reply(text=critique(90, critique=f"as scripted {call}"), cost=ANSWER)
+        text = f"A keeper in a red coat on a stair, wide shot, {call}"
+        return Reply(text=text, cost=ANSWER)
 
 
 class Images:
@@ -93,7 +95,8 @@ class Images:
         from refimg.generate import GeneratedImage
         from tests.servers.images import draw
 
-        return GeneratedImage(data=draw({"prompt": call, "seed": 1}, 1), provider_id=call)
+        data = draw({"prompt": call, "seed": 1}, 1)
+        return GeneratedImage(data=data, provider_id=call, cost=IMAGE)
 
     async def generate(self, request: Any, *, call: Any = None) -> Any:
         """Returns an image, paid for."""
@@ -126,15 +129,18 @@ def live(job: dict[str, Any]) -> dict[str, Any]:
     if shim:
         arm(folder, **shim)
     found: dict[str, Any] = {"warnings": texts}
+    journal, name = Journal(folder / "journal"), job.get("id", "story")
+    where = {"output_dir": folder / "images", "generation_id": name}
     try:
+        if job.get("spent"):
+            found["spent"] = asyncio.run(journal.spent(**where))
         told = [Scene(prompt=f"{job.get('text', 'a keeper')}, scene {n + 1}")
                 for n in range(SCENES)]
         pipeline = Pipeline(
             director=Chat("director", bill), critic=Chat("critic", bill), image_model=Images(bill),
             scorers=[FakeScorer()], num_variations=VARIATIONS, quality_threshold=0, seed=11,
-            max_enhancement_iterations=ITERATIONS, journal=Journal(folder / "journal"))
-        result = asyncio.run(pipeline.run(Story(scenes=told), output_dir=folder / "images",
-                                          generation_id=job.get("id", "story")))
+            max_enhancement_iterations=ITERATIONS, journal=journal)
+        result = asyncio.run(pipeline.run(Story(scenes=told), **where))
         found |= {"end": "finished", "references": [str(path) for path in result.references],
                   "record": result.model_dump_json()}
         if where := job.get("save"):

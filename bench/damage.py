@@ -4,15 +4,17 @@ Two stories are in one journal. A file of it, of its answers or of the first sto
 damaged; then the first story runs again, and the other. `wrong_images` are references that are no
 image or not those of the undisturbed run, `harmed_others` runs of the other story that failed,
 `failed` those of the first, `repaid` calls that were paid for again, and `unsaid` runs in which
-that happened without a warning that names the journal. A damaged record must load, or give one
-error that names the file: `unclear_loads` do neither; `loaded_other` loaded and are not what was
-saved.
+that happened without a warning that names the journal. `underspent` are runs whose journal knew of
+less money than before the damage, `noisy` those that told of the database more than once, or of
+more rows than had a flipped bit. A damaged record must load, or give one error that names the file:
+`unclear_loads` do neither; `loaded_other` loaded and are not what was saved.
 `--quick N` takes every N-th damage.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import random
 import shutil
@@ -29,12 +31,14 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # bench/statistics.py
 
 from bench._lives import SCENES, Lives, bill_of, pictures
 from refimg import StoryResult
+from refimg.storage.journal import Journal
 
 LONG = True
 OTHER = {"id": "other", "text": "a diver"}
 SOME = ("zeroed", "truncated", "flipped")  # these are repeated at other places
 KINDS = (*SOME, "appended", "emptied", "text", "deleted", "swapped")
 RECORD = "run.json"
+BOOKED = 1.5  # USD that the budget of a story wrote down, more than its answers cost
 
 
 def damaged(data: bytes, kind: str, number: int, other: bytes) -> bytes | None:
@@ -69,13 +73,14 @@ class Ruin:
     """A folder with two stories, that is made whole again before each damage."""
 
     def __init__(self, folder: Path, lives: Lives):
-        self.folder, self.lives, self.life = folder / "here", lives, 2
+        self.folder, self.lives, self.life, self.flips = folder / "here", lives, 2, 0
         self.folder.mkdir(parents=True)
         self.database = self.folder / "journal" / "journal.db"
         self.others = pictures(lives.live(self.folder, **OTHER))
         with closing(sqlite3.connect(self.database)) as held:  # so that there stays a WAL
             held.execute("SELECT count(*) FROM sqlite_master").fetchall()
             self.whole = pictures(lives.live(self.folder, save=str(self.folder / RECORD)))
+            self.spent = asyncio.run(self.booked())
             shutil.copytree(self.folder, folder / "open")
         shutil.copytree(self.folder, folder / "closed")
         self.bill = bill_of(self.folder).path.read_bytes()
@@ -83,6 +88,17 @@ class Ruin:
         self.record = StoryResult.load(self.folder / RECORD)
         if len(self.whole) != SCENES or None in self.whole + self.others:
             raise RuntimeError("a story on a good disk did not finish")
+
+    async def booked(self) -> dict[str, float]:
+        """What each story has spent, once the budget of the first has written down its sum."""
+        journal, known = Journal(self.folder / "journal"), {}
+        where = {"output_dir": self.folder / "images"}
+        await journal.check()
+        await journal.book(BOOKED, generation_id="story", **where)
+        for name in ("story", OTHER["id"]):
+            known[name] = await journal.spent(generation_id=name, **where)
+        journal.database._file.close()
+        return known
 
     def restore(self, how: str) -> None:
         """Makes the folder as it was, with a database that is closed or open."""
@@ -111,7 +127,7 @@ class Ruin:
             path.unlink()
         else:
             path.write_bytes(data)
-        found = [("damages", "")]
+        found, self.flips = [("damages", "")], 1 + number % 8 if kind == "flipped" else 0
         return found + (self.loaded(path) if name == RECORD else [*self.again(), *self.beside()])
 
     def loaded(self, path: Path) -> list[tuple[str, str]]:
@@ -128,8 +144,14 @@ class Ruin:
     def run(self, wanted: list, failed: str, **job: Any) -> list[tuple[str, str]]:
         """What comes of a story that runs again."""
         self.life += 1
-        made = self.lives.live(self.folder, life=self.life, **job)
+        made = self.lives.live(self.folder, life=self.life, spent=True, **job)
         found, images, bill = [], pictures(made), bill_of(self.folder)
+        known, before = made.get("spent", 0.0), self.spent[job.get("id", "story")]
+        if known < before:
+            found.append(("underspent", f"{known} of {before}"))
+        told = [text for text in made["warnings"] if "database" in text or "the copy" in text]
+        if len(told) > 1 + self.flips:
+            found.append(("noisy", str(told)[:300]))
         if len(images) != SCENES:
             found.append((failed, made.get("text", made["end"])[:300]))
         for number, image in enumerate(images):
@@ -150,8 +172,8 @@ class Ruin:
         return self.run(self.others, "harmed_others", **OTHER)
 
 
-NAMES = ("damages", "wrong_images", "harmed_others", "failed", "unsaid", "repaid", "unclear_loads",
-         "loaded_other")
+NAMES = ("damages", "wrong_images", "harmed_others", "failed", "unsaid", "repaid", "underspent",
+         "noisy", "unclear_loads", "loaded_other")
 
 
 def measure(folder: Path, wanted: list[tuple[str, str, int]]) -> tuple[dict[str, int], list[str]]:

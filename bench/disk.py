@@ -9,7 +9,9 @@ by the second run, `repaid_unsaid` those of them without a warning that names th
 
 The power cuts end the process before a call. `kill` keeps all that was written, `cut` all names but
 only contents that were synced, `strict` only names whose folder was synced too. `repaid` are calls
-whose answer had come more than 100 ms before, `repaid_late` the others.
+whose answer had come more than 100 ms before, `repaid_late` the others. `returned` runs are cut off
+after they have returned and their record was saved: `cut_lost` and `strict_lost` are images and
+records that were not whole then.
 `--quick N` takes N points for each error and N power cuts; without it, every call and 120.
 """
 
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import hashlib
 import itertools
 import json
 import shutil
@@ -33,6 +36,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # bench/statistics.py
 
 from bench import _lives
 from bench._lives import SCENES, Lives, bill_of, leftovers, pictures
+from refimg import StoryResult
 
 LONG = True
 ERRORS = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO, "EMFILE": errno.EMFILE}
@@ -231,8 +235,38 @@ def cut(bench: Bench, lives: Lives, folder: Path, at: int) -> list[tuple]:
     return found
 
 
+def returned(bench: Bench, lives: Lives, folder: Path, number: int) -> list[tuple]:
+    """What is to be counted of power that goes once a run has returned and its record is saved."""
+    kept, dead = (folder.with_name(f"{folder.name}.{kind}") for kind in ("record", "dead"))
+    kept.mkdir()
+    saved = folder / "records" / "run.json"
+    bench.checked(lives.live(folder, shim={"record": str(kept)}, save=str(saved),
+                             text=f"a keeper at door {number}"))
+    found, (known, _) = [("returned", "")], ids(kept)
+    folder.rename(dead)
+    for how in CUTS[1:]:
+        shutil.rmtree(folder, ignore_errors=True)
+        if how == "cut":
+            without_unsynced(dead, kept, known, folder)
+        else:
+            only_synced(kept, "1", folder)
+        try:
+            scenes = StoryResult.load(saved).scenes
+        except (OSError, ValueError) as error:
+            found.append((f"{how}_lost", f"the record: {error!r:.200}"))
+            continue
+        for image in (made.image for scene in scenes for made in scene.variations):
+            path = image.image_path
+            if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != image.sha256:
+                found.append((f"{how}_lost", path.name))
+    shutil.rmtree(dead)
+    shutil.rmtree(kept)
+    return found
+
+
 FAILED = ("runs", "finished", "clear_errors", "unclear", "broken", "unused", "unkept", "repaid",
           "repaid_unsaid", "second_failed", "leftovers")
+LOST = ("returned", "cut_lost", "strict_lost")
 AFTER = ("finished", "failed", "alike", "repaid", "repaid_late", "leftovers")
 
 
@@ -243,9 +277,11 @@ def measure(folder: Path, points: int | None, cuts: int) -> tuple[dict[str, int]
                for at in spread(bench.calls[name], points)]
     counts, said = bench.all(fail, failing)
     cutting, more = bench.all(cut, [(at,) for at in spread(bench.calls[""], cuts)])
+    ended, rest = bench.all(returned, [(n,) for n in range(1 + cuts // 12)])
     names = ["cuts", *(f"{how}_{key}" for how in CUTS for key in AFTER)]
     result = {"calls": bench.calls[""]} | {key: counts[key] for key in FAILED}
-    return result | {key: cutting[key] for key in names}, said + more
+    result |= {key: cutting[key] for key in names} | {key: ended[key] for key in LOST}
+    return result, said + more + rest
 
 
 def main() -> None:

@@ -36,6 +36,7 @@ from refimg.storage.files import (
     check_stem,
     decode_image,
     encode_png,
+    make_folder,
     read_image,
     save_numbered,
 )
@@ -320,7 +321,7 @@ async def generate_images(
     def look_at_files() -> tuple[tuple[Path, ...], Path]:
         paths, folder = check_references(given), Path(os.path.expanduser(output_dir)).resolve()
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
         except OSError as error:
             got = f"{str(output_dir)!r}: {error}"
             raise ValueError(f"output_dir must be a writable folder, got {got}") from error

@@ -49,12 +49,17 @@ def test_after_a_power_cut_the_same_run_goes_on(bench, lives):
     assert sorted(keys) == sorted(wanted), found
 
 
+def test_what_a_run_has_returned_outlasts_a_power_cut(bench, lives):
+    assert disk.returned(bench, lives, bench.fresh(), 1) == [("returned", "")]
+
+
 @pytest.mark.all
 @pytest.mark.slow
 def test_a_sample_of_bad_disks_and_power_cuts(tmp_path):
     result, said = disk.measure(tmp_path.resolve(), points=10, cuts=12)
-    wrong = {key for key in result if key.rpartition("_")[2] in ("failed", "leftovers", "repaid")
-             and key != "repaid"} | set(WRONG)
+    ends = ("failed", "leftovers", "repaid", "lost")
+    wrong = {key for key in result if key.rpartition("_")[2] in ends and key != "repaid"}
+    wrong |= set(WRONG)
     assert {key: result[key] for key in wrong if result[key]} == {}, "\n".join(said)
     assert result["finished"] + result["clear_errors"] == result["runs"] == 60
     for how in disk.CUTS:

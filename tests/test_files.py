@@ -1,8 +1,10 @@
 """Names, pictures out and numbers, where the names are hostile and the writers many."""
 
+import contextlib
 import errno
 import io
 import os
+import stat
 import subprocess
 import sys
 import threading
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from refimg.storage import images
+from refimg.storage import files, images
 from refimg.storage.files import (
     check_id,
     check_stem,
@@ -274,6 +276,72 @@ def test_old_temporary_files_go_and_young_ones_and_others_stay(tmp_path):
     save_numbered(b"x", tmp_path, "s")
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {".refimg-young.tmp", ".other-old", "refimg-old", ".refimg-folder", "s_v1.png"}
+
+
+def dead_process() -> int:
+    """The number of a process that has just ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere only the age counts")
+@pytest.mark.parametrize("whose, goes", [
+    ("dead", True), ("own", False), ("living", False), ("elsewhere", False),
+    ("other namespace", False), ("odd name", False),
+])  # fmt: skip
+def test_what_a_dead_process_left_is_swept_at_once(tmp_path, whose, goes):
+    here, number = files._system(), dead_process()
+    space = here.partition("-")[2]
+    name = {
+        "dead": f"{here}-{number}", "own": f"{here}-{os.getpid()}", "living": f"{here}-1",
+        "elsewhere": f"{int(here[:8], 16) ^ 1:08x}-{space}-{number}",
+        "other namespace": f"{here}1-{number}", "odd name": f"{here}-{number}-x",
+    }[whose]  # fmt: skip
+    young, old = (tmp_path / f".refimg-{name}-{k * 16}.tmp" for k in "0a")
+    for path in (young, old):
+        path.touch()
+    os.utime(old, (0, 0))
+    files.sweep_temporary(tmp_path, ".refimg-*")
+    assert [path.exists() for path in (young, old)] == [not goes, False]
+
+
+@pytest.mark.parametrize("call", ["fsync", "open", "mkdir"])
+def test_an_image_is_written_though_the_disk_fails_once(tmp_path, monkeypatch, call):
+    inner, failed = getattr(os, call), []
+
+    def once(*args, **how):
+        if not failed:
+            failed.append(call)
+            raise OSError(5, "Input/output error")
+        return inner(*args, **how)
+
+    monkeypatch.setattr(os, call, once)
+    made = save_numbered(b"x", tmp_path / "new" / "folder", "s")
+    assert failed and made.read_bytes() == b"x" and list(made.parent.iterdir()) == [made]
+
+
+def test_an_image_is_on_the_disk_before_its_name_counts(tmp_path, monkeypatch):
+    told, inner = [], {name: getattr(os, name) for name in ("fsync", "link")}
+
+    def fsync(number):
+        told.append("folder" if stat.S_ISDIR(os.fstat(number).st_mode) else "file")
+        inner["fsync"](number)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "link", lambda *paths: told.append("name") or inner["link"](*paths))
+    save_numbered(b"x", tmp_path, "s")
+    assert told == ["file", "name", "folder"]
+
+
+@pytest.mark.parametrize("number, raises", [(errno.EINVAL, False), (errno.EIO, True)])
+def test_a_drive_that_cannot_sync_a_folder_is_no_error(tmp_path, monkeypatch, number, raises):
+    def fails(_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(OSError) if raises else contextlib.nullcontext():
+        files.sync_folder(tmp_path)
 
 
 def test_a_crash_between_writing_and_naming_leaves_one_temporary_file(tmp_path):

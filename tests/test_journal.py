@@ -20,11 +20,13 @@ from pathlib import Path
 
 import pytest
 
+from bench import commit
 from refimg.engine.protocols import Call
 from refimg.enhance import Critique, Message, Reply, Usage
 from refimg.generate import GeneratedImage, ImageRequest, generate_images
+from refimg.storage import database
 from refimg.storage import journal as module
-from refimg.storage.database import Database, _File
+from refimg.storage.database import Database, _File, _Row
 from refimg.storage.journal import Journal, default_folder
 from tests.fakes import FakeChat, FakeImages, critic, director
 
@@ -320,8 +322,168 @@ async def test_a_damaged_database_is_built_again_and_nothing_is_paid_again(
                               "short": data[: len(data) // 2]}[damage])
     again = [await images(tmp_path, model).generate(request(slot)) for slot in slots]
     assert again == first and model.calls == 30
-    assert caplog.records and all(record.levelname == "WARNING" for record in caplog.records)
-    assert damage in ("empty", "gone") or list(tmp_path.glob("journal.db.damaged-*"))
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and "30 of 30 answers were saved" in record.getMessage()
+    assert (damage in ("empty", "gone")) is not bool(list(tmp_path.glob("journal.db.damaged-*")))
+
+
+@pytest.mark.parametrize("damage", ["text", "empty", "gone"])
+async def test_what_a_run_has_spent_is_known_after_any_damage(tmp_path, caplog, damage):
+    run = {"output_dir": tmp_path / "out", "generation_id": "run"}
+    journal, slots = Journal(tmp_path), [f"s_scene_{n:02d}/v1/a1" for n in range(4)]
+    wrapped = journal.images(Paid(cost=0.5), **run)
+    for slot in slots:
+        await wrapped.generate(request(slot))
+    for usd in (1.75, 2.25):
+        await journal.book(usd, **run)
+    journal.database._file.close()
+    (tmp_path / "journal.db").write_bytes(b"no database" * 100 if damage == "text" else b"")
+    if damage == "gone":
+        (tmp_path / "journal.db").unlink()
+    lost, *_ = (path for path in results(tmp_path) if path.read_bytes() == b"image 1")
+    lost.unlink()
+    assert await Journal(tmp_path).spent(**run) == await Journal(tmp_path).spent(**run) == 2.25
+    (record,) = caplog.records
+    assert "3 of 4 answers were saved" in record.getMessage()
+
+
+async def test_a_damaged_copy_is_told_once(tmp_path, caplog):
+    wrapped = images(tmp_path, Paid())
+    for n in range(2):
+        await wrapped.generate(request(f"s_scene_{n:02d}/v1/a1"))
+    wrapped._journal.database._file.close()
+    (tmp_path / "journal.db").unlink()
+    next((tmp_path / "rows").iterdir()).write_bytes(b"")
+    for _ in range(2):
+        await Journal(tmp_path).check()
+    (record,) = caplog.records
+    assert "1 of 2 answers were saved" in record.getMessage()
+    assert len(list((tmp_path / "rows").glob("*.damaged"))) == 1
+
+
+async def test_a_budget_in_the_log_of_the_database_is_known_without_it(tmp_path):
+    run, journal = {"output_dir": tmp_path / "out", "generation_id": "run"}, Journal(tmp_path)
+    await journal.check()
+    await journal.book(1.0, **run)
+    journal.database._file.close()
+    old = (tmp_path / "journal.db").read_bytes()
+    await journal.book(2.0, **run)
+    journal.database._file.close()
+    (tmp_path / "journal.db").write_bytes(old)
+    assert await Journal(tmp_path).spent(**run) == 2.0
+
+
+async def test_an_answer_whose_row_a_kill_cut_off_is_no_loss(tmp_path, caplog):
+    wrapped = images(tmp_path, Paid(cost=0.5))
+    await wrapped.generate(request())
+    wrapped._journal.database.run("UPDATE calls SET done = NULL, result = NULL, facts = NULL")
+    spent = Journal(tmp_path).spent(output_dir=tmp_path / "out", generation_id="run")
+    assert await spent == 0.5 and not caplog.records
+
+
+async def test_copies_are_read_only_where_the_database_lacks_their_rows(tmp_path, monkeypatch):
+    wrapped = images(tmp_path, Paid())
+    for n in range(3):
+        await wrapped.generate(request(f"s_scene_{n:02d}/v1/a1"))
+    await wrapped._journal.book(1.0, output_dir=tmp_path, generation_id="other")
+    read, load = [], _Row.load
+    monkeypatch.setattr(_Row, "load", lambda path: read.append(path) or load(path))
+    await Journal(tmp_path).check()
+    assert read == []
+    wrapped._journal.database.run("DELETE FROM calls WHERE slot GLOB '*_00/*'")
+    await Journal(tmp_path).check()
+    assert len(read) == 1
+
+
+@pytest.mark.parametrize("facts", [
+    """'{"seed": 7, "cost'""", "'null'", "'[]'", """'{"colour": 1}'""", "7",
+    "CAST(x'ff00fe' AS TEXT)",
+])  # fmt: skip
+async def test_a_row_whose_facts_are_damaged_comes_from_its_copy(tmp_path, caplog, facts):
+    model = Paid(seed=7, cost=0.5)
+    first = await images(tmp_path, model).generate(request())
+    Journal(tmp_path).database.run(f"UPDATE calls SET facts = {facts}")
+    spent = Journal(tmp_path).spent(output_dir=tmp_path / "out", generation_id="run")
+    assert await spent == 0.5
+    assert await images(tmp_path, model).generate(request()) == first and model.calls == 1
+    assert "comes from the copy" in caplog.text
+
+
+@pytest.mark.parametrize("column", ["output_dir", "generation_id", "slot", "key", "facts"])
+async def test_a_flipped_bit_hides_no_money_and_no_answer(tmp_path, caplog, column):
+    model, run = Paid(cost=0.5), {"output_dir": tmp_path / "out", "generation_id": "run"}
+    first = await images(tmp_path, model).generate(request())
+    change = f"UPDATE calls SET {column} = replace({column}, '0.5', '0.1') || ' '"
+    Journal(tmp_path).database.run(change)
+    assert await Journal(tmp_path).spent(**run) == (1.0 if column == "key" else 0.5)
+    again = await images(tmp_path, model).generate(request())
+    assert again.data == first.data and model.calls == 1
+    assert len(caplog.records) == (column != "facts")
+
+
+LOCK = """
+    import sqlite3, sys
+    database = sqlite3.connect(sys.argv[1], isolation_level=None)
+    database.execute("BEGIN EXCLUSIVE")
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def locked():
+    """Locks a database from another process, until it is called again or the test ends."""
+    running = []
+
+    def lock(path: Path) -> subprocess.Popen:
+        command = [sys.executable, "-c", textwrap.dedent(LOCK), str(path)]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        running.append(process)
+        assert process.stdout.readline() == b"locked\n"
+        return process
+
+    yield lock
+    for process in running:
+        process.communicate()
+
+
+async def test_an_answer_is_used_while_another_process_holds_the_journal(
+    tmp_path, monkeypatch, caplog, locked
+):
+    class Locking(Paid):
+        async def generate(self, request):
+            await asyncio.to_thread(locked, tmp_path / "journal.db")
+            return await super().generate(request)
+
+    monkeypatch.setattr(database, "_BUSY", 0.2)
+    wrapped = images(tmp_path, Locking())
+    assert (await wrapped.generate(request())).data == b"image 1"
+    (record,) = caplog.records
+    assert "has an answer that is not in the journal" in record.getMessage()
+    assert "locked" in record.getMessage()
+
+
+async def test_another_process_is_waited_for_in_vain_once(tmp_path, monkeypatch, locked):
+    waits, connect = [], sqlite3.connect
+
+    def connecting(*args, timeout, **how):
+        waits.append(timeout)
+        return connect(*args, timeout=timeout, **how)
+
+    monkeypatch.setattr(database, "_BUSY", 0.2)
+    monkeypatch.setattr(database, "_BRIEF", 0.1)
+    wrapped = images(tmp_path, Paid())
+    await wrapped._journal.check()
+    monkeypatch.setattr(sqlite3, "connect", connecting)
+    holder = locked(tmp_path / "journal.db")
+    for n in range(2):
+        await wrapped.generate(request(f"s_scene_{n:02d}/v1/a1"))
+    assert 0.1 in waits and 0.2 not in waits[waits.index(0.1) :]
+    holder.communicate()
+    waits.clear()
+    for n in range(2, 4):
+        await wrapped.generate(request(f"s_scene_{n:02d}/v1/a1"))
+    assert waits[-1] == 0.2
 
 
 async def test_a_lost_log_of_the_database_loses_no_answer(tmp_path, caplog):
@@ -335,6 +497,14 @@ async def test_a_lost_log_of_the_database_loses_no_answer(tmp_path, caplog):
     (copy / "journal.db-shm").unlink()
     again = Journal(copy).images(model, output_dir=tmp_path / "out", generation_id="run")
     assert await again.generate(request()) == first and model.calls == 0
+    assert "1 of 1 answers were saved" in caplog.text
+
+
+async def test_a_row_that_is_lost_meanwhile_comes_from_its_copy(tmp_path, caplog):
+    wrapped = images(tmp_path, Paid())
+    first = await wrapped.generate(request())
+    wrapped._journal.database.run("DELETE FROM calls")
+    assert await wrapped.generate(request()) == first
     assert "comes from the copy" in caplog.text
 
 
@@ -586,6 +756,13 @@ async def test_an_enhancement_again_costs_nothing(tmp_path):
     assert ends[0].final_prompt == ends[1].final_prompt
 
 
+async def test_the_benchmark_of_commits_sees_every_answer(tmp_path):
+    took = await commit.kept(tmp_path, 12)
+    assert {name: len(seconds) for name, seconds in took.items()} == {
+        "ask": 12, "keep": 12, "fsync": 3}  # fmt: skip
+    assert min(map(min, took.values())) > 0 and len(results(tmp_path)) == 12
+
+
 # killed
 
 
@@ -778,9 +955,9 @@ async def test_a_forked_process_may_use_it(tmp_path):
     if pid == 0:
         code = 1
         try:
-            own.database.run("UPDATE calls SET slot = 'child'")
+            own.database.run("UPDATE calls SET prediction = 'child'")
             code = 0
         finally:
             os._exit(code)
     assert os.waitpid(pid, 0)[1] == 0
-    assert own.database.run("SELECT slot FROM calls") == [("child",)]
+    assert own.database.run("SELECT prediction FROM calls") == [("child",)]

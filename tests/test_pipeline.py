@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import errno
 import hashlib
 import logging
+import os
 import re
 import threading
 from pathlib import Path
@@ -970,6 +972,28 @@ async def test_a_picture_keeps_its_place_when_a_journaled_run_goes_on(run, tmp_p
               for path in (tmp_path / "images").iterdir()}
     assert shades == {"x_scene_01_v1.png": 1, "x_scene_01_v2.png": 2}
     assert len(whole.requests) == 1
+
+
+@pytest.mark.parametrize("kind", ["file in the way", "read-only place"])
+async def test_a_journal_that_cannot_be_is_refused_before_anything_is_asked(
+    run, tmp_path, monkeypatch, kind
+):
+    place, mkdir = tmp_path / "place", os.mkdir
+
+    def refusing(path, *args, **how):
+        if place in Path(path).parents:
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        mkdir(path, *args, **how)
+
+    if kind == "file in the way":
+        place.write_text("a file")
+    else:
+        monkeypatch.setattr(os, "mkdir", refusing)
+    pipeline = a_pipeline(journal=Journal(place / "journal"))
+    with pytest.raises(ValueError, match="journal must be a folder that can be written"):
+        await run(pipeline)
+    assert pipeline.director.calls == pipeline.critic.calls == pipeline.image_model.requests == []
+    assert [path for path in tmp_path.iterdir() if path != place] == []
 
 
 @pytest.mark.parametrize("price", [0.25, None])

@@ -187,6 +187,27 @@ def test_a_run_killed_while_opening_blocks_and_leaves_nothing(output):
     assert list(output.parent.iterdir()) == []
 
 
+@pytest.mark.parametrize("foreign", [
+    None, "notes.md", "scene_1/photo.png", "scene_1/more/x_trace.json", "pictures/00_a.txt",
+])  # fmt: skip
+def test_a_tree_whose_marker_was_cut_off_is_taken_over_where_all_is_ours(output, root, foreign):
+    tree = TraceTree.open(output, "a")
+    for name in ("00_original_prompt.txt", "final_enhanced_prompt.txt", "generation_trace.json"):
+        write_trace(tree.scene(1), name, "x")
+    tree.close(keep=True)
+    (root / "a" / ".refimg-trace").write_bytes(b"")
+    if foreign:
+        (root / "a" / foreign).parent.mkdir(exist_ok=True)
+        (root / "a" / foreign).write_text("precious")
+        before = snapshot(root)
+        with pytest.raises(ValueError, match="was not made by refimg"):
+            TraceTree.open(output, "a")
+        assert snapshot(root) == before
+    else:
+        TraceTree.open(output, "a").close()
+        assert not root.exists()
+
+
 def test_what_other_names_left_half_removed_goes_after_an_hour(output, root):
     young, old = (root / f".refimg-{name}-0123456789abcdef" for name in ("young", "old"))
     for path in (young, old):

@@ -20,7 +20,7 @@ from .story import Story, map_paths
 from ..enhance import ImagePromptEnhancementResult
 from ..generate import ImageGenerationResult
 from ..score import ImageScores
-from ..storage.files import write_atomic
+from ..storage.files import make_folder, write_atomic
 from ..storage.secrets import SafeText
 
 if TYPE_CHECKING:
@@ -258,9 +258,10 @@ class StoryResult(BaseModel, frozen=True):
         """Save the result as JSON, with paths relative to the file."""
         path = Path(os.path.expanduser(path))
         folder = path.parent.resolve()
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         relative = map_paths(self, lambda p: _written(p, folder))
-        write_atomic(path, relative.model_dump_json(indent=1, warnings=False).encode())
+        data = relative.model_dump_json(indent=1, warnings=False).encode()
+        write_atomic(path, data, durable=True)
 
     @classmethod
     def load(

@@ -17,7 +17,8 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -25,7 +26,7 @@ from weakref import WeakSet
 from filelock import FileLock
 
 from ..engine.protocols import GeneratedImage, Reply
-from .files import sweep_temporary, sync_folder, write_atomic
+from .files import make_folder, sweep_temporary, write_atomic
 
 # %% auto #0
 __all__ = ['BUDGET', 'digest', 'Entry', 'Database']
@@ -83,7 +84,7 @@ class _Row:
         """Write the copy."""
         row = asdict(self)
         data = json.dumps({"row": row, "sha256": digest(row)}).encode()
-        write_atomic(folder / f"{self.entry.key}.json", data, private=True, durable=True)
+        write_atomic(folder / f"{self.entry.key}.json", data, private=True)
 
     @classmethod
     def load(cls, path: Path) -> _Row | None:
@@ -109,8 +110,10 @@ _KEEP = """INSERT INTO calls
     ON CONFLICT (key) DO UPDATE
     SET done = excluded.done, result = excluded.result, facts = excluded.facts"""
 _COLUMNS = "SELECT count(*) FROM pragma_table_info('calls')"
+_CALLS = "SELECT key, result, output_dir, generation_id, slot, model, request FROM calls"
 _DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 _BUSY, _AGAIN = 30.0, 0.02  # seconds to wait for another process, and to the next try
+_BRIEF = 1.0  # seconds to wait once another process was waited for in vain
 
 
 class _Damaged(sqlite3.DatabaseError):
@@ -120,24 +123,32 @@ class _Damaged(sqlite3.DatabaseError):
 class _File:
     """An open SQLite file, checked when it is opened, for one thread at a time."""
 
-    def __init__(self, path: Path):
-        self.path, self.lock = path, threading.RLock()
+    def __init__(self, path: Path, answers: _Answers):
+        self.path, self.answers, self.lock = path, answers, threading.RLock()
         self.worked = False  # whether it was ever open
-        self._connection, self._inode = None, 0
+        self._connection, self._inode, self._wait = None, 0, _BUSY
         _files.add(self)
 
     def execute(self, *statement: Any) -> list[tuple]:
         """Return the statement's rows; wait for other processes, raise `_Damaged` where it is."""
-        until = time.monotonic() + _BUSY
+        until = time.monotonic() + self._wait
         while True:
             try:
-                return self._connected().execute(*statement).fetchall()
+                connection = self._connected()
+                rows = connection.execute(*statement).fetchall()
+                if self._wait < _BUSY and connection.total_changes:  # it can be written again
+                    self._wait = _BUSY
+                    self.close()
+                return rows
             except sqlite3.Error as error:
                 self.close()
                 code = getattr(error, "sqlite_errorcode", 0)
                 if code & 0xFF in _DAMAGE or code == sqlite3.SQLITE_IOERR_SHORT_READ:
                     raise _Damaged(str(error)) from error
-                if code & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                if code & 0xFF != sqlite3.SQLITE_BUSY:
+                    raise
+                if time.monotonic() > until:
+                    self._wait = _BRIEF
                     raise
                 time.sleep(_AGAIN)  # SQLite itself does not wait where it might wait for ever
 
@@ -155,8 +166,9 @@ class _File:
                 return self._connection
         self.close()
         connection = sqlite3.connect(
-            self.path, timeout=_BUSY, isolation_level=None, check_same_thread=False
+            self.path, timeout=self._wait, isolation_level=None, check_same_thread=False
         )
+        connection.text_factory = partial(str, encoding="utf-8", errors="replace")
         try:
             connection.execute("PRAGMA synchronous=FULL")
             connection.execute("PRAGMA journal_mode=WAL")
@@ -166,6 +178,7 @@ class _File:
             columns = connection.execute(_COLUMNS).fetchall()
             if (found, columns) != ([("ok",)], [(11,)]):
                 raise _Damaged(f"{found[0][0]}, {columns[0][0]} of 11 columns")
+            self.answers.restore(connection)
         except BaseException:
             connection.close()
             raise
@@ -196,6 +209,79 @@ if hasattr(os, "register_at_fork"):
     )
 
 
+# %% ../../nbs/storage/database.ipynb #jdb00003
+def _sound(connection: sqlite3.Connection) -> dict[str, str | None]:
+    """Return the result of each row whose key is that of its call; None: it has none yet."""
+    names = [field.name for field in fields(Entry)]
+    return {key: result for key, result, *call in connection.execute(_CALLS)
+            if digest(dict(zip(names, call, strict=True))) == key}
+
+
+class _Answers:
+    """The answers as files, and the copies of their rows, which the database is built from."""
+
+    def __init__(self, folder: Path):
+        self.results, self.copies = folder / "results", folder / "rows"
+        self.damage = ""  # what was done with a damaged database, until it is told
+
+    def row(self, key: str) -> _Row | None:
+        """Return the row of a copy; None where there is none, or a damaged one."""
+        return _Row.load(self.copies / f"{key}.json")
+
+    def read(self, name: str) -> bytes | None:
+        """Return the answer of that name; None where there is none, or a damaged one."""
+        try:
+            data = (self.results / name).read_bytes()
+        except OSError:
+            return None
+        return data if hashlib.sha256(data).hexdigest() == name else None
+
+    def cost(self, key: str, facts: str) -> float:
+        """Return the USD in a row, or in its copy if that has more or the row is damaged."""
+        copy, known = self.row(key), [0.0]
+        for text in (facts, copy.facts if copy else ""):
+            with suppress(ValueError, TypeError, KeyError):
+                known.append(float(json.loads(text)["cost"] or 0.0))
+        return max(known)
+
+    def save(self, row: _Row, data: bytes) -> None:
+        """Write an answer, then the copy of its row."""
+        if self.read(row.result) is None:
+            write_atomic(self.results / row.result, data, private=True, durable=True)
+        row.save(self.copies)
+
+    def restore(self, connection: sqlite3.Connection) -> None:
+        """Add the rows that only the copies have, and say what had been lost."""
+        names = {path.stem for path in self.copies.glob("*.json")}
+        names -= {key for key, result in _sound(connection).items() if result}
+        rows = {key: self.row(key) for key in names}
+        whole = {key for key, row in rows.items() if row and self.read(row.result) is not None}
+        lost = set()
+        if rows:
+            connection.execute("BEGIN IMMEDIATE")
+            found = _sound(connection)
+            for key, row in rows.items():
+                if found.get(key):  # another process was sooner
+                    continue
+                if row:
+                    if key not in found:  # a row that is there has a flipped bit
+                        connection.execute("DELETE FROM calls WHERE key = ?", (key,))
+                    connection.execute(_KEEP, row.values)
+                if row is None or (key not in found and row.entry.slot != BUDGET):
+                    lost.add(key)
+            connection.execute("COMMIT")
+        for path in (self.copies / f"{key}.json" for key in lost if rows[key] is None):
+            with suppress(OSError):
+                path.read_bytes()  # a disk that fails is no damage
+                path.replace(path.with_suffix(".damaged"))
+        if lost or self.damage:
+            text = ("the journal's database %s; %d of %d answers were saved, and calls under way "
+                    "are forgotten")
+            how = self.damage or "had lost rows"
+            _logger.warning(text, how, len(whole & lost), len(lost))
+            self.damage = ""
+
+
 # %% ../../nbs/storage/database.ipynb #jdb00001
 class Database:
     """The journal's rows and answers, made when they are first needed; all of it blocks."""
@@ -204,8 +290,8 @@ class Database:
         self,
         folder: Path,  # the journal's
     ):
-        self.folder, self.results, self.copies = folder, folder / "results", folder / "rows"
-        self._file = _File(folder / "journal.db")
+        self.folder, self.answers = folder, _Answers(folder)
+        self._file = _File(folder / "journal.db", self.answers)
 
     def run(
         self,
@@ -233,12 +319,13 @@ class Database:
             line = "SELECT prediction, done, result, facts FROM calls WHERE key = ?"
             rows = self.run(line, entry.key)
         for _, done, result, facts in rows:
-            if result and (data := self._read(result)) is not None:
-                return _Row(entry, done, result, facts).answer(kind, data), None
-            if result:
+            if result and (data := self.answers.read(result)) is not None:
+                with suppress(ValueError, TypeError):  # a row with a flipped bit
+                    return _Row(entry, done, result, facts).answer(kind, data), None
+        row = self.answers.row(entry.key)
+        if row is None or (data := self.answers.read(row.result)) is None:
+            if rows and rows[0][2]:
                 _logger.warning("%s: its answer in the journal is damaged, and lost", entry.slot)
-        row = _Row.load(self.copies / f"{entry.key}.json")
-        if row is None or (data := self._read(row.result)) is None:
             return None, rows[0][0] if rows else None
         _logger.warning("%s: the journal has lost its row, which comes from the copy", entry.slot)
         with self._tolerant(entry, "cannot be written down"):
@@ -268,22 +355,20 @@ class Database:
             else:
                 data, facts = answer.data, {k: v for k, v in vars(answer).items() if k != "data"}
             result = hashlib.sha256(data).hexdigest()
-            if self._read(result) is None:
-                write_atomic(self.results / result, bytes(data), private=True, durable=True)
             row = _Row(entry, time.time(), result, json.dumps(facts))
-            row.save(self.copies)
+            self.answers.save(row, bytes(data))
             self.run(_KEEP, *row.values)
 
     def spent(self, output_dir: str, generation_id: str, stories: bool) -> float:
         """Return the USD that a run has spent: its answers, or what its budget wrote down."""
-        line = """SELECT generation_id, slot, facts FROM calls WHERE output_dir = ? AND facts
+        line = """SELECT key, generation_id, slot, facts FROM calls WHERE output_dir = ? AND facts
             IS NOT NULL AND (generation_id = ? OR (? AND generation_id GLOB ?))"""
         name, each = re.compile(rf"{re.escape(generation_id)}(-\d+)?"), {}
         rows = self.run(line, output_dir, generation_id, stories, f"{generation_id}-*")
-        for run, slot, facts in rows:
+        for key, run, slot, facts in rows:
             if name.fullmatch(run):
                 answers = each.setdefault(run, {True: 0.0, False: 0.0})
-                answers[slot == BUDGET] += json.loads(facts).get("cost") or 0.0
+                answers[slot == BUDGET] += self.answers.cost(key, facts)
         return math.fsum(max(sums.values()) for sums in each.values())
 
     def check(self) -> None:
@@ -302,14 +387,13 @@ class Database:
 
     def _make(self) -> None:
         """Make the folders, and remove what killed processes left in them."""
-        for folder in (self.folder, self.results, self.copies):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            sync_folder(folder.parent)
-        for folder in (self.results, self.copies):
+        for folder in (self.folder, self.answers.results, self.answers.copies):
+            make_folder(folder, private=True)
+        for folder in (self.answers.results, self.answers.copies):
             sweep_temporary(folder, ".refimg-*", "*.part")
 
     def _mend(self, damage: Exception) -> None:
-        """Set the damaged file aside, and build a new one from the copies of its rows."""
+        """Set the damaged file aside; the next one gets its rows from their copies."""
         self._file.close()
         with FileLock(self.folder / ".mend.lock", mode=0o600):
             with suppress(_Damaged):
@@ -319,18 +403,5 @@ class Database:
             for tail in ("-wal", "-shm", ""):
                 with suppress(FileNotFoundError):
                     os.replace(f"{self._file.path}{tail}", self.folder / f"{aside}{tail}")
-            copies = [_Row.load(path) for path in self.copies.glob("*.json")]
-            rows = [row for row in copies if row and self._read(row.result) is not None]
-            self._file.execute("BEGIN")
-            for row in rows:
-                self._file.execute(_KEEP, row.values)
-            self._file.execute("COMMIT")
-        text = "the journal's database was damaged (%s) and is now %s; %d of %d answers were saved"
-        _logger.warning(text, damage, aside, len(rows), len(copies))
-
-    def _read(self, name: str) -> bytes | None:
-        try:
-            data = (self.results / name).read_bytes()
-        except OSError:
-            return None
-        return data if hashlib.sha256(data).hexdigest() == name else None
+            self.answers.damage = f"was damaged ({damage}) and is now {aside}"
+            self._file.execute("SELECT 1")

@@ -5,17 +5,20 @@
 # %% ../../nbs/storage/files.ipynb #a4365b36
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import re
 import secrets
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from filecmp import cmp
 from functools import lru_cache
 from io import BytesIO
 from itertools import count
 from pathlib import Path
+from typing import Any, TypeVar
 from zlib import crc32
 
 from PIL import Image, PngImagePlugin
@@ -24,8 +27,8 @@ from ..engine.protocols import clean_text
 from .images import decode_image, read_image, truth_note
 
 # %% auto #0
-__all__ = ['check_id', 'check_stem', 'encode_png', 'sync_folder', 'write_atomic', 'is_old', 'sweep_temporary', 'save_numbered',
-           'decode_image', 'read_image']
+__all__ = ['check_id', 'check_stem', 'encode_png', 'sync_folder', 'make_folder', 'write_atomic', 'is_old', 'sweep_temporary',
+           'save_numbered', 'decode_image', 'read_image']
 
 # %% ../../nbs/storage/files.ipynb #ed4e2096
 _all_ = ["decode_image", "read_image"]
@@ -66,6 +69,9 @@ def encode_png(
     return out.getvalue()
 
 # %% ../../nbs/storage/files.ipynb #a3000003
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EPERM)
+
+
 def _system() -> str:
     """Return a name for what the numbers of processes are counted in."""
     with suppress(OSError):
@@ -96,11 +102,27 @@ def sync_folder(
     """Force the names in the folder to the disk, where a system has a way to do it."""
     if not hasattr(os, "O_DIRECTORY"):
         return
-    number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(number)
-    finally:
-        os.close(number)
+        number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+
+
+def make_folder(
+    folder: Path,  # it may exist
+    *,
+    private: bool = False,  # True: only its owner may enter it
+) -> None:
+    """Make the folder and those above it; the new names are on the disk when this returns."""
+    new = [path for path in folder.parents if not path.exists()]
+    folder.mkdir(0o700 if private else 0o777, parents=True, exist_ok=True)
+    for path in (folder, *new):
+        sync_folder(path.parent)
 
 
 def write_atomic(
@@ -153,9 +175,21 @@ def sweep_temporary(
                 path.unlink()
 
 # %% ../../nbs/storage/files.ipynb #c5c7011a
+_T = TypeVar("_T")
+
+
 @lru_cache(maxsize=64)
 def _sweep_hourly(folder: Path, hour: int) -> None:
-    sweep_temporary(folder, ".refimg-*")
+    with suppress(OSError):
+        sweep_temporary(folder, ".refimg-*")
+
+
+def _twice(work: Callable[..., _T], *args: Any, **how: Any) -> _T:
+    """Return what the work gives; where the disk fails, it is done once more."""
+    try:
+        return work(*args, **how)
+    except OSError:
+        return work(*args, **how)
 
 
 def _claim(written: Path, target: Path) -> bool:
@@ -184,15 +218,19 @@ def save_numbered(
     first: int = 1,  # the smallest number to try
     again: bool = False,  # True: a file on the way that holds the same bytes is taken as it is
 ) -> Path:
-    """Return the new file, `{stem}_v{k}.png` with the smallest free k; none is overwritten."""
+    """Return the new file on the disk, `{stem}_v{k}.png` with the smallest free k."""
     folder, stem = Path(os.path.expanduser(folder)), check_stem(stem)
-    folder.mkdir(parents=True, exist_ok=True)
+    if not folder.is_dir():
+        _twice(make_folder, folder)
     _sweep_hourly(folder, int(time.time() // 3600))
-    written = _write_temporary(folder, data)
+    written = _twice(_write_temporary, folder, data, durable=True)
     try:
         numbered = (folder / f"{stem}_v{number}.png" for number in count(first))
-        return next(target for target in numbered
+        made = next(target for target in numbered
                     if _claim(written, target)
                     or (again and target.is_file() and cmp(written, target, shallow=False)))
     finally:
-        written.unlink(missing_ok=True)
+        with suppress(OSError):  # then it is swept later
+            written.unlink(missing_ok=True)
+    _twice(sync_folder, folder)
+    return made

@@ -73,7 +73,7 @@ _pool: list[ThreadPoolExecutor] = []  # of one, made anew after a fork
 def _start(function: Callable, *args: Any) -> asyncio.Future:
     """Begin the function in a thread that does nothing but write and read the journal."""
     if not _pool:
-        _pool.append(ThreadPoolExecutor(4, "refimg-journal"))
+        _pool.append(ThreadPoolExecutor(8, "refimg-journal"))
     return asyncio.get_running_loop().run_in_executor(_pool[0], function, *args)
 
 

@@ -21,7 +21,14 @@ from filelock import FileLock, Timeout
 from pydantic_core import to_json
 
 from ..engine.protocols import clean_text, map_texts
-from .files import check_id, is_old, sweep_temporary, sync_folder, write_atomic
+from refimg.storage.files import (
+    check_id,
+    is_old,
+    make_folder,
+    sweep_temporary,
+    sync_folder,
+    write_atomic,
+)
 from .secrets import hide_secrets
 
 # %% auto #0
@@ -117,7 +124,7 @@ class TraceTree:
     def _acquire(self) -> None:
         for _ in range(5):
             with suppress(FileExistsError):
-                self.path.parent.mkdir(parents=True, exist_ok=True)
+                make_folder(self.path.parent)
             with suppress(Timeout, FileNotFoundError, FileExistsError):
                 self._lock.acquire(blocking=False)
                 return
