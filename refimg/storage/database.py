@@ -253,7 +253,8 @@ class _Answers:
     def restore(self, connection: sqlite3.Connection) -> None:
         """Add the rows that only the copies have, and say what had been lost."""
         names = {path.stem for path in self.copies.glob("*.json")}
-        names -= {key for key, result in _sound(connection).items() if result}
+        if names:
+            names -= {key for key, result in _sound(connection).items() if result}
         rows = {key: self.row(key) for key in names}
         whole = {key for key, row in rows.items() if row and self.read(row.result) is not None}
         lost = set()
