@@ -21,6 +21,7 @@ from refimg.enhance import (
     plain_text,
 )
 from tests.fakes import DIMENSIONS, FakeChat, FakeImages, FakeScorer, critic, critique
+from tests.sampling import sampled
 from tests.servers.llm import start_llm_server
 
 PROMPT = "A lighthouse keeper reads a letter."
@@ -802,8 +803,8 @@ WORDINGS = [
 ]
 
 
-@pytest.mark.parametrize("status, wording", WORDINGS)
-@pytest.mark.parametrize("known", [["json_object"], []])
+@pytest.mark.parametrize("status, wording, known", sampled(
+    [(*said, known) for said in WORDINGS for known in ([], ["json_object"])], 2))
 async def test_a_form_that_a_server_refuses_is_replaced_by_the_next(status, wording, known):
     more = {"refusal": (status, wording)}
     with start_llm_server(formats=known, **more) as server:

@@ -29,6 +29,7 @@ from refimg.storage import journal as module
 from refimg.storage.database import Database, _File, _Row
 from refimg.storage.journal import Journal, default_folder
 from tests.fakes import FakeChat, FakeImages, critic, director
+from tests.sampling import sampled
 
 ROOT = Path(__file__).resolve().parent.parent
 ASK = [Message(role="system", content="be brief"), Message(role="user", content="a cat \ud83c")]
@@ -887,7 +888,7 @@ POINTS = {
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("point", sampled(POINTS, 2))
 def test_killed_at_a_point_and_run_again(tmp_path, whole, point):
     finished, adopted = POINTS[point]
     assert child(tmp_path, point) == -signal.SIGKILL
