@@ -7,7 +7,7 @@ image or not those of the undisturbed run, `harmed_others` runs of the other sto
 that happened without a warning that names the journal. `underspent` are runs whose journal knew of
 less money than before the damage, `noisy` those that told of the database more than once, or of
 more rows than had a flipped bit. A damaged record must load, or give one error that names the file:
-`unclear_loads` do neither; `loaded_other` loaded and are not what was saved.
+`unclear_loads` do neither; `loaded_other` are not what was saved, and no warning says so.
 `--quick N` takes every N-th damage.
 """
 
@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import io
 import json
+import logging
 import random
 import shutil
 import sqlite3
@@ -132,6 +134,9 @@ class Ruin:
 
     def loaded(self, path: Path) -> list[tuple[str, str]]:
         """What comes of loading a damaged record."""
+        said = io.StringIO()
+        heard = logging.StreamHandler(said)
+        logging.getLogger("refimg").addHandler(heard)
         try:
             made = StoryResult.load(path)
         except (OSError, ValueError) as error:
@@ -139,7 +144,10 @@ class Ruin:
             return [] if named else [("unclear_loads", f"{type(error).__name__}: {error}"[:200])]
         except Exception as error:
             return [("unclear_loads", f"{error!r:.200}")]
-        return [] if made == self.record else [("loaded_other", "")]
+        finally:
+            logging.getLogger("refimg").removeHandler(heard)
+        told = made == self.record or path.name in said.getvalue()
+        return [] if told else [("loaded_other", "")]
 
     def run(self, wanted: list, failed: str, **job: Any) -> list[tuple[str, str]]:
         """What comes of a story that runs again."""

@@ -265,6 +265,18 @@ def test_saving_over_an_older_result_replaces_it_whole(result, tmp_path, monkeyp
     assert [p.name for p in tmp_path.iterdir() if "run" in p.name] == ["run.json"]
 
 
+def test_a_record_that_is_not_as_it_was_saved_is_warned_of(result, tmp_path, caplog):
+    path = tmp_path / "run.json"
+    result.save(path)
+    text = path.read_text("utf-8")
+    for same in (text, json.dumps(json.loads(text)), json.dumps(json.loads(text), indent=4)):
+        path.write_text(same, encoding="utf-8")
+        assert StoryResult.load(path) == result and not caplog.text
+    path.write_text(text.replace('"generation_id": "', '"generation_id": "x', 1), encoding="utf-8")
+    assert StoryResult.load(path) != result
+    assert f"{path} is not as it was saved" in caplog.text
+
+
 async def test_a_result_whose_markers_are_tuples_comes_back_equal(run, tmp_path):
     result = await run(a_pipeline(), a_story(1, consistency_markers={"palette": ("teal", "amber")}))
     result.save(tmp_path / "run.json")

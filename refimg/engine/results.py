@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import ntpath
 import os
@@ -20,6 +21,7 @@ from .story import Story, map_paths
 from ..enhance import ImagePromptEnhancementResult
 from ..generate import ImageGenerationResult
 from ..score import ImageScores
+from ..storage.database import digest
 from ..storage.files import make_folder, write_atomic
 from ..storage.secrets import SafeText
 
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
 __all__ = ['Variation', 'SceneResult', 'threshold_warning', 'Event', 'StoryResult']
 
 # %% ../../nbs/engine/results.ipynb #e4564a32
+_logger = logging.getLogger(__name__)
+
+
 class Variation(BaseModel, frozen=True):
     """One generated image with its own scores."""
 
@@ -260,8 +265,9 @@ class StoryResult(BaseModel, frozen=True):
         folder = path.parent.resolve()
         make_folder(folder)
         relative = map_paths(self, lambda p: _written(p, folder))
-        data = relative.model_dump_json(indent=1, warnings=False).encode()
-        write_atomic(path, data, durable=True)
+        record = json.loads(relative.model_dump_json(warnings=False))
+        text = json.dumps(record | {"sha256": digest(record)}, indent=1, ensure_ascii=False)
+        write_atomic(path, text.encode(), durable=True)
 
     @classmethod
     def load(
@@ -272,7 +278,10 @@ class StoryResult(BaseModel, frozen=True):
         path = Path(os.path.expanduser(path))
         folder, data = path.parent.resolve(), path.read_bytes()
         with suppress(AttributeError, KeyError, TypeError, ValueError):  # pydantic says it better
-            data = json.dumps(_from_0_1(json.loads(data)))
+            record = json.loads(data)
+            if record.pop("sha256", "") not in ("", digest(record)):
+                _logger.warning("%s is not as it was saved: it was edited, or damaged", path)
+            data = json.dumps(_from_0_1(record))
         try:
             result = cls.model_validate_json(data)
         except ValueError as error:
