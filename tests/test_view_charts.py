@@ -15,6 +15,7 @@ import warnings
 from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
 from io import BytesIO
+from itertools import product
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
@@ -34,7 +35,7 @@ from refimg.view import (
 )
 from tests.fakes import FakeImages, FakeScorer, critic, director
 from tests.sampling import sampled
-from tests.test_view import FEW, carried, enhancement, read, scene_of, shot, story_of, variation
+from tests.test_view import HOSTILE, carried, enhancement, read, scene_of, shot, story_of, variation
 
 CHARTS = [iteration_histogram, dimension_rise, score_distributions, timeline]
 DIMENSIONS = [
@@ -163,8 +164,7 @@ def test_a_chart_is_small_and_sound(tmp_path, chart, scenes, count, rounds):
         assert image.width >= 7.6 * 72
 
 
-@pytest.mark.parametrize("chart", CHARTS)
-@pytest.mark.parametrize("text", FEW)
+@pytest.mark.parametrize(("chart", "text"), sampled(product(CHARTS, HOSTILE), 3))
 def test_no_text_of_a_result_harms_a_chart(tmp_path, chart, text):
     scores = ImageScores(metrics={text: 50.0, f"b{text}": None}, overall=50.0, models={text: text},
                          notes={text: text})  # fmt: skip
