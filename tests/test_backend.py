@@ -53,6 +53,7 @@ def check_events(events: list[tuple[str, str, dict]], scenes: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.all
 def test_ten_generations_of_four_scenes_at_once_all_end(tmp_path):
     names = [f"story-{n}" for n in range(10)]
     with Backend(FAKES, tmp_path / "backend") as backend, ThreadPoolExecutor(10) as pool:

@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import filelock
@@ -35,6 +36,7 @@ from refimg.view import Gallery, report, save_table
 from refimg.view.gallery_state import GalleryState
 
 from .fakes import FakeImages, FakeScorer, critic, director, picture
+from .sampling import sampled
 
 BODY = {"scenes": [{"prompt": "ein Fuchs 🦊"}], "title": "Füchse"}
 
@@ -399,8 +401,8 @@ def no_locks(tmp_path_factory) -> Path:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the shim is for Linux")
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="the shim is built with gcc")
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
-@pytest.mark.parametrize("what", ["traces", "journal"])
+@pytest.mark.parametrize(("what", "number"), sampled(product(
+    ["traces", "journal"], [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS]), 5))
 def test_a_run_on_a_drive_without_locks_is_refused_unpaid(no_locks, tmp_path, what, number):
     """Without `flock` at all, ENOSYS, a lock file does for the traces; SQLite has none."""
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "NO_LOCKS": str(number),
