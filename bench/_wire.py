@@ -134,7 +134,7 @@ def reflected(key: str) -> dict[str, str]:
 
 REFLECTIONS = tuple(reflected(KEYS[0]))
 WAITS = ("nan", "inf", "-5", "1e9", "1e999", "soon", "", "Fri, 31 Dec 9999 23:59:59 GMT", "\xff",
-         "99999999999999999999")
+         "99999999999999999999", "Mon, 01 Jan 99999999999999999999 00:00:00 GMT")
 
 
 def wire_faults() -> dict[str, Callable[[str, dict], Wire]]:
