@@ -463,11 +463,24 @@ async def test_a_prediction_without_end_is_cancelled(server):
     assert len(server.requests("cancel")) == 1 and server.orphans() == []
 
 
-@pytest.mark.parametrize("fault", ["429", "500", "502", "garbage", "reset"])
+@pytest.mark.parametrize("fault", ["429", "500", "502", "garbage", "no text", "reset"])
 async def test_a_status_that_is_not_to_be_had_is_asked_for_again(server, fault):
     server.script([{"on": "get", "fault": fault}] * 2)
     assert (await images(server).generate(request())).data
     assert len(server.requests("create")) == 1 and not server.requests("cancel")
+
+
+async def test_a_status_that_can_never_be_read_is_a_failure_that_may_be_billed(server):
+    server.script([{"on": "get", "fault": "deep"}])
+    with pytest.raises(ProviderError, match="no JSON that can be read") as caught:
+        await images(server).generate(request())
+    assert caught.value.paid and server.orphans() == []
+
+
+@pytest.mark.parametrize("fault", ["no text", "deep", "garbage"])
+async def test_a_prediction_whose_page_cannot_be_read_is_not_adopted(server, fault):
+    server.script([{"on": "get", "fault": fault}] * 9)
+    assert await images(server).adopt("p1") is None
 
 
 async def test_the_sdk_repeats_nothing_by_itself(server):
@@ -477,11 +490,11 @@ async def test_the_sdk_repeats_nothing_by_itself(server):
     assert len(server.requests("model")) == 4  # a call that is alone is made again three times
 
 
-async def test_a_throttled_status_narrows_the_account_and_waits_within_bounds(server):
+async def test_a_throttled_status_waits_within_bounds_and_slows_no_other_call(server):
     server.script([{"on": "get", "fault": "429", "retry_after": 99}] * 2)
     model = images(server, timeout=5)
     assert (await model.generate(request())).data
-    assert (await model.server.connection()).account.lane.limit < math.inf
+    assert (await model.server.connection()).account.lane.limit == math.inf
 
 
 # --- pictures that are none -------------------------------------------------------------------

@@ -15,13 +15,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
-from functools import partial
 from math import ceil
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
 
-from .network import Unreadable, is_hopeless, is_unsent
+from .network import is_hopeless, is_unsent
 from .outputs import Prediction
 from refimg.adapters.retry import (
     Account,
@@ -72,9 +71,10 @@ def failure(error: Exception) -> Failure:
         if error.status in (408, 409, 429) or error.status >= 500:
             return Failure("again", text, error.wait, error.status == 429)
         return Failure("never", text)
-    if isinstance(error, (RecursionError, UnicodeDecodeError)):
-        return Failure("never", "the answer is no JSON that can be read")
-    passing = isinstance(error, (httpx.TransportError, OSError, json.JSONDecodeError))
+    if isinstance(error, (RecursionError, UnicodeDecodeError, json.JSONDecodeError)):
+        kind = "never" if isinstance(error, RecursionError) else "again"
+        return Failure(kind, "the answer is no JSON that can be read")
+    passing = isinstance(error, (httpx.TransportError, OSError))
     named = ": ".join(filter(None, (type(error).__name__, text)))
     return Failure("again" if passing and not is_hopeless(error) else "never", named)
 
@@ -209,7 +209,7 @@ class PendingCreates:
         what = {"json": self.body, "headers": {"Cancel-After": f"{self.deadline}s"}}
         post = asyncio.create_task(self.connection.ask("POST", self.path, **what))
         self.posts.add(post)
-        post.add_done_callback(self.posts.discard)
+        post.add_done_callback(self._came)
         try:
             made = Prediction.read((await asyncio.shield(post)).json())
             if made.id in _claimed:
@@ -218,6 +218,11 @@ class PendingCreates:
         except BaseException as error:
             self.lost += not _not_made(error)
             raise
+
+    def _came(self, post: asyncio.Task) -> None:
+        self.posts.discard(post)
+        if not post.cancelled():
+            post.exception()  # of one that nobody waits for any more, it is heard here
 
     async def _unclaimed(self) -> list[Prediction]:
         """Return the predictions of this input, made since the first create, that no call has."""
@@ -350,10 +355,12 @@ class PredictionRequest:
         return made
 
     async def adopt(self, prediction_id: str) -> Prediction:
-        """Take over a prediction begun before; a Connection- or ProviderError if there is none."""
-        ask = partial(self.connection.ask, "GET", f"/v1/predictions/{prediction_id}")
-        answer = await self.connection.ask_free(ask, seconds=30, call=self.call)
-        self.prediction = Prediction.read(answer.json())
+        """Take over a prediction begun before; a ProviderError if there is none."""
+        async def once() -> Prediction:
+            answer = await self.connection.ask("GET", f"/v1/predictions/{prediction_id}")
+            return Prediction.read(answer.json())
+
+        self.prediction = await self.connection.ask_free(once, seconds=30, call=self.call)
         _claimed.add(self.prediction.id)
         return self.prediction
 
@@ -365,23 +372,18 @@ class PredictionRequest:
             async with asyncio.timeout(self.timeout):
                 while not prediction.ended:
                     await asyncio.sleep(pause)
-                    asked = _loop_time()
                     try:
                         async with asyncio.timeout(10):
                             answer = await self.connection.ask("GET", f"/v1/predictions/{number}")
                         prediction = Prediction.read(answer.json())
                     except Exception as error:
                         if (told := failure(error)).kind != "again":
-                            raise
+                            raise ProviderError(provider, replace(told, paid=True)) from error
                         _logger.info("prediction %s: no status, %s", number, told.text)
-                        if told.throttled:
-                            self.connection.account.lane.narrow(asked, told.wait)
                         await asyncio.sleep(bounded_wait(told.wait) or 0)
                     pause = min(longest, pause * 1.5) if _loop_time() > begun + 1 else pause
         except TimeoutError:
             told = f"prediction {number} had not ended after {self.timeout:g} s"
             raise ProviderError(provider, Failure("never", told, paid=True)) from None
-        except (Refusal, httpx.HTTPError, Unreadable) as error:
-            raise ProviderError(provider, replace(failure(error), paid=True)) from error
         self.prediction = None
         return prediction

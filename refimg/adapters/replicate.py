@@ -366,11 +366,10 @@ class ReplicateImages:
                 return None
             inputs = prediction.data.get("input")
             return await self._image([prediction], inputs if isinstance(inputs, dict) else {})
-        except (ConnectionError, ProviderError) as error:
-            if isinstance(error, ProviderError) and error.failure.kind == "down":
+        except ProviderError as error:
+            if error.failure.kind == "down":
                 raise
-            why = log_line(str(error))
-            _logger.info("prediction %s is not adopted: %s", prediction_id, why)
+            _logger.info("prediction %s is not adopted: %s", prediction_id, error)
             return None
 
     def _measured(self, prediction: Prediction) -> Prediction:
