@@ -78,17 +78,29 @@ _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
+_THREADS = {"pixels": 2, "disk": 4}  # for what takes the processor, and what waits for the disk
+
+
 @cache
-def _workers() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(2, thread_name_prefix="refimg-pixels")
+def _workers(kind: str) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_THREADS[kind], thread_name_prefix=f"refimg-{kind}")
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_workers.cache_clear)
 
 
-async def _in_thread(function: Callable[..., _T], *args: Any) -> _T:
-    return await asyncio.get_running_loop().run_in_executor(_workers(), function, *args)
+async def _in_thread(kind: str, function: Callable[..., _T], *args: Any) -> _T:
+    return await asyncio.get_running_loop().run_in_executor(_workers(kind), function, *args)
+
+
+def _decode(data: bytes) -> Image.Image:
+    """Decode an image; a ValueError says why it is none, or a blank one."""
+    pixels = decode_image(data)
+    if is_blank(pixels):
+        colour = pixels.getpixel((0, 0))
+        raise ValueError(f"the image must not be blank, got {colour} all over")
+    return pixels
 
 # %% ../nbs/01_generate.ipynb #c0a10004
 @dataclass(eq=False)
@@ -113,11 +125,7 @@ class Candidate:
         """Decode the bytes, once; a ValueError says why they are no image, or a blank one."""
         async def work() -> None:
             if self.pixels is None:
-                pixels = await _in_thread(decode_image, self.generated.data)
-                if is_blank(pixels):
-                    colour = pixels.getpixel((0, 0))
-                    raise ValueError(f"the image must not be blank, got {colour} all over")
-                self.pixels = pixels
+                self.pixels = await _in_thread("pixels", _decode, self.generated.data)
 
         self._decoding = self._decoding or asyncio.ensure_future(work())
         await asyncio.shield(self._decoding)
@@ -135,7 +143,7 @@ class Candidate:
         async def work() -> ImageGenerationResult:
             await self.decode()
             where = Path(os.path.expanduser(output_dir)), stem, first, again
-            self.image = await _in_thread(self._write, self.pixels, *where)
+            self.image = await _in_thread("disk", self._write, self.pixels, *where)
             return self.image
 
         self._saving = self._saving or asyncio.ensure_future(work())
@@ -327,7 +335,7 @@ async def generate_images(
             raise ValueError(f"output_dir must be a writable folder, got {got}") from error
         return paths, folder
 
-    paths, folder = await _in_thread(look_at_files)
+    paths, folder = await _in_thread("disk", look_at_files)
     unwanted = visible_text(negative_prompt) if negative_prompt else None
     seed = _if_taken(model, model.takes_seed, "seed", seed)
     unwanted = _if_taken(model, model.takes_negative_prompt, "negative prompt", unwanted)

@@ -291,7 +291,7 @@ def dead_process() -> int:
     ("other namespace", False), ("odd name", False),
 ])  # fmt: skip
 def test_what_a_dead_process_left_is_swept_at_once(tmp_path, whose, goes):
-    here, number = files._system(), dead_process()
+    here, number = files._system(os.getpid()), dead_process()
     space = here.partition("-")[2]
     name = {
         "dead": f"{here}-{number}", "own": f"{here}-{os.getpid()}", "living": f"{here}-1",

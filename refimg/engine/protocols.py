@@ -35,6 +35,8 @@ def clean_text(
     text: str,  # any Python string
 ) -> str:
     """Return the text with what UTF-8 cannot encode replaced."""
+    if text.isascii():
+        return text
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
@@ -42,6 +44,8 @@ def visible_text(
     text: str,  # from a person, a file or a model
 ) -> str:
     """Return the text without what a terminal or a page would act on."""
+    if text.isascii() and text.isprintable():
+        return text
     return _CONTROLS.sub("", _BREAKS.sub("\n", _ESCAPES.sub("", clean_text(text))))
 
 

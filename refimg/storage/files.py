@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from filecmp import cmp
-from functools import lru_cache
+from functools import cache, lru_cache
 from io import BytesIO
 from itertools import count
 from pathlib import Path
@@ -72,8 +72,9 @@ def encode_png(
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EPERM)
 
 
-def _system() -> str:
-    """Return a name for what the numbers of processes are counted in."""
+@cache
+def _system(process: int) -> str:
+    """Return a name for what the numbers of processes are counted in, by the process."""
     with suppress(OSError):
         return f"{crc32(platform.node().encode()):08x}-{os.stat('/proc/self/ns/pid').st_ino}"
     return f"{crc32(platform.node().encode()):08x}-0"
@@ -82,7 +83,7 @@ def _system() -> str:
 def _write_temporary(
     folder: Path, data: bytes, *, private: bool = False, durable: bool = False
 ) -> Path:
-    path = folder / f".refimg-{_system()}-{os.getpid()}-{secrets.token_hex(8)}.tmp"
+    path = folder / f".refimg-{_system(os.getpid())}-{os.getpid()}-{secrets.token_hex(8)}.tmp"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     try:
         with open(os.open(path, flags, 0o600 if private else 0o666), "wb") as file:
@@ -153,7 +154,7 @@ def is_old(
 def _is_orphan(path: Path) -> bool:
     """Tell whether the process that wrote the file has ended, as far as can be seen from here."""
     name = re.fullmatch(r"\.refimg-([0-9a-f]{8}-\d+)-(\d+)-[0-9a-f]{16}\.tmp", path.name)
-    if not name or name[1] != _system() or os.name != "posix":
+    if not name or name[1] != _system(os.getpid()) or os.name != "posix":
         return False
     try:
         os.kill(int(name[2]), 0)

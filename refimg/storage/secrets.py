@@ -122,8 +122,12 @@ def hide_secrets(
     text: str,  # of any length
 ) -> str:
     """Replace every known secret, and what gives one away, by `[redacted]`."""
+    if len(text) < _SHORTEST:
+        return text
     known = {*_remembered, *(os.environ.get(name, "").strip() for name in _VARIABLES)}
     known = sorted((s for s in known if len(s) >= _SHORTEST), key=len, reverse=True)
+    if not known:
+        return text
     for shape in (shape for secret in known for shape in _shapes(secret)):
         text = text.replace(shape, _HIDDEN)
     plain = None if _CODED.search(text) else re.sub(r"[\W_]+", "", text)
