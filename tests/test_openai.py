@@ -193,7 +193,7 @@ FAULTS = [
     ("502", "again", None, False, "502 Bad Gateway"),
     ({"fault": "503", "after": 5}, "again", 5, False, "Overloaded"),
     ("html", "again", None, False, "no completion: '<html>"),
-    ("no-json", "again", None, False, "JSONDecodeError"),
+    ("no-json", "again", None, False, "no JSON"),
     ("empty", "again", None, False, "no completion"),
     ("null", "again", None, False, "no completion"),
     ("error", "again", None, False, "no model is free"),

@@ -191,14 +191,15 @@ def failure(
     text = _line(error)
     if isinstance(error, RecursionError):
         return Failure("never", "the answer is nested too deeply to be read", paid=True)
+    if isinstance(error, (JSONDecodeError, UnicodeDecodeError)):
+        return Failure("again", "the answer is no JSON that can be read", paid=True)
     headers: Any = {}
     codes, path, status = set(), "", error.status_code if isinstance(error, _ToldError) else None
     if isinstance(error, openai.APIStatusError):
         status, headers = error.status_code, error.response.headers
         codes, path = {str(error.code), str(error.type)}, error.request.url.path
     if status is None:
-        garbled = JSONDecodeError, UnicodeDecodeError
-        passing = openai.APIConnectionError, ConnectionError, TimeoutError, *garbled
+        passing = openai.APIConnectionError, ConnectionError, TimeoutError
         again = isinstance(error, passing) and not is_hopeless(error.__cause__)
         unsent = is_unsent(error.__cause__)
         return Failure("again" if again else "never", text, paid=not unsent)
