@@ -366,7 +366,7 @@ class PredictionRequest:
 
     async def wait(self, prediction: Prediction) -> Prediction:
         """Return the prediction when it has ended; a ProviderError where that is not seen."""
-        (pause, longest), begun = _POLL, _loop_time()
+        (pause, longest), begun, answered = _POLL, _loop_time(), True
         number, provider = prediction.id, self.connection.account.provider
         try:
             async with asyncio.timeout(self.timeout):
@@ -375,12 +375,13 @@ class PredictionRequest:
                     try:
                         async with asyncio.timeout(10):
                             answer = await self.connection.ask("GET", f"/v1/predictions/{number}")
-                        prediction = Prediction.read(answer.json())
+                        prediction, answered = Prediction.read(answer.json()), True
                     except Exception as error:
                         if (told := failure(error)).kind != "again":
                             raise ProviderError(provider, replace(told, paid=True)) from error
                         _logger.info("prediction %s: no status, %s", number, told.text)
                         await asyncio.sleep(bounded_wait(told.wait) or 0)
+                        pause, answered = _POLL[0] if answered else pause, False
                     pause = min(longest, pause * 1.5) if _loop_time() > begun + 1 else pause
         except TimeoutError:
             told = f"prediction {number} had not ended after {self.timeout:g} s"
