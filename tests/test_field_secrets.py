@@ -77,6 +77,13 @@ def test_a_key_in_pieces_or_escaped_gives_nothing_away(said):
     assert redact(f"before {said} after").endswith(" after")
 
 
+@pytest.mark.parametrize("sign", ["\\", "%", "%25", "&", "&#", "\x1b", "\x1b[", "\\u00", "\\x1b["])
+def test_a_long_text_of_marks_is_looked_through_once(sign):
+    """What once took the square of its length would not end here."""
+    long = sign * 200_000
+    assert redact(f"{long} {KEY}").endswith("[redacted]")
+
+
 def test_a_traceback_with_a_wrapped_key_gives_nothing_away(caplog):
     try:
         raise ValueError(split(KEY, 10, "\n"))

@@ -30,7 +30,7 @@ from refimg.adapters.retry import (
     asked_wait,
     bounded_wait,
 )
-from ..engine.protocols import Call
+from ..engine.protocols import Call, clean_text
 from ..storage.secrets import log_line
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ class Connection:
         files, file = self.client.files, io.BytesIO(data)
         wish = files.async_create(file, filename="reference.jpg", content_type="image/jpeg")
         made = await self._sdk(wish)
-        return made and made.urls.get("get")
+        return made and clean_text(made.urls.get("get") or "")
 
     async def cancel(self, prediction_id: str) -> None:
         """Cancel a prediction, asking until there is an answer; a refusal is logged."""

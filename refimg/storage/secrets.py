@@ -62,11 +62,11 @@ def _shapes(secret: str) -> tuple[str, ...]:
 
 # %% ../../nbs/storage/secrets.ipynb #d1400013
 _UNITS = re.compile(
-    r"(?:\x1b|\\+(?:x1b|u001b|033|e))\[[0-?]*[ -/]*[@-~]"  # an escape sequence, written out or not
-    r"|\\+(?:u[0-9A-Fa-f]{4}|x[0-9A-Fa-f]{2})"
+    r"(?:\x1b|\\{1,9}(?:x1b|u001b|033|e))\[[0-?]*[ -/]*[@-~]"  # an escape sequence, or its text
+    r"|\\{1,9}(?:u[0-9A-Fa-f]{4}|x[0-9A-Fa-f]{2})"
     r"|(?:%(?:25)*[0-9A-Fa-f]{2})+"
     r"|&#?\w{1,8};"
-    r"|\\+[abfnrtv0]"
+    r"|\\{1,9}[abfnrtv0]"
     r"|[^\W_]+"  # letters and digits
 )
 
