@@ -158,11 +158,9 @@ def _is_orphan(path: Path) -> bool:
         return False
     try:
         os.kill(int(name[2]), 0)
-    except ProcessLookupError:
-        return True
-    except OSError:  # somebody else's
-        pass
-    return False
+        return False
+    except OSError as error:  # a PermissionError is about a process of somebody else
+        return isinstance(error, ProcessLookupError)
 
 
 def sweep_temporary(
