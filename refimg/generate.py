@@ -156,7 +156,7 @@ class Candidate:
         seed = request.seed if answer.seed is None else answer.seed
         notes = {"prompt": request.prompt, "model": self.model_name}
         png = encode_png(pixels, notes if seed is None else notes | {"seed": str(seed)})
-        path = save_numbered(png, folder.resolve(), stem, first, again)
+        path = save_numbered(png, folder.absolute(), stem, first, again)
         return ImageGenerationResult(
             image_path=path,
             model_name=self.model_name,

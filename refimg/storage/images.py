@@ -86,7 +86,7 @@ def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
             image = made or image
         except Exception as error:
             _logger.warning(_IGNORED, error)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -193,5 +193,5 @@ def is_blank(
     image: Image.Image,  # RGB
 ) -> bool:
     """Tell whether nothing can be seen: black, white or grey all over."""
-    lows, highs = zip(*image.convert("RGB").getextrema(), strict=True)
+    lows, highs = zip(*image.getextrema(), strict=True)
     return max(highs) - min(lows) <= _FLAT

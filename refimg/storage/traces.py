@@ -55,6 +55,7 @@ class TraceTree:
 
     def __init__(self, path: Path):
         self.path, self._inode = path, 0
+        self._scenes: dict[int, Path] = {}
         self._lock = FileLock(path.with_name(f".refimg-{path.name}.lock"), thread_local=False)
 
     @classmethod
@@ -73,8 +74,8 @@ class TraceTree:
         try:
             tree._acquire()
             try:
-                tree._take()
-                sweep_temporary(output_dir, ".refimg-*.tmp")
+                if not tree._take():
+                    sweep_temporary(output_dir, ".refimg-*.tmp")
                 tree._inode = os.stat(tree._lock.lock_file).st_ino
             except BaseException:
                 tree._release()
@@ -93,11 +94,14 @@ class TraceTree:
         n: int,  # number of the scene, from 1
     ) -> Path:
         """Return the scene's folder, made on first use."""
+        if n in self._scenes:
+            return self._scenes[n]
         folder = self.path / f"scene_{n}"
         with suppress(FileExistsError):
             folder.mkdir()
         if folder.is_symlink() or not folder.is_dir():
             raise ValueError(f"{folder} must be a folder, got a link or a file")
+        self._scenes[n] = folder
         return folder
 
     def close(
@@ -124,7 +128,8 @@ class TraceTree:
     def _acquire(self) -> None:
         for _ in range(5):
             with suppress(FileExistsError):
-                make_folder(self.path.parent)
+                if not self.path.parent.is_dir():
+                    make_folder(self.path.parent)
             with suppress(Timeout, FileNotFoundError, FileExistsError):
                 self._lock.acquire(blocking=False)
                 return
@@ -160,8 +165,8 @@ class TraceTree:
                 return False
         return True
 
-    def _take(self) -> None:
-        """Make the tree, or empty one that a killed run left; asides of killed runs go too."""
+    def _take(self) -> bool:
+        """Make the tree, or empty one that a killed run left; tell whether it is new."""
         for path in self.path.parent.glob(".refimg-*"):
             name = re.fullmatch(r"\.refimg-(.+)-[0-9a-f]{16}", path.name)
             with suppress(OSError):
@@ -173,7 +178,8 @@ class TraceTree:
             write_atomic(staged / _MARKER, b"refimg trace tree: deleted when its run ends\n",
                          durable=True)
             os.rename(staged, self.path)
-            return sync_folder(self.path.parent)
+            sync_folder(self.path.parent)
+            return True
         left = f"trace folder {self.path} %s: it is left alone"
         if not self._is_ours():
             raise ValueError(left % "exists and was not made by refimg")
@@ -184,6 +190,7 @@ class TraceTree:
         for path in self.path.iterdir():
             if path.name != _MARKER:
                 _remove(path)
+        return False
 
 # %% ../../nbs/storage/traces.ipynb #12cfc5c4
 def _as_bytes(content: str | dict | list) -> bytes:
@@ -203,7 +210,10 @@ def write_trace(
     """Write the file, or a warning in the log that says why it could not."""
     if folder is None:
         return
+    data = _as_bytes(content)
+    if hide_secrets(text := data.decode()) != text:
+        data = _as_bytes(map_texts(content, hide_secrets))
     try:
-        write_atomic(folder / name, _as_bytes(map_texts(content, hide_secrets)))
+        write_atomic(folder / name, data)
     except OSError as error:
         _logger.warning("trace %s not written: %s", folder / name, error)
