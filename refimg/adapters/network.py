@@ -189,7 +189,7 @@ def check_network() -> None:
 # %% ../../nbs/adapters/network.ipynb #ne000027
 _PIECE = 65_536  # bytes
 _ANSWER, _ERROR = 2_000_000, 64_000  # bytes, unpacked
-_MANY, _BREATH = 50_000, 100  # pieces of an answer; after how many other tasks may go on
+_MANY, _BREATH = 50_000, 20  # pieces of an answer; after how many other tasks may go on
 
 
 class Unreadable(ValueError):

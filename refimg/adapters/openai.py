@@ -103,7 +103,7 @@ class _ToldError(ConnectionError):
     def __init__(self, told: Any):
         fields = told if isinstance(told, dict) else {"message": told}
         self.named = [str(fields[name]).lower() for name in ("code", "type") if fields.get(name)]
-        self.said = str(fields.get("message") or told)
+        self.said = str(fields.get("message") or told)[:2000]
         super().__init__(f"the server sent no completion: {str(told)[:200]!r}")
 
     @property
