@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from numbers import Real
@@ -60,6 +60,10 @@ def _answers(scorer: Scorer, batch: Batch) -> list[RawScore]:
         if answer.value is not None and not math.isfinite(answer.value):
             note = "; ".join(filter(None, [f"not finite: {answer.value}", answer.note]))
             answers[place] = RawScore(None, note)
+    if not all(one.applicable for one in answers):
+        if any(one.applicable or one.value is not None for one in answers):
+            raise ValueError("applicable must be False for all images of a batch or for none, and "
+                             "then without a value")
     return answers
 
 
@@ -73,7 +77,7 @@ def _column(scorer: Scorer, batch: Batch) -> list[RawScore]:
     column = []
     for image in batch.images:
         try:
-            column += _answers(scorer, Batch((image,), batch.prompt))
+            column += _answers(scorer, Batch((image,), batch.prompt, batch.references))
         except (Exception, asyncio.CancelledError) as error:
             column.append(RawScore(None, _reason(error)))
     return column
@@ -120,8 +124,14 @@ class ImageScores(BaseModel, frozen=True, allow_inf_nan=False):
         """How sure a vision-language model is that the image shows the text."""
         return self.metrics.get("vqa_score")
 
+    @property
+    def consistency(self) -> float | None:
+        """How much the image looks like the references of its scene."""
+        return self.metrics.get("consistency")
+
 # %% ../nbs/02_score.ipynb #eddd1db9
-WEIGHTS = {"pickscore": 0.50, "clip_score": 0.25, "vqa_score": 0.15, "aesthetic": 0.10}
+WEIGHTS = {"pickscore": 0.50, "clip_score": 0.25, "vqa_score": 0.15, "aesthetic": 0.10,
+           "consistency": 0.25}
 
 
 def check_weights(
@@ -170,16 +180,20 @@ def shares(
 # %% ../nbs/02_score.ipynb #19228c87
 def group_overalls(
     metrics: Sequence[dict[str, float | None]],  # one dict per image of one group, 0–100
-    shares: dict[str, float],  # from `normalized_weights`: by metric, they sum to 1
+    shares: dict[str, float],  # from `normalized_weights`, by metric
+    applicable: Collection[str] | None = None,  # the metrics that apply here; None: all do
 ) -> list[tuple[float | None, str]]:
     """Return the overall of each image, 0–100, and "" or, where it is None, the reason."""
-    if not shares:
-        return [(None, "no scorer is configured")] * len(metrics)
+    asked = {n: s for n, s in shares.items() if s > 0 and (applicable is None or n in applicable)}
+    if not asked:
+        reason = "no scorer with a weight applies" if shares else "no scorer is configured"
+        return [(None, reason)] * len(metrics)
     had = {n for m in metrics for n, value in m.items() if value is not None}
-    kept = {name: share for name, share in shares.items() if share > 0 and name in had}
+    kept = {name: share for name, share in asked.items() if name in had}
     left = math.fsum(kept.values())
-    if left < 0.5 - 1e-9:
-        reason = f"only {100 * left:.3g} % of the weight could be scored, at least 50 % is needed"
+    part = left / math.fsum(asked.values())
+    if part < 0.5 - 1e-9:
+        reason = f"only {100 * part:.3g} % of the weight could be scored, at least 50 % is needed"
         return [(None, reason)] * len(metrics)
     found: list[tuple[float | None, str]] = []
     for own in metrics:
@@ -217,14 +231,15 @@ def grade(
     full = [{s.name: row.get(s.name, unasked) for s in scorers} for row in raws]
     mapped = [{s.name: _mapped(s, row[s.name]) for s in scorers} for row in full]
     metrics = [{name: value for name, (value, _) in row.items()} for row in mapped]
-    overalls = group_overalls(metrics, shares(scorers, weights))
+    used = [s for s in scorers if not full or any(row[s.name].applicable for row in full)]
+    overalls = group_overalls(metrics, shares(scorers, weights), [s.name for s in used])
     records = []
     for raw, row, own, (overall, why) in zip(full, mapped, metrics, overalls, strict=True):
         notes = {name: note for name, (_, note) in row.items()} | {"overall": why}
         records.append(ImageScores(
             metrics=own, overall=overall, raw={name: found.value for name, found in raw.items()},
-            models={scorer.name: scorer.model for scorer in scorers},
-            calibrations={scorer.name: scorer.calibration for scorer in scorers},
+            models={scorer.name: scorer.model for scorer in used},
+            calibrations={scorer.name: scorer.calibration for scorer in used},
             notes={name: note for name, note in notes.items() if note}))
     return records
 
@@ -269,12 +284,13 @@ async def score_images(
     *,
     scorers: Sequence[Scorer] | None = None,  # None: `defaults.scorers()`, []: none
     weights: dict[str, float] | None = None,  # by scorer name; None: by name, see `WEIGHTS`
+    references: Iterable[Path] = (),  # image files that the images must agree with
 ) -> list[ImageScores]:
     """Score the files as one group: one record per image, in order."""
     text = visible_text(prompt_text)
     if not text.strip():
         raise ValueError(f"prompt_text must be a text that is not blank, got {prompt_text!r}")
-    paths = list(image_paths)
+    paths, agreed = list(image_paths), list(references)
 
     def score_files() -> list[ImageScores]:
         used = scorers
@@ -283,11 +299,12 @@ async def score_images(
 
             used = default_scorers()
         check_weights([scorer.name for scorer in used], weights)
+        with_whom = tuple(map(read_image, agreed))
         rows: list[dict[str, RawScore]] = [{}] * len(paths)
         waiting: dict[int, Image.Image] = {}
 
         def score_waiting() -> None:
-            found = raw_scores(Batch(tuple(waiting.values()), text), used)
+            found = raw_scores(Batch(tuple(waiting.values()), text, with_whom), used)
             for place, row in zip(waiting, found, strict=True):
                 rows[place] = row
             waiting.clear()
@@ -312,9 +329,11 @@ async def score_image(
     *,
     scorers: Sequence[Scorer] | None = None,  # None: `defaults.scorers()`, []: none
     weights: dict[str, float] | None = None,  # by scorer name; None: by name, see `WEIGHTS`
+    references: Iterable[Path] = (),  # image files that the image must agree with
 ) -> ImageScores:
     """Score one file as a group of one."""
-    return (await score_images([image_path], prompt_text, scorers=scorers, weights=weights))[0]
+    return (await score_images([image_path], prompt_text, scorers=scorers, weights=weights,
+                               references=references))[0]
 
 # %% ../nbs/02_score.ipynb #a7b3dab0
 def p_best(

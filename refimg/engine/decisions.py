@@ -321,10 +321,10 @@ class Rerun:
 # %% ../../nbs/engine/decisions.ipynb #cb4596bd
 def _reweighted(group: list[ImageScores], weights: dict[str, float]) -> list[ImageScores]:
     """Return the records of one group with the overall that follows from other weights."""
-    names = list(group[0].models)
+    names = list(group[0].metrics)
     check_weights(names, weights)
     parts = normalized_weights(names, weights)
-    overalls = group_overalls([scores.metrics for scores in group], parts)
+    overalls = group_overalls([scores.metrics for scores in group], parts, group[0].models)
     notes = [{k: v for k, v in scores.notes.items() if k != "overall"} for scores in group]
     return [
         scores.model_copy(update={

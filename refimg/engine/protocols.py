@@ -165,6 +165,7 @@ class Batch:
 
     images: tuple[Image.Image, ...]  # decoded RGB images, in the order of the results
     prompt: str  # the text they are scored against
+    references: tuple[Image.Image, ...] = ()  # what they must agree with, decoded RGB images
     _memo: dict = field(default_factory=dict, init=False, repr=False)
 
     def once(
@@ -185,10 +186,11 @@ class RawScore(BaseModel, frozen=True):
 
     value: float | None  # None: it could not be computed
     note: str = ""  # why it is None, or what a reader of the value should know
+    applicable: bool = True  # False: the question makes no sense for any image of the batch
 
-    def __init__(self, value: float | None, note: str = "") -> None:
-        """Take both fields by position too: `RawScore(0.31)`, `RawScore(None, "no face found")`."""
-        super().__init__(value=value, note=note)
+    def __init__(self, value: float | None, note: str = "", applicable: bool = True) -> None:
+        """Take the fields by position too: `RawScore(0.31)`, `RawScore(None, "no face found")`."""
+        super().__init__(value=value, note=note, applicable=applicable)
 
 # %% ../../nbs/engine/protocols.ipynb #ff704c9c
 class Scorer(Protocol):
