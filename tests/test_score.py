@@ -478,13 +478,15 @@ def test_a_scorer_that_does_not_apply_is_no_missing_score():
     rows = [{"pickscore": RawScore(40), "consistency": apart},
             {"pickscore": RawScore(60), "consistency": apart}]
     scorers = [identity("pickscore"), identity("consistency")]
-    scores = grade(rows, scorers, {"pickscore": 1, "consistency": 3})
+    weights = {"pickscore": 1, "consistency": 3}
+    scores = grade(rows, scorers, weights)
     assert [s.overall for s in scores] == [40, 60]
-    assert [s.metrics["consistency"] for s in scores] == [s.consistency for s in scores] == [None] * 2
+    assert [s.metrics["consistency"] for s in scores] == [None, None] == [
+        s.consistency for s in scores]
     assert scores[0].notes == {"consistency": "no reference to agree with"}
     assert list(scores[0].models) == list(scores[0].calibrations) == ["pickscore"]
     down = [row | {"consistency": RawScore(None, "down")} for row in rows]
-    assert [s.overall for s in grade(down, scorers, {"pickscore": 1, "consistency": 3})] == [None] * 2
+    assert [s.overall for s in grade(down, scorers, weights)] == [None, None]
 
 
 def test_where_no_scorer_applies_the_group_is_unscored_with_that_reason():
