@@ -770,7 +770,7 @@ async def test_whatever_happens_nothing_runs_on_and_nothing_is_paid_for_twice(se
     made = made_since(server, before)
     assert all(p["status"] in TERMINAL for p in made)
     good = [end.provider_id for end in ends if hasattr(end, "data")]
-    assert len(good) == len(set(good)) > 6
+    assert len(good) == len(set(good)) > 3
     kinds = {type(end) for end in ends}
     assert kinds <= {type(ends[0]), ProviderError, asyncio.CancelledError, replicate.GeneratedImage}
     assert not any(TOKEN in str(r) for r in server.requests("output"))

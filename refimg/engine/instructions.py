@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['DIMENSIONS', 'DIRECTOR', 'NEGATIVE', 'CRITIC']
+__all__ = ['DIMENSIONS', 'DIRECTOR', 'PLAN', 'NEGATIVE', 'CRITIC']
 
 # %% ../../nbs/engine/instructions.ipynb #e3000006
 DIMENSIONS = {  # of a critique, with their weights in per cent; they add up to 100
@@ -31,6 +31,25 @@ Describe what can be seen in a single still picture; contradict nothing, invent 
 Where a context is given, agree with it and do not repeat it: it is added to the prompt later.
 Where a critique of your last version is given, keep what works and make its improvements.
 Answer with the prompt alone: no heading, no quotation marks around it, no explanation.
+{_FENCED}"""
+
+_MARKERS = {  # of a plan, with what each is
+    "style": "one medium and one manner",
+    "color_palette": "three to five colours, and where they are used",
+    "lighting": "its quality and direction, without the hour",
+    "composition": "how the frames are built",
+    "mood": "what the images feel like",
+    "subject_description": "the looks of what stands in most scenes: build, hair, clothes, colours",
+}
+_PLANNED = ", ".join(f'"{name}": "{what}"' for name, what in _MARKERS.items())
+
+PLAN = f"""You are the director of a story that an image model draws scene by scene.
+Decide once what all scenes have in common, so that their images belong together.
+Contradict nothing that a scene says. What the scenes fix already, repeat as they have it.
+Name no hour, weather or place: those belong to the scenes. Invent no person or thing.
+Each text has at most 25 words, in the language of the scenes; "" where they share nothing.
+Answer with one flat JSON object and nothing else:
+{{{_PLANNED}}}
 {_FENCED}"""
 
 NEGATIVE = f"""You write negative prompts for an image model.

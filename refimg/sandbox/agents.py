@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 from pydantic import BaseModel
@@ -18,9 +19,10 @@ from ..engine.fence import read_fences
 from ..engine.intent import lost_intent
 from .aspects import ASPECTS, covered, tones
 from .sentences import FINISHES, MOODS, PALETTES, Brief
+from .world import VOCABULARY, read_prompt
 
 # %% auto #0
-__all__ = ['open_aspects', 'asked_for', 'write', 'Director', 'rate', 'wishes', 'Critic']
+__all__ = ['open_aspects', 'asked_for', 'write', 'plan', 'Director', 'rate', 'wishes', 'Critic']
 
 # %% ../../nbs/sandbox/agents.ipynb #128af75b
 _TONED = {
@@ -71,6 +73,30 @@ def write(
             said.add(name)
     return brief.compose(said)
 
+# %% ../../nbs/sandbox/agents.ipynb #e25e838d
+def plan(
+    story: str,  # its scenes, one a line
+    brand: str = "",  # what the images should look like
+) -> dict[str, str]:
+    """Return the markers that the scenes share."""
+    brief = Brief.read(story, brand)
+    scenes = [said for line in story.splitlines() if "subject" in (said := read_prompt(line))]
+    subjects = Counter(said["subject"] for said in scenes)
+    styles = ["watercolour", "flat", "pastel", "oil"]
+    style = brief.stated.get("style") or brief.select("style", styles)
+    found = {
+        "style": VOCABULARY["style"][style][0],
+        "color_palette": f"{brief.tone('palette', ['warm', 'cool', 'muted', 'vivid'])} colours",
+        "lighting": brief.select("light", ["soft and even", "soft, from one side"]),
+        "mood": brief.tone("mood", sorted(MOODS)),
+    }
+    if subjects:
+        subject = subjects.most_common(1)[0][0]
+        own = [s["colour"] for s in scenes if s["subject"] == subject and "colour" in s]
+        colour = own[0] if own else brief.select("colour", sorted(VOCABULARY["colour"]))
+        found["subject_description"] = f"{VOCABULARY['subject'][subject][0]} in {colour}"
+    return found
+
 # %% ../../nbs/sandbox/agents.ipynb #096d61e9
 _DEFECTS = "blur, noise, low contrast, harsh exposure, text, watermark, border, cropped subject"
 
@@ -92,8 +118,10 @@ class Director:
         messages: list[Message],  # as `enhance` sends them to a director
         schema: type[BaseModel] | None = None,  # not used
     ) -> Reply:
-        """Answer with the next version of the prompt, or with a negative prompt."""
+        """Answer with the next version of the prompt, a plan, or a negative prompt."""
         given = _material(messages)
+        if "story" in given:
+            return Reply(text=json.dumps(plan(given["story"], given.get("brand", ""))))
         if "original" not in given:
             return Reply(text=_DEFECTS)
         asked = json.loads(given.get("critique", "{}")).get("improvements", [])

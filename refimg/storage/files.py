@@ -219,12 +219,10 @@ def save_numbered(
 ) -> Path:
     """Return the new file on the disk, `{stem}_v{k}.png` with the smallest free k."""
     folder, stem = Path(os.path.expanduser(folder)), check_stem(stem)
-    _sweep_hourly(folder, int(time.time() // 3600))
-    try:
-        written = _twice(_write_temporary, folder, data, durable=True)
-    except FileNotFoundError:
+    if not folder.is_dir():
         _twice(make_folder, folder)
-        written = _twice(_write_temporary, folder, data, durable=True)
+    _sweep_hourly(folder, int(time.time() // 3600))
+    written = _twice(_write_temporary, folder, data, durable=True)
     try:
         numbered = (folder / f"{stem}_v{number}.png" for number in count(first))
         made = next(target for target in numbered
