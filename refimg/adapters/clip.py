@@ -332,29 +332,31 @@ class Consistency(_ClipScorer):
         if not batch.references:
             reason = "there is no reference that the images could agree with"
             return [RawScore(None, reason, applicable=False)] * len(batch.images)
-        return super().score(batch)
-
-    def _score_with(self, embedder: Embedder, batch: Batch) -> list[RawScore]:
-        own = embedder.images(batch, self.view)
+        if reason := self.missing():
+            return [RawScore(None, reason)] * len(batch.images)
+        own = self.embedder().images(batch, self.view)
         self._known.update(zip(map(_pixels, batch.images), own, strict=True))
-        cosines = own @ self._vectors(embedder, batch.references).T
+        cosines = own @ self.vectors(batch.references).T
         return [RawScore(value) for value in cosines.mean(dim=1).tolist()]
 
-    def _vectors(self, embedder: Embedder, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Return the vectors of the references, (n, d); only new ones pass through the model."""
+    def vectors(
+        self,
+        images: Sequence[Image.Image],  # one to some dozens
+    ) -> torch.Tensor:
+        """Return the unit vectors of images, (n, d); only new ones pass through the model."""
         import torch
 
         known, keys = self._known, [_pixels(image) for image in images]
         new = {key: image for key, image in zip(keys, images, strict=True) if key not in known}
         if new:
-            made = embedder.images(Batch(tuple(new.values()), ""), self.view)
+            made = self.embedder().images(Batch(tuple(new.values()), ""), self.view)
             known.update(zip(new, made, strict=True))
-        vectors = torch.stack([known[key] for key in keys])
+        found = torch.stack([known[key] for key in keys])
         for key in keys:
             known.move_to_end(key)
         while len(known) > self.remember:
             known.popitem(last=False)
-        return vectors
+        return found
 
 # %% ../../nbs/adapters/clip.ipynb #c15a0004
 class ClipConsistency(Consistency):

@@ -65,7 +65,7 @@ def load_dino(
         return torch.stack([found[i] for i in range(len(given))])
 
     def texts(given: Sequence[str]) -> torch.Tensor:
-        raise ValueError(f"the model in {folder} reads images and no text")
+        raise ValueError(f"texts must be none, DINOv2 reads images alone, got {len(given)}")
 
     return Towers(images, texts, count=len, limit=0, scale=1.0, side=16 * patch)
 
