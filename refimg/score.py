@@ -60,10 +60,10 @@ def _answers(scorer: Scorer, batch: Batch) -> list[RawScore]:
         if answer.value is not None and not math.isfinite(answer.value):
             note = "; ".join(filter(None, [f"not finite: {answer.value}", answer.note]))
             answers[place] = RawScore(None, note)
-    if not all(one.applicable for one in answers):
-        if any(one.applicable or one.value is not None for one in answers):
-            raise ValueError("applicable must be False for all images of a batch or for none, and "
-                             "then without a value")
+    applying = [one.applicable or one.value is not None for one in answers]
+    if any(applying) and not all(one.applicable for one in answers):
+        raise ValueError("applicable must be True for all images of a batch, or False for all and "
+                         f"no value, got {answers!r:.200}")
     return answers
 
 

@@ -23,6 +23,7 @@ from refimg.sandbox.painter import (
     answer,
     choose_attributes,
     frame_size,
+    merge_references,
     paint_picture,
     truth,
 )
@@ -151,7 +152,7 @@ async def test_the_model_speaks_the_protocol_and_agrees_with_the_function():
     model = Painter(width=128, error=0.5)
     made = await model.generate(request(seed=3))
     assert made == answer(request(seed=3), 128, 0.5)
-    assert (model.name, model.max_references, model.takes_seed) == ("sandbox-painter", 1, True)
+    assert (model.name, model.max_references, model.takes_seed) == ("sandbox-painter", 3, True)
     assert model.takes_negative_prompt is False and set(model.aspect_ratios) == set(RATIOS)
 
 
@@ -280,6 +281,45 @@ def test_a_photograph_hands_on_its_palette(saved):
     tinted = pixels(opened(answer(request(text, seed=2, references=(saved(red),)), 128, 0)))
     shift = tinted.mean((0, 1)) - plain.mean((0, 1))
     assert shift[0] - shift[2] > 25
+
+
+FOXES = [{"subject": "fox", "colour": "red"}, {"subject": "owl", "colour": "blue"}, {},
+         {"subject": "fox", "colour": "navy"}]
+
+
+def test_each_attribute_comes_from_any_reference_that_shows_the_subject():
+    n = 2000
+    found = [merge_references(FOXES, {"subject": "fox"}, seed) for seed in range(n)]
+    for attribute in ("subject", "colour", "style"):
+        places = [one[attribute] for one in found]
+        assert set(places) == {0, 3} and within(places.count(0), n, 0.5)
+    both = sum(one["colour"] == one["style"] for one in found)
+    assert within(both, n, 0.5)  # each on its own
+
+
+@pytest.mark.parametrize("stated", [{}, {"subject": "whale"}, {"colour": "red"}])
+def test_where_no_reference_shows_the_subject_each_that_is_known_may_be_asked(stated):
+    n = 3000
+    places = [merge_references(FOXES, stated, seed)["colour"] for seed in range(n)]
+    assert set(places) == {0, 1, 3} and within(places.count(1), n, 1 / 3)
+    assert merge_references([{}, {}], stated, 1) == {} == merge_references([], stated, 1)
+
+
+def test_the_first_reference_that_shows_the_subject_can_be_preferred():
+    found = [merge_references(FOXES[1:], {"subject": "fox"}, s, True) for s in range(20)]
+    assert found == [dict.fromkeys(("subject", "colour", "style"), 2)] * 20
+
+
+def test_references_are_followed_as_often_as_is_said(saved):
+    paths = [saved(paint_picture(STATED | {"colour": colour, "count": "one"}, 4, 64, 36), colour)
+             for colour in ("purple", "teal")]
+    asked = [request("A woman at night", seed=s, references=tuple(paths)) for s in range(60)]
+    often, never = ([drawn(answer(one, 32, 0.2, None, follow))["colour"] for one in asked]
+                    for follow in (1.0, 0.0))
+    assert set(often) == {"purple", "teal"}
+    assert len(set(never)) > 4
+    with pytest.raises(ValueError, match="follow must be"):
+        Painter(follow=1.1)
 
 
 def test_a_reference_with_a_hostile_truth_is_a_photograph(saved):

@@ -473,6 +473,63 @@ def test_no_scorer_and_no_image_are_no_errors():
     assert group_overalls([], {"a": 1.0}) == []
 
 
+def test_a_scorer_that_does_not_apply_is_no_missing_score():
+    apart = RawScore(None, "no reference to agree with", applicable=False)
+    rows = [{"pickscore": RawScore(40), "consistency": apart},
+            {"pickscore": RawScore(60), "consistency": apart}]
+    scorers = [identity("pickscore"), identity("consistency")]
+    weights = {"pickscore": 1, "consistency": 3}
+    scores = grade(rows, scorers, weights)
+    assert [s.overall for s in scores] == [40, 60]
+    assert [s.metrics["consistency"] for s in scores] == [None, None] == [
+        s.consistency for s in scores]
+    assert scores[0].notes == {"consistency": "no reference to agree with"}
+    assert list(scores[0].models) == list(scores[0].calibrations) == ["pickscore"]
+    down = [row | {"consistency": RawScore(None, "down")} for row in rows]
+    assert [s.overall for s in grade(down, scorers, weights)] == [None, None]
+
+
+def test_where_no_scorer_applies_the_group_is_unscored_with_that_reason():
+    row = {"a": RawScore(None, "no reference", False), "seen": RawScore(50)}
+    (scores,) = grade([row], [identity("a"), identity("seen")], {"a": 1, "seen": 0})
+    assert scores.overall is None and scores.notes["overall"] == "no scorer with a weight applies"
+
+
+@pytest.mark.parametrize("answers", [
+    (RawScore(50), RawScore(None, "", False)),
+    (RawScore(None, "down"), RawScore(None, "", False)),
+    (RawScore(50, "", False), RawScore(50, "", False)),
+])
+def test_a_scorer_applies_to_the_whole_batch_or_to_none_of_it(answers):
+    class Half(FakeScorer):
+        def score(self, batch):
+            return list(answers[: len(batch.images)])
+
+    rows = raw_scores(Batch(plain(10, 20), "x"), [Half("half")])
+    assert all(row["half"].applicable or row["half"].value is None for row in rows)
+    assert len({row["half"].applicable for row in rows}) == 1
+
+
+async def test_references_reach_the_scorers_as_pixels_also_image_by_image(tmp_path):
+    seen = []
+
+    class Alone(FakeScorer):
+        def score(self, batch):
+            seen.append([image.size for image in batch.references])
+            if len(batch.images) > 1:
+                raise MemoryError
+            return super().score(batch)
+
+    paths = [tmp_path / f"{n}.png" for n in range(3)]
+    for n, path in enumerate(paths):
+        Image.new("RGB", (16 + n, 9), (200, 10, 10)).save(path)
+    await score_images(paths[:2], "x", scorers=[Alone("alone")], references=paths[2:])
+    await score_image(paths[0], "x", scorers=[Alone("alone")], references=iter(paths[2:]))
+    assert seen == [[(18, 9)]] * 4
+    with pytest.raises(ValueError, match="an image must be"):
+        await score_image(paths[0], "x", scorers=[], references=[tmp_path / "none.png"])
+
+
 METRIC = st.one_of(st.none(), st.floats(0, 100))
 NAMES = st.lists(st.sampled_from([*FOUR, "truth", "other"]), min_size=1, max_size=5, unique=True)
 

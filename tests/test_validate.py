@@ -48,11 +48,14 @@ def refused(words: str, *args, **options) -> None:
 # what is refused
 
 
-def test_units_that_are_in_one_arm_only():
-    refused("('s3', 1) only in a", A, B[B["story"] != "s3"])
-    refused("('s3', 1) only in b", A[A["story"] != "s3"], B)
+def test_more_than_a_fifth_of_the_scenes_in_one_arm_only():
+    gone = B["story"].isin(["s3", "s4", "s5"])  # of 12
+    refused("('s3', 1) only in a", A, B[~gone])
+    refused("('s3', 1) only in b", A[~gone], B)
     one = random_arm(1, scenes=2)
     refused("('s0', 2) only in a", one, B)
+    with pytest.raises(ValueError, match="only in a"):
+        four_cells(A, B[B["story"] != "s3"].assign(max_enhancement_iterations=4), 2)
 
 
 def test_other_texts():
@@ -185,27 +188,71 @@ def test_the_same_difference_everywhere():
 def test_a_score_that_is_missing_takes_its_metric_along_and_no_other(k):
     rows = B["selected"] & (B["story"] == "s3")
     found = compare(A, B.assign(seen=B["seen"].mask(rows)), k=k)
+    rest = compare(A[A["story"] != "s3"], B[B["story"] != "s3"], k=k)["seen"]
     d = found["seen"]
-    assert (d.units, d.difference, d.mean_b, d.wins, d.p_holm) == (12, None, None, None, None)
-    assert d.reason == "1 of 12 units have an image without this score: s3"
-    assert found["overall"].low is not None
-    assert found["overall"].p_holm == pytest.approx(2 * found["overall"].p)
+    assert (d.units, d.missing, found["overall"].units, found["overall"].missing) == (11, 1, 12, 0)
+    assert (d.difference, d.low, d.high, d.p, d.wins) == pytest.approx(
+        (rest.difference, rest.low, rest.high, rest.p, rest.wins))
+    assert found["overall"].worst is None and "left out" not in str(found["overall"])
+    assert "1 scene left out, with which the difference is between" in str(d)
+    assert d.gaps in found._repr_html_()
+
+
+def test_what_is_missing_is_bounded_by_its_worst_and_its_best():
+    gone = {"a": A["story"] == "s2", "b": B["story"].isin(["s2", "s7"])}
+    first, second = (t.assign(seen=t["seen"].mask(gone[n]), right=t["seen"].mask(gone[n]) / 100)
+                     for n, t in (("a", A), ("b", B)))
+    d = compare(first, second)
+    means = [t[t["selected"]].set_index("story") for t in (first, second)]
+    for metric, most in (("seen", 100), ("right", 1)):
+        one, two = (t[metric].tolist() for t in means)
+        known = [(x, y) for x, y in zip(one, two, strict=True) if x == x and y == y]
+        for bound, (low, high) in (("worst", (most, 0)), ("best", (0, most))):
+            filled = [(high if y != y else y) - (low if x != x else x)
+                      for x, y in zip(one, two, strict=True)]
+            assert getattr(d[metric], bound) == pytest.approx(sum(filled) / 12)
+        assert d[metric].difference == pytest.approx(sum(y - x for x, y in known) / 10)
+        assert d[metric].worst < d[metric].difference < d[metric].best
+        assert (d[metric].missing, d[metric].units) == (2, 10)
+
+
+def test_a_scene_that_one_arm_lacks_is_left_out_of_both():
+    for one, other in ((A, B[B["story"] != "s3"]), (A[A["story"] != "s3"], B)):
+        found, rest = compare(one, other), compare(A[A["story"] != "s3"], B[B["story"] != "s3"])
+        assert found.units == 12
+        assert all((d.missing, d.units) == (1, 11) for d in found.differences)
+        assert [d.low for d in found.differences] == [d.low for d in rest.differences]
+
+
+def test_a_fifth_of_the_scores_may_be_missing_and_no_more():
+    a, b = random_arm(1, scenes=5, chain="none"), random_arm(2, scenes=5, chain="none")
+    for gone, is_known in ((range(12), True), (range(13), False)):
+        rows = [(s, n) in {(f"s{k}", 1 + k // 12) for k in gone} | ({("s0", 2)} if len(gone) == 13
+                else set()) for s, n in zip(b["story"], b["scene"], strict=True)]
+        d = compare(a, b.assign(seen=b["seen"].mask(np.array(rows))))["seen"]
+        assert (d.low is not None) == is_known and d.missing == len(gone)
+    assert d.units == 0 and d.reason.startswith("13 of 60 scenes lack this score, more than 20")
 
 
 def test_unscored_images_are_not_scored_zero():
     rows = B["story"] == "s3"
     unscored = B.assign(overall=B["overall"].mask(rows), pickscore=B["pickscore"].mask(rows))
-    found = compare(A, unscored)
-    assert found["overall"].reason.endswith("s3") and found["seen"].low is not None
-    assert all(d.low is None for d in compare(A, unscored, k=2).differences)
+    found, rest = compare(A, unscored), compare(A[A["story"] != "s3"], B[~rows])
+    assert found["overall"].difference == rest["overall"].difference
+    assert found["overall"].missing == 1 and found["seen"].missing == 0
+    assert all(d.missing == 1 for d in compare(A, unscored, k=2).differences)
 
 
 def test_a_missing_scene_score_is_not_averaged_away():
     a, b = random_arm(1, **CHAINED), random_arm(2, **CHAINED)
     gap = b["selected"] & (b["story"] == "s3") & (b["scene"] == 2)
-    assert compare(a, b.assign(seen=b["seen"].mask(gap)))["seen"].reason.endswith("s3")
+    found = compare(a, b.assign(seen=b["seen"].mask(gap)))["seen"]
+    assert (found.missing, found.units) == (1, 12)
+    pairs = [t[t["selected"]].set_index(["story", "scene"])["seen"].drop(("s3", 2)) for t in (a, b)]
+    own = (pairs[1] - pairs[0]).groupby("story").mean()
+    assert found.difference == pytest.approx(own.mean())
     seeds = pd.concat([b.assign(seen=b["seen"].mask(gap)), random_arm(5, **CHAINED)])
-    assert compare(a, seeds)["seen"].reason.endswith("s3")
+    assert compare(a, seeds)["seen"].missing == 1
 
 
 def test_a_metric_that_one_arm_lacks_is_named():

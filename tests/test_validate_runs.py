@@ -379,7 +379,7 @@ async def test_a_file_that_is_no_image_has_no_score(tmp_path):
     moved = table.assign(generation_id="b", chain="none")
     found = compare(table.assign(chain="none"), moved, "prompt", k=2)
     assert found["overall"].reason == (
-        "1 of 2 units have an image without this score: ('s', 2)")
+        "1 of 2 scenes lack this score, more than 20%: ('s', 2)")
 
 
 async def test_texts_that_look_like_nothing_stay_texts(tmp_path):

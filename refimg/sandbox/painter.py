@@ -9,7 +9,7 @@ import asyncio
 import json
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +24,8 @@ from .world import VOCABULARY, read_prompt
 from ..storage.files import encode_png, read_image
 
 # %% auto #0
-__all__ = ['PAINTER_VERSION', 'RATIOS', 'paint_picture', 'truth', 'choose_attributes', 'restated', 'error_rates', 'frame_size',
-           'answer', 'Painter']
+__all__ = ['PAINTER_VERSION', 'RATIOS', 'paint_picture', 'truth', 'choose_attributes', 'merge_references', 'restated',
+           'error_rates', 'frame_size', 'answer', 'Painter']
 
 # %% ../../nbs/sandbox/painter.ipynb #5604dee3
 PAINTER_VERSION = 1  # rises whenever the same attributes and seed give another image
@@ -98,6 +98,7 @@ def choose_attributes(
     seed: int,  # of the image
     error: float | Mapping[str, float] = 0.2,  # probability of a mistake, for all or by attribute
     reference: Mapping[str, str] | None = None,  # what the reference image shows
+    follow: float = _FOLLOW,  # probability that it decides what the prompt leaves open, 0..1
 ) -> dict[str, str]:
     """Return the attributes of the image to draw."""
     rates = error if isinstance(error, Mapping) else dict.fromkeys(VOCABULARY, error)
@@ -106,10 +107,10 @@ def choose_attributes(
     def decide(attribute: str, shown: str | None, taken: tuple) -> None:
         """Choose a value, given what the prompt said and the reference has shown."""
         rng = stream(seed, f"decide/{attribute}")
-        (slip, follow), said = rng.random(2), stated.get(attribute)
+        (slip, chance), said = rng.random(2), stated.get(attribute)
         shown = shown if shown in VOCABULARY[attribute] and shown not in taken else None
         if said is None:
-            kept = shown if follow < _FOLLOW else None
+            kept = shown if chance < follow else None
             chosen[attribute] = kept or _pick(rng, attribute, taken)
             return
         limit = rates[attribute] / 2 if shown == said else rates[attribute]
@@ -124,6 +125,19 @@ def choose_attributes(
         for attribute in ("companion", "relation"):
             decide(attribute, None, (chosen["subject"],))
     return chosen
+
+# %% ../../nbs/sandbox/painter.ipynb #9a2e7bb8
+def merge_references(
+    shown: Sequence[Mapping[str, str]],  # the attributes of each reference; none: not known
+    stated: Mapping[str, str],  # what the prompt states, as `read_prompt` returns it
+    seed: int,  # of the image
+    prefer_first: bool = False,  # True: the first that shows the subject hands on everything
+) -> dict[str, int]:
+    """Return the place of the reference from which each carried attribute comes."""
+    known = [place for place, attributes in enumerate(shown) if attributes]
+    able = [p for p in known if shown[p].get("subject") == stated.get("subject")] or known
+    chances = {a: 0.0 if prefer_first else stream(seed, f"source/{a}").random() for a in _CARRIED}
+    return {a: able[int(chance * len(able))] for a, chance in chances.items() if able}
 
 # %% ../../nbs/sandbox/painter.ipynb #c521b77d
 def restated(
@@ -162,42 +176,44 @@ def frame_size(
     return round((area * across / down) ** 0.5), round((area * down / across) ** 0.5)
 
 
-def _carry(reference: Image.Image, seed: int) -> dict:
-    """Return what a reference hands on: attributes and look, or else a palette."""
-    said = truth(reference)
-    if said is None:
-        small = reference.convert("RGB").resize((64, 36), Image.Resampling.BOX)
-        rgb = np.asarray(small, np.float32) / 255
-        palette = np.stack([rgb.mean((0, 1)), rgb.std((0, 1))])
-        return {"attributes": {}, "look": None, "palette": palette}
-    look, kept = said.get("look"), stream(seed, "same look").random() < _FOLLOW
-    look = look if isinstance(look, int) and kept else None
-    return {"attributes": said["attributes"], "look": look, "palette": None}
+def _palette(reference: Image.Image) -> np.ndarray:
+    """Return mean and spread of the colours."""
+    small = reference.convert("RGB").resize((64, 36), Image.Resampling.BOX)
+    rgb = np.asarray(small, np.float32) / 255
+    return np.stack([rgb.mean((0, 1)), rgb.std((0, 1))])
 
 
 def answer(
-    request: ImageRequest,  # prompt, seed, aspect ratio and at most one reference
+    request: ImageRequest,  # prompt, seed, aspect ratio and references
     width: int = 768,  # pixels across at 16:9
     error: float = 0.2,  # probability that a stated attribute goes wrong, 0..1
     restated_error: float | None = None,  # the same for a restated attribute; None: as `error`
+    follow: float = _FOLLOW,  # probability that a reference is followed, 0..1
+    prefer_first: bool = False,  # as `merge_references` takes it
 ) -> GeneratedImage:
     """Paint the image for a request: PNG bytes and the seed that was really used."""
     seed = secrets.randbelow(2**32) if request.seed is None else request.seed
-    carried: dict = {"attributes": {}, "look": None, "palette": None}
-    if request.references:
-        carried = _carry(read_image(Path(request.references[0])), seed)
-    size = frame_size(request.aspect_ratio, width)
     stated, rates = read_prompt(request.prompt), error_rates(request.prompt, error, restated_error)
-    chosen = choose_attributes(stated, seed, rates, carried["attributes"])
-    image = paint_picture(chosen, seed, *size, carried["look"], carried["palette"])
+    references = [read_image(Path(path)) for path in request.references]
+    said = [truth(image) or {} for image in references]
+    shown = [own.get("attributes", {}) for own in said]
+    sources = merge_references(shown, stated, seed, prefer_first)
+    handed_on = {a: shown[place][a] for a, place in sources.items() if a in shown[place]}
+    chosen = choose_attributes(stated, seed, rates, handed_on, follow)
+    look = said[sources["subject"]].get("look") if sources else None
+    if not isinstance(look, int) or stream(seed, "same look").random() >= follow:
+        look = None
+    foreign = [image for image, own in zip(references, said, strict=True) if not own]
+    palette = _palette(foreign[0]) if foreign else None
+    image = paint_picture(chosen, seed, *frame_size(request.aspect_ratio, width), look, palette)
     return GeneratedImage(data=encode_png(image, {}), seed=seed)
 
 # %% ../../nbs/sandbox/painter.ipynb #e9722dcc
 class Painter:
-    """The sandbox's image model: takes a seed and one reference, costs nothing, runs offline."""
+    """The sandbox's image model: takes a seed and references, costs nothing, runs offline."""
 
     name = "sandbox-painter"
-    max_references = 1
+    max_references = 3
     takes_seed = True
     takes_negative_prompt = False
     aspect_ratios = RATIOS
@@ -208,6 +224,8 @@ class Painter:
         width: int = 768,  # pixels across at 16:9, 32..4096
         error: float = 0.2,  # probability that a stated attribute goes wrong, 0..1
         restated_error: float | None = None,  # the same for a restated one; None: as `error`
+        follow: float = _FOLLOW,  # probability that a reference is followed, 0..1
+        prefer_first: bool = False,  # as `merge_references` takes it
     ):
         if not 32 <= width <= 4096:
             raise ValueError(f"width must be from 32 to 4096 pixels, got {width!r}")
@@ -215,12 +233,15 @@ class Painter:
             raise ValueError(f"error must be a probability from 0 to 1, got {error!r}")
         if restated_error is not None and not 0 <= restated_error <= 1:
             raise ValueError(f"restated_error must be from 0 to 1 or None, got {restated_error!r}")
+        if not 0 <= follow <= 1:
+            raise ValueError(f"follow must be a probability from 0 to 1, got {follow!r}")
         self.width, self.error, self.restated_error = width, error, restated_error
+        self.follow, self.prefer_first = follow, prefer_first
 
     async def generate(
         self,
         request: ImageRequest,  # what to paint
     ) -> GeneratedImage:
         """Paint the image for a request, in a thread."""
-        settings = (self.width, self.error, self.restated_error)
+        settings = (self.width, self.error, self.restated_error, self.follow, self.prefer_first)
         return await asyncio.to_thread(answer, request, *settings)

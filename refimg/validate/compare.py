@@ -16,9 +16,11 @@ from pydantic import BaseModel
 from ..engine.results import StoryResult
 from refimg.validate.statistics import (
     SAME,
+    UNITS,
     holm,
     interval_row,
     paired_interval,
+    scene_values,
     scipy_stats,
     values_of,
     why_no_interval,
@@ -50,7 +52,10 @@ class Difference(BaseModel, frozen=True):
 
     metric: str  # its column
     selects: bool  # True: it had a part in selecting the images; False: held out
-    units: int  # stories or prompts
+    units: int  # stories or prompts that have this score in both arms
+    missing: int = 0  # scenes that lack it in one arm or both, and are left out
+    worst: float | None = None  # the difference if all that is missing spoke against b
+    best: float | None = None  # the same if it spoke for b
     mean_a: float | None = None  # in the unit of the metric, as all differences
     mean_b: float | None = None
     difference: float | None = None  # mean of the paired differences
@@ -78,12 +83,22 @@ class Difference(BaseModel, frozen=True):
             return "cannot tell"
         return "higher" if self.low > 0 else "lower"
 
+    @property
+    def gaps(self) -> str:
+        """What is missing and what it could change, in words; "" where nothing is."""
+        if self.worst is None or self.best is None:
+            return ""
+        scenes = "1 scene" if self.missing == 1 else f"{self.missing} scenes"
+        return (f"{scenes} left out, with which the difference is between {self.worst:+.2f} and "
+                f"{self.best:+.2f}")
+
     def __str__(self) -> str:
         role = "" if self.selects else " (held out)"
         if self.low is None:
             return f"{self.metric}{role}: {self.verdict}, {self.reason}"
         span = interval_text(self.difference, self.low, self.high, sign="+")
-        return f"{self.metric}{role}: {self.verdict}, {span} over {self.units} units"
+        told = f"; {self.gaps}" if self.missing else ""
+        return f"{self.metric}{role}: {self.verdict}, {span} over {self.units} units{told}"
 
 # %% ../../nbs/validate/compare.ipynb #19bb4a84
 class Comparison(BaseModel, frozen=True):
@@ -141,7 +156,8 @@ class Comparison(BaseModel, frozen=True):
             interval_text(d.win_rate, d.win_low, d.win_high), chance(d.p_sign),
             interval_text(d.skewness), interval_text(d.hacking),
         ] for d in self.differences]
-        reasons = [f"{d.metric}: {d.reason}" for d in self.differences if d.reason]
+        told = [(d.metric, text) for d in self.differences for text in (d.reason, d.gaps)]
+        reasons = [f"{metric}: {text}" for metric, text in told if text]
         below = [element("div", text, style="opacity:.75;font-size:.85em")
                  for text in (*reasons, *self.notes)]
         return str(root_html(table_html(self.heading, head, rows), *below))
@@ -151,15 +167,21 @@ def _is_count(n: Any) -> bool:
     return isinstance(n, Integral) and not isinstance(n, bool) and int(n) >= 1
 
 
-def _paired(a: Any, b: Any, k: tuple[int, int] | None, matched: bool) -> tuple[Runs, Runs, str]:
+_GAPS = 0.2  # share of scenes that may be missing
+
+
+def _paired(
+    a: Any, b: Any, k: tuple[int, int] | None, matched: bool, gaps: float = 0.0
+) -> tuple[Runs, Runs, str]:
     """Return the two arms, fit to be compared, and what is to be said of their images."""
     arms = one, other = Runs.arm(a, "a"), Runs.arm(b, "b")
     first, second = (arm.table.groupby(["story", "scene"])["text"].first() for arm in arms)
     only = [f"{key} only in a" for key in first.index.difference(second.index)]
     only += [f"{key} only in b" for key in second.index.difference(first.index)]
-    if only:
+    if len(only) > gaps * len(first.index.union(second.index)):
         raise ValueError(f"a and b must be of the same scenes, got {listed(only)}")
-    if differ := first.index[first != second].tolist():
+    shared = first.index.intersection(second.index)
+    if differ := shared[first[shared] != second[shared]].tolist():
         raise ValueError(f"a and b must be of the same texts, got others for {listed(differ)}")
     if one.sandbox != other.sandbox:
         raise ValueError("a and b must be both from the sandbox, or neither, got one of each")
@@ -200,11 +222,30 @@ def _selecting(arms: Sequence[Runs], k: tuple[int, int] | None, by: str) -> set[
     return set().union(*selected_by, {"overall"} if itself else ())
 
 
-def _difference(metric: str, a: pd.Series, b: pd.Series, selects: bool, why: str) -> Difference:
-    """Compare one metric; without numbers for a reason, or where a unit lacks a value."""
-    d, known = b - a, {"metric": metric, "selects": selects, "units": len(a)}
-    known["reason"] = why or why_no_interval(d)
-    if why or d.isna().any():
+def _bounds(metric: str, a: pd.Series, b: pd.Series, level: str | list[str]) -> dict[str, float]:
+    """Return the difference if every value that is missing were the worst for b, or the best."""
+    most = 1.0 if metric in TRUTH else 100.0
+    ends = {"worst": (most, 0.0), "best": (0.0, most)}
+    return {name: float((b.fillna(own) - a.fillna(other)).groupby(level=level).mean().mean())
+            for name, (other, own) in ends.items()}
+
+
+def _difference(
+    metric: str, a: pd.Series, b: pd.Series, level: str | list[str], selects: bool, why: str
+) -> Difference:
+    """Compare one metric, of the same scenes, on those that have it in both arms."""
+    whole = a.notna() & b.notna()
+    gaps, known = int((~whole).sum()), {"metric": metric, "selects": selects}
+    if gaps > _GAPS * len(whole):
+        told = (f"{gaps} of {len(whole)} scenes lack this score, more than {_GAPS:.0%}: "
+                f"{listed(whole.index[~whole])}")
+        return Difference(**known, units=0, missing=gaps, reason=why or told)
+    if gaps:
+        known |= {"missing": gaps, **_bounds(metric, a, b, level)}
+    a, b = (values[whole].groupby(level=level).mean() for values in (a, b))
+    d = b - a
+    known |= {"units": len(d), "reason": why or why_no_interval(d)}
+    if why:
         return Difference(**known)
     stats, d = scipy_stats(), d.to_numpy()
     span, won, moved = paired_interval(d), win_rate(d), d[np.abs(d) > SAME]
@@ -276,14 +317,16 @@ def compare(
     pair = k if k is None or isinstance(k, tuple) else (k, k)
     if pair is not None and (len(pair) != 2 or not all(map(_is_count, pair))):
         raise ValueError(f"k must be a whole number from 1, a pair of them, or None, got {k!r}")
-    *arms, said = _paired(a, b, pair, matched)
-    first, second = (values_of(arm, unit, n, by)
+    *arms, said = _paired(a, b, pair, matched, _GAPS)
+    first, second = (scene_values(arm, unit, n, by)
                      for arm, n in zip(arms, pair or (None, None), strict=True))
-    selecting = _selecting(arms, pair, by)
-    found = [_difference(m, first[m], second[m], m in selecting, arms[0].why_mixed(m, arms[1]))
-             for m in first.columns if m in second]
+    first, second = first.align(second, join="outer", axis=0)
+    selecting, level = _selecting(arms, pair, by), UNITS[unit]
+    found = [_difference(m, first[m], second[m], level, m in selecting,
+                         arms[0].why_mixed(m, arms[1])) for m in first.columns if m in second]
     found = _adjusted(found, arms, selecting)
-    return Comparison(unit=unit, units=len(first), k=pair, sandbox=arms[0].sandbox,
+    units = first.groupby(level=level).ngroups
+    return Comparison(unit=unit, units=units, k=pair, sandbox=arms[0].sandbox,
                       notes=(said, *_notes(arms, unit, pair, found)), differences=tuple(found))
 
 # %% ../../nbs/validate/compare.ipynb #d581ac1f

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['SAME', 'scipy_stats', 'Interval', 'paired_interval', 'wilson', 'Wins', 'win_rate', 'holm', 'best_weights', 'power',
-           'values_of', 'unit_values', 'why_no_interval', 'interval_row', 'agreement', 'verifier_error',
-           'critic_agreement']
+__all__ = ['SAME', 'UNITS', 'scipy_stats', 'Interval', 'paired_interval', 'wilson', 'Wins', 'win_rate', 'holm', 'best_weights',
+           'power', 'scene_values', 'values_of', 'unit_values', 'why_no_interval', 'interval_row', 'agreement',
+           'verifier_error', 'critic_agreement']
 
 # %% ../../nbs/validate/statistics.ipynb #4e3bc5c2
 SAME = 1e-9  # smaller differences are ties
@@ -166,7 +166,7 @@ def power(
     return 2 + bisect_left(range(2, 10**8), chance, key=found)
 
 # %% ../../nbs/validate/statistics.ipynb #44080b84
-_UNITS = {"story": ["story"], "prompt": ["story", "scene"]}  # what a unit is -> what names one
+UNITS = {"story": ["story"], "prompt": ["story", "scene"]}  # what a unit is -> what names one
 
 
 def _whole_mean(groups: Any) -> pd.DataFrame:
@@ -182,21 +182,21 @@ def _whole_sum(table: pd.DataFrame, keys: list[pd.Series]) -> pd.DataFrame:
 
 def _check_unit(runs: Runs, unit: str, k: int | None = None) -> None:
     """Refuse to count scenes, or to draw from them, where they follow each other."""
-    if unit not in _UNITS:
-        raise ValueError(f"unit must be {' or '.join(map(repr, _UNITS))}, got {unit!r}")
+    if unit not in UNITS:
+        raise ValueError(f"unit must be {' or '.join(map(repr, UNITS))}, got {unit!r}")
     if runs.is_chained and (unit == "prompt" or k is not None):
         why = "its scenes are not independent" if k is None else "its scenes follow other images"
         raise ValueError(f"{runs.name} must be used with unit='story' and k=None, or have chain "
                          f"'none', got chain {runs.table['chain'].iloc[0]!r}: {why}")
 
 
-def values_of(
+def scene_values(
     runs: Runs,  # one arm
-    unit: str,  # "story" or "prompt"
+    unit: str,  # "story" or "prompt": what will count as one observation
     k: int | None,  # None: the images that were selected; else the best of k
     by: str,  # with `k`: the score that selects
 ) -> pd.DataFrame:
-    """Return one row a unit, one column a metric."""
+    """Return one row a scene, one column a metric."""
     _check_unit(runs, unit, k)
     table, keys = runs.table, [runs.table[c] for c in SCENE]
     if by not in runs.metrics:
@@ -216,7 +216,17 @@ def values_of(
             scores = table.loc[rows, by].to_numpy().reshape(-1, n)
             weights[rows] = best_weights(scores, k).ravel()
         scenes = _whole_sum(table[runs.metrics].mul(weights, axis=0), keys)
-    prompts = _whole_mean(scenes.groupby(["story", "scene"]))
+    return _whole_mean(scenes.groupby(["story", "scene"]))
+
+
+def values_of(
+    runs: Runs,  # one arm
+    unit: str,  # "story" or "prompt"
+    k: int | None,  # None: the images that were selected; else the best of k
+    by: str,  # with `k`: the score that selects
+) -> pd.DataFrame:
+    """Return one row a unit, one column a metric."""
+    prompts = scene_values(runs, unit, k, by)
     return prompts if unit == "prompt" else _whole_mean(prompts.groupby("story"))
 
 
@@ -287,7 +297,7 @@ def agreement(
         reason = arm.why_mixed(one)
         found = ranks.xs(one, level=-1)[other].dropna()
         same = math.nan if reason else _same_winner(arm.table, one, other).mean()
-        span = interval_row(found.groupby(_UNITS[unit]).mean(), reason)
+        span = interval_row(found.groupby(UNITS[unit]).mean(), reason)
         rows.append({"one": one, "other": other, "scenes": len(found),
                      "correlation": span.pop("mean"), **span, "same winner": same,
                      "by chance": (1 / arm.images).mean()})
@@ -317,7 +327,7 @@ def verifier_error(
         first = {"picked": right * lot, "lost": lost * lot, "none better": best * lot + 0 * right}
         scenes = _whole_sum(pd.DataFrame(first), keys)
         prompts = _whole_mean(scenes.groupby(["story", "scene"]))
-        values = _whole_mean(prompts.groupby(_UNITS[unit]))
+        values = _whole_mean(prompts.groupby(UNITS[unit]))
         rows += [{"verifier": name, "what": what,
                   **interval_row(values[what], arm.why_mixed(name))} for what in values]
     return arm.mark(pd.DataFrame(rows).assign(units=len(values)))
@@ -347,7 +357,7 @@ def critic_agreement(
     arm = Runs.arm(runs, "runs", "critic_score")
     _check_unit(arm, unit)
     scenes = _whole_mean(arm.table.groupby(SCENE)[[*arm.metrics, "critic_score"]])
-    values = _whole_mean(_whole_mean(scenes.groupby(["story", "scene"])).groupby(_UNITS[unit]))
+    values = _whole_mean(_whole_mean(scenes.groupby(["story", "scene"])).groupby(UNITS[unit]))
     rows = []
     for metric in arm.metrics:
         reason = arm.why_mixed(metric)
