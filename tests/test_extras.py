@@ -128,10 +128,12 @@ def test_stories_run_without_extras_and_say_why_they_are_unscored(tmp_path):
 LOADS = """
 from pathlib import Path
 from refimg.adapters.clip import Aesthetic, PickScore
+from refimg.adapters.dino import DinoConsistency, load_dino
 from refimg.adapters.towers import load_open_clip, load_transformers, resolve_placement
 from refimg.adapters.vqa import VqaScore
 from refimg.sandbox.scorers import SandboxClipScore
 for work in (lambda: load_open_clip(Path(".")), lambda: load_transformers(Path(".")),
+             lambda: load_dino(Path(".")), DinoConsistency().load, DinoConsistency().fetch,
              resolve_placement, SandboxClipScore().load, PickScore().load, PickScore().fetch,
              Aesthetic().load, VqaScore("a/b").load, VqaScore("a/b").fetch):
     try:

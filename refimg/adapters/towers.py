@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['import_open_clip', 'import_transformers', 'split_text', 'apply_view', 'check_placement', 'resolve_placement',
-           'free_memory', 'Towers', 'load_transformers', 'load_open_clip', 'Embedder']
+           'free_memory', 'Towers', 'read_transformers', 'load_transformers', 'load_open_clip', 'Embedder']
 
 # %% ../../nbs/adapters/towers.ipynb #5ed79294
 _importing = threading.Lock()
@@ -197,17 +197,17 @@ def _file(folder: Path, name: str) -> Path:
     return folder / name
 
 # %% ../../nbs/adapters/towers.ipynb #bd58170f
-def _clip_parts(folder: Path) -> tuple[Any, Any, Any]:
-    """Read the CLIPModel of a folder, every weight of it, its image processor and tokenizer."""
+def read_transformers(
+    folder: Path,  # config.json and model.safetensors
+    kind: str,  # the model's class, as transformers names it
+) -> Any:
+    """Return the model of a folder, in eval mode; a ValueError unless every weight is there."""
     library, weights = import_transformers(), _file(folder, "model.safetensors")
-    if not (folder / "tokenizer.json").is_file():
-        for name in ("vocab.json", "merges.txt"):
-            _file(folder, name)
     log, options = library.utils.logging, {"use_safetensors": True, "output_loading_info": True}
     shown = log.is_progress_bar_enabled()
     log.disable_progress_bar()
     try:
-        read = library.CLIPModel.from_pretrained
+        read = getattr(library, kind).from_pretrained
         model, found = read(folder, local_files_only=True, **options)
     except Exception as error:
         raise ValueError(f"{weights} could not be loaded: {error}") from error
@@ -217,11 +217,20 @@ def _clip_parts(folder: Path) -> tuple[Any, Any, Any]:
     if lacking := [*found["missing_keys"], *found["mismatched_keys"]]:
         lack = f"{len(lacking)} weights are missing, the first is {lacking[0]}"
         raise ValueError(f"{weights} could not be loaded: {lack}")
+    return model.eval()
+
+
+def _clip_parts(folder: Path) -> tuple[Any, Any, Any]:
+    """Read the CLIPModel of a folder, its image processor and tokenizer."""
+    own = () if (folder / "tokenizer.json").is_file() else ("vocab.json", "merges.txt")
+    for name in ("model.safetensors", *own):
+        _file(folder, name)
+    library, model = import_transformers(), read_transformers(folder, "CLIPModel")
     kind = getattr(library, "CLIPImageProcessorPil", None) or library.CLIPImageProcessor
     has_own = (folder / "preprocessor_config.json").is_file()
     process = kind.from_pretrained(folder, local_files_only=True) if has_own else kind()
     tokens = library.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    return model.eval(), process, tokens
+    return model, process, tokens
 
 
 def load_transformers(

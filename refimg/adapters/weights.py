@@ -22,7 +22,8 @@ from ..storage.extras import is_installed, missing_extra
 from ..storage.files import write_atomic
 
 # %% auto #0
-__all__ = ['PICKSCORE', 'OPENAI_L14', 'HEADS', 'is_whole', 'is_sound', 'Checkpoint', 'Folder', 'WebFile', 'missing']
+__all__ = ['PICKSCORE', 'OPENAI_L14', 'DINOV2_BASE', 'HEADS', 'is_whole', 'is_sound', 'Checkpoint', 'Folder', 'WebFile',
+           'missing']
 
 # %% ../../nbs/adapters/weights.ipynb #82ad526d
 def is_whole(
@@ -169,6 +170,12 @@ OPENAI_L14 = Checkpoint(
     revision="main",
     needs=(("open_clip_model.safetensors", "open_clip_pytorch_model.bin"),),
     size=1_710_000_000,
+)
+DINOV2_BASE = Checkpoint(
+    name="facebook/dinov2-base",
+    revision="f9e44c814b77203eaa57a6bdbbd535f21ede1415",
+    needs=(("model.safetensors",), ("config.json",)),
+    size=346_000_000,
 )
 
 # %% ../../nbs/adapters/weights.ipynb #d755fd01
