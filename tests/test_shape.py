@@ -352,7 +352,8 @@ LAYERS = (
     ("engine.protocols", "engine.calibration", "engine.fence", "engine.instructions",
      "engine.answers", "engine.intent"),
 )  # from the top; arrows point down, or to a neighbour of the same layer
-STAGES, SEES = ("enhance", "generate", "score", "inspection", "engine.planning"), ("cli", "fleet", "pipeline")
+STAGES = ("enhance", "generate", "score", "inspection", "engine.planning")  # may ask `defaults`
+SEES = ("cli", "fleet", "pipeline")
 GROUND = (*LAYERS[-1], "storage")
 READ = ("engine.results", "engine.settings", "engine.decisions", "engine.story", "engine.costs",
         "engine.tasks",

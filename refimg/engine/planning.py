@@ -59,8 +59,8 @@ class Plan(BaseModel, frozen=True):
                 raise ValueError(f"plan must be one flat JSON object, got {body!r:.80}")
             plan = cls.model_validate(body)
             if not plan.markers:
-                fields = ", ".join(cls.model_fields)
-                raise ValueError(f"plan must fill at least one of {fields}, got {body!r:.80}")
+                one = " or ".join(cls.model_fields)
+                raise ValueError(f"plan must be a text for {one}, got {body!r:.80}")
             return plan
 
         return last_object(answer, read)
