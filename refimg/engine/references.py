@@ -122,7 +122,7 @@ class Chain:
         self,
         number: int,  # the scene, from 1
     ) -> list[tuple[str, Path, bool]]:
-        """List subject, file and whether it has another look there: first files, then second, …."""
+        """List subject, file and whether its look is another one there; first files come first."""
         subjects, found = {subject.name: subject for subject in self.story.subjects}, []
         for name, look in self.shown[number].items():
             if subject := subjects.get(name):
@@ -254,8 +254,8 @@ class ReferencePlan:
         places = {subject.name for subject in chain.story.subjects if subject.kind == "place"}
         sent = [item.described(number, places) for item in found[: self.max_references]]
         if rest := [item.label for item in found[self.max_references :]]:
-            warnings.append(f"at most {self.max_references} reference images go along, so these "
-                            f"are left out: {'; '.join(rest)}")
+            warnings.append(f"left out, since references are limited to {self.max_references}: "
+                            f"{'; '.join(rest)}")
         return References(sent=sent, warnings=warnings)
 
     @staticmethod

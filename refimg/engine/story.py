@@ -129,7 +129,7 @@ class Story(BaseModel, frozen=True, extra="forbid"):
         self,
         number: int,  # the scene, from 1
     ) -> dict[str, str | None]:
-        """Return whom the image shows, with their looks; "*": the subject of a story without any."""
+        """Return what the image shows, with looks; "*": the subject of a story that lists none."""
         scene = self.scenes[number - 1]
         if scene.subjects is not None:
             return dict(self._listed(entry, number) for entry in scene.subjects)

@@ -140,24 +140,15 @@ class Subject(BaseModel, frozen=True, extra="forbid"):
             raise ValueError(f"must be a name, got {name!r}")
         return _one_line(name, barred="/")
 
-    @field_validator("looks")
+    @field_validator("looks", "look_images")
     @classmethod
-    def _plain_looks(cls, looks: dict[str, str]) -> dict[str, str]:
-        plain = {_one_line(name): text for name, text in looks.items()}
-        if len({comparable(name) for name in plain}) < len(looks):
-            raise ValueError(f"must be named differently, got {list(looks)!r:.200}")
-        return plain
-
-    @field_validator("look_images")
-    @classmethod
-    def _known_looks(cls, images: dict[str, Path], info: ValidationInfo) -> dict[str, Path]:
-        """Return the images by the names that the looks have."""
-        if "looks" not in info.data:
-            return images
-        named = {find_named(look, info.data["looks"], "look"): path
-                 for look, path in images.items()}
-        if len(named) < len(images):
-            raise ValueError(f"must be one image for each look, got {list(images)!r:.200}")
+    def _by_look(cls, given: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        """Return what is said of each look by its name, as `looks` writes it."""
+        known = info.data.get("looks")
+        named = {_one_line(look) if known is None else find_named(look, known, "look"): value
+                 for look, value in given.items()}
+        if len({comparable(look) for look in named}) < len(given):
+            raise ValueError(f"must be named differently, got {list(given)!r:.200}")
         return named
 
     def sheets(
