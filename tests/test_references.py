@@ -239,7 +239,8 @@ def test_what_images_are_compared_with_does_not_depend_on_the_chain(scenes, user
 
 @pytest.mark.parametrize("kind, number, lost, found, told", [
     ("previous", 3, [2], "1", ["scene 2, which this one is drawn from, has no image of its own"]),
-    ("previous", 4, [2, 3], "1", ["scene 3, which this one is drawn from, has no image of its own"]),
+    ("previous", 4, [2, 3], "1",
+     ["scene 3, which this one is drawn from, has no image of its own"]),
     ("first", 3, [1], "", ["scene 1, which this one is drawn from, has no image of its own; "
                            "it goes on without its anchor"]),
     ("anchored", 3, [1], "2", ["scene 1, which this one is drawn from, has no image of its own; "
@@ -259,7 +260,7 @@ def test_a_scene_without_an_image_is_passed_over_and_told(kind, number, lost, fo
 
 def test_the_users_image_stands_in_for_a_scene_without_one():
     story = a_story("* * *", USER)
-    assert sent(story, "previous", 2, 14, 1) == "user" and sent(story, "anchored", 2, 14, 1) == "user"
+    assert [sent(story, kind, 2, 14, 1) for kind in KINDS] == ["user", "user", "user", ""]
 
 
 def test_only_scenes_that_are_sure_to_be_done_stand_in():

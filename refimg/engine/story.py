@@ -179,7 +179,7 @@ class Story(BaseModel, frozen=True, extra="forbid"):
         for fault in error.errors():
             at = fault["loc"]
             if at[:1] in (("scenes",), ("subjects",)) and len(at) > 1:
-                at = (f"{at[0][:-1]} {int(at[1]) + 1}", *at[2:])
+                at = (f"{str(at[0])[:-1]} {int(at[1]) + 1}", *at[2:])
             what = fault.get("ctx", {}).get("error") or fault["msg"]
             where = f"{', '.join(map(str, at))}: " if at else ""
             told.append(f"{where}{plain.get(fault['type'], what)}")

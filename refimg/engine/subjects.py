@@ -97,7 +97,7 @@ def mentioned(
     for length, at, name in sorted(found):
         if not any(taken[at : at - length]):
             taken[at : at - length] = b"\1" * -length
-            first[name] = min(at, first.get(name, at))
+            first.setdefault(name, at)
     return sorted(first, key=lambda name: first[name])
 
 # %% ../../nbs/engine/subjects.ipynb #e7000019
