@@ -261,6 +261,8 @@ def test_a_scene_without_an_image_is_passed_over_and_told(kind, number, lost, fo
 def test_the_users_image_stands_in_for_a_scene_without_one():
     story = a_story("* * *", USER)
     assert [sent(story, kind, 2, 14, 1) for kind in KINDS] == ["user", "user", "user", ""]
+    story = a_story("* * *:2", USER)
+    assert [sent(story, "none", 3, 14, *lost) for lost in ([], [2])] == ["2", "user"]
 
 
 def test_only_scenes_that_are_sure_to_be_done_stand_in():

@@ -243,7 +243,7 @@ class ReferencePlan:
             warnings.append(f"scene {lost}, which this one is drawn from, has no image of its own"
                             f"{part}")
         if handed and not self._path(handed, made):
-            begins = [] if follows or self._path(0, made) is None else [0]
+            begins = [0] if self._path(0, made) else []
             spare = [n for n in chain.ancestors(number) if self._path(n, made)]
             handed, role = chain.closest(number, [*begins, *spare] or [handed]), "previous"
         sheets = [Reference(path=path, role="subject", subjects=[name], changed=[name] * changed)

@@ -75,8 +75,8 @@ def _joined(text: str, at: int) -> bool:
 def _stands_alone(text: str, start: int, end: int) -> bool:
     """Tell whether a part of a text is a word, or several, and no piece of a longer one."""
     before, after = text[max(0, start - 2) : start], text[end : end + 2]
-    hyphen = (before[1:] in _HYPHENS and _of_word(before[0])
-              or (after[:1] in _HYPHENS and _of_word(after[1:] or " ")))
+    sides = [(before[1:], before[:1]), (after[:1], after[1:])]
+    hyphen = any(sign in _HYPHENS and _of_word(beyond or " ") for sign, beyond in sides)
     ends = not _joined(text, end) or _HANGUL.match(text[end - 1 : end + 1])
     return not _joined(text, start) and bool(ends) and not hyphen
 
