@@ -34,6 +34,7 @@ from refimg.engine.run import (
 )
 from .engine.settings import Settings, check_folder, check_story, settings_of
 from .engine.story import Scene, Story
+from .engine.subjects import Subject
 from .engine.tasks import GenerationCancelled, Progress, ProgressReporter, run_blocking
 from .engine.usage import story_usage
 from .enhance import ImagePromptEnhancementResult
@@ -45,12 +46,13 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['Pipeline', 'generate_enhanced_reference_images_with_sequential_references', 'Event', 'GenerationCancelled',
-           'ManyProgress', 'Progress', 'Scene', 'SceneResult', 'Story', 'StoryFailure', 'StoryResult', 'Variation',
-           'choose', 'compose_prompt', 'human_agreement', 'preferences', 'rescore', 'scene_context', 'veto']
+           'ManyProgress', 'Progress', 'Scene', 'SceneResult', 'Story', 'StoryFailure', 'StoryResult', 'Subject',
+           'Variation', 'choose', 'compose_prompt', 'human_agreement', 'preferences', 'rescore', 'scene_context',
+           'veto']
 
 # %% ../nbs/03_pipeline.ipynb #c3000001
 _all_ = ["Event", "GenerationCancelled", "ManyProgress", "Progress", "Scene", "SceneResult",
-         "Story", "StoryFailure", "StoryResult", "Variation", "choose", "compose_prompt",
+         "Story", "StoryFailure", "StoryResult", "Subject", "Variation", "choose", "compose_prompt",
          "human_agreement", "preferences", "rescore", "scene_context", "veto"]
 
 # %% ../nbs/03_pipeline.ipynb #d83a905b

@@ -347,10 +347,10 @@ LAYERS = (
     ("engine.run", "engine.candidates", "engine.many", "engine.decisions"),
     ("engine.results", "engine.settings", "engine.planning", "engine.usage"),
     ("enhance", "generate", "score", "inspection"),
-    ("engine.story", "engine.prompts", "engine.tasks", "engine.costs"),
+    ("engine.story", "engine.references", "engine.prompts", "engine.tasks", "engine.costs"),
     ("storage",),
-    ("engine.protocols", "engine.calibration", "engine.fence", "engine.instructions",
-     "engine.answers", "engine.intent"),
+    ("engine.protocols", "engine.calibration", "engine.subjects", "engine.fence",
+     "engine.instructions", "engine.answers", "engine.intent"),
 )  # from the top; arrows point down, or to a neighbour of the same layer
 STAGES = ("enhance", "generate", "score", "inspection", "engine.planning")  # may ask `defaults`
 SEES = ("cli", "fleet", "pipeline")

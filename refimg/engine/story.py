@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ValidationError, field_validator
+from pydantic import BaseModel, ValidationError, field_validator, model_validator
 
 from .protocols import CleanText, map_texts, visible_text
+from .subjects import ImagePath, Subject, comparable, find_named, mentioned
 from ..storage.documents import decode_text, read_json, read_yaml
 
 # %% auto #0
@@ -29,6 +29,20 @@ class Scene(BaseModel, frozen=True, extra="forbid"):
     consistency_guideline: CleanText | None = None  # what must look the same as elsewhere
     transition_note: CleanText | None = None  # how the scene before passes into this one
     subject_present: bool = True  # False: the story's subject is not in this image
+    subjects: list[CleanText] | None = None  # "Mara", "Mara/torn coat"; None: whom the prompt names
+    follows: int | Literal["none"] | None = None  # an earlier scene; "none": no scene; None: chain
+
+    @field_validator("follows", mode="before")
+    @classmethod
+    def _number_or_none(cls, follows: Any) -> Any:
+        """Read a number or "none" from a text, as a file has it."""
+        plain = follows.strip().casefold() if isinstance(follows, str) else follows
+        if isinstance(plain, str) and plain.isdecimal() and len(plain) < 10:
+            return int(plain)
+        if plain in (None, "none") or (isinstance(plain, int) and not isinstance(plain, bool)):
+            return plain
+        raise ValueError(
+            f"must be the number of an earlier scene or 'none', got {follows!r:.80}")
 
 # %% ../../nbs/engine/story.ipynb #3a427773
 def map_paths(
@@ -72,7 +86,8 @@ class Story(BaseModel, frozen=True, extra="forbid"):
     title: CleanText = ""  # for people; no model sees it
     consistency_markers: dict[str, Any] = {}  # style, color_palette, lighting, mood, …
     brand: CleanText | None = None  # what the agents measure brand alignment by
-    initial_reference_image: Path | None = None  # the user's image, reference of scene 1
+    subjects: list[Subject] = []  # who and what returns, in the order of their importance
+    initial_reference_image: ImagePath | None = None  # the user's image, reference of scene 1
 
     @field_validator("consistency_markers")
     @classmethod
@@ -84,16 +99,44 @@ class Story(BaseModel, frozen=True, extra="forbid"):
                              f"got {list(markers)!r}")
         return _filled(plain, "consistency_markers")
 
-    @field_validator("initial_reference_image", mode="before")
-    @classmethod
-    def _no_address(cls, image: Any) -> Any:
-        """Refuse an address; `~` is the home folder."""
-        if not isinstance(image, (str, Path)):
-            return image
-        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/|data:", str(image)):
-            raise ValueError("must be the path of a file on this machine, so save the image "
-                             f"first, got the address {str(image)!r:.120}")
-        return os.path.expanduser(image)
+    @model_validator(mode="after")
+    def _known_names(self) -> Story:
+        """Refuse subjects twice or unknown, and scenes that follow no earlier one."""
+        names = [subject.name for subject in self.subjects]
+        if len({comparable(name) for name in names}) < len(names):
+            raise ValueError(f"subjects must be named differently, got {names!r:.200}")
+        for number, scene in enumerate(self.scenes, start=1):
+            listed = [self._listed(entry, number)[0] for entry in scene.subjects or ()]
+            if len(set(listed)) < len(listed):
+                raise ValueError(f"subjects of scene {number} must be each there once, "
+                                 f"got {scene.subjects!r:.200}")
+            if isinstance(scene.follows, int) and not 1 <= scene.follows < number:
+                earlier = f"an earlier scene (1 to {number - 1}) or 'none'"
+                allowed = earlier if number > 1 else "'none' or left out"
+                raise ValueError(f"follows of scene {number} must be {allowed}, "
+                                 f"got {scene.follows}")
+        return self
+
+    def _listed(self, entry: str, number: int) -> tuple[str, str | None]:
+        """Return the subject and the look that an entry of a scene means."""
+        name, slash, look = entry.partition("/")
+        looks = {subject.name: subject.looks for subject in self.subjects}
+        known = find_named(name, looks, f"subjects of scene {number}")
+        field = f"subjects of scene {number}, look of {known!r}"
+        return known, find_named(look, looks[known], field) if slash else None
+
+    def shows(
+        self,
+        number: int,  # the scene, from 1
+    ) -> dict[str, str | None]:
+        """Return what the image shows, with looks; "*": the subject of a story that lists none."""
+        scene = self.scenes[number - 1]
+        if scene.subjects is not None:
+            return dict(self._listed(entry, number) for entry in scene.subjects)
+        if not scene.subject_present:
+            return {}
+        named = mentioned(scene.prompt, [subject.name for subject in self.subjects])
+        return dict.fromkeys(named if self.subjects else ["*"])
 
     @classmethod
     def load(
@@ -135,13 +178,14 @@ class Story(BaseModel, frozen=True, extra="forbid"):
         told = []
         for fault in error.errors():
             at = fault["loc"]
-            if at[:1] == ("scenes",) and len(at) > 1:
-                at = (f"scene {int(at[1]) + 1}", *at[2:])
+            if at[:1] in (("scenes",), ("subjects",)) and len(at) > 1:
+                at = (f"{str(at[0])[:-1]} {int(at[1]) + 1}", *at[2:])
             what = fault.get("ctx", {}).get("error") or fault["msg"]
-            told.append(f"{', '.join(map(str, at))}: {plain.get(fault['type'], what)}")
+            where = f"{', '.join(map(str, at))}: " if at else ""
+            told.append(f"{where}{plain.get(fault['type'], what)}")
         return "; ".join(told)
 
     def normalized(self) -> Story:
-        """Return the story as a record holds it: plain values, the path of its image absolute."""
+        """Return the story as a record holds it: plain values, paths of images absolute."""
         plain = Story.model_validate(self.model_dump(mode="json"))
         return map_paths(plain, lambda path: path.resolve())
