@@ -112,7 +112,8 @@ class Pipeline:
     seed: int | None = None  # makes runs repeatable where the models are; None: none is sent
     aspect_ratio: str = "16:9"  # of the images, width:height
     score_text: Literal["original", "enhanced"] = "original"  # what the images are scored against
-    chain: Literal["previous", "first", "none"] = "previous"  # whose winner is the reference
+    chain: Literal["anchored", "previous", "first", "none"] = "previous"  # what is handed on
+    max_references: int = 3  # images that go along with a request, at most, 0–20
     keep_traces: bool = False  # True: the files that show how a run went stay
     budget_usd: float | None = None  # USD that a run may spend; None: no limit
     journal: Any = None  # a `Journal` of paid calls; None: none is kept

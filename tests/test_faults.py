@@ -65,7 +65,7 @@ PATTERNS = st.builds(
     scenes=st.integers(1, 4),
     variations=st.integers(1, 3),
     rounds=st.sampled_from([2, 2, 1, 1, 0]),
-    chain=st.sampled_from(["previous", "first", "none"]),
+    chain=st.sampled_from(["anchored", "previous", "first", "none"]),
     user_image=st.booleans(),
     negative=st.booleans(),
     images=faults(IMAGES, 9),
@@ -285,8 +285,9 @@ def check_chain(world: World, result: StoryResult) -> None:
     given = world.user_image.resolve() if world.user_image else None
     passed: list[Path | None] = []
     for n, scene in enumerate(result.scenes):
-        later = {"previous": passed[-1] if passed else None, "none": None,
-                 "first": passed[0] if passed else None}[world.pattern.chain]
+        before = passed[-1] if passed else None
+        later = {"previous": before, "anchored": before, "none": None,
+                 "first": given or (passed[0] if passed else None)}[world.pattern.chain]
         sent = given if n == 0 else later
         for call in world.calls(scene.scene):
             assert world.model.requests[call - 1].references == ((sent,) if sent else ())

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from .protocols import Batch, Call, ImageModel, ImageRequest, Scorer
 from .results import Variation, threshold_warning
 from ..generate import Candidate, ImageGenerationResult, request_image, variation_seed
@@ -97,8 +99,10 @@ class ScoringQueue:
         text: str,  # what the images are scored against
         group: asyncio.TaskGroup,  # owns the task that scores
         stopped: Callable[[], bool],  # whether the run has stopped
+        references: tuple[Image.Image, ...] = (),  # what the images must agree with
     ):
         self.scorers, self.text, self.group, self.stopped = scorers, text, group, stopped
+        self.references = references
         self.waiting: deque[Candidate] = deque()
         self.task: asyncio.Task | None = None
         if any(hasattr(scorer, "embed_text") for scorer in scorers):
@@ -123,7 +127,8 @@ class ScoringQueue:
     async def _work(self) -> None:
         def score_waiting() -> None:
             found = [self.waiting.popleft() for _ in range(len(self.waiting))]
-            batch = Batch(tuple(item.pixels for item in found if item.pixels), self.text)
+            pixels = tuple(item.pixels for item in found if item.pixels)
+            batch = Batch(pixels, self.text, self.references)
             for item, row in zip(found, raw_scores(batch, self.scorers), strict=True):
                 item.raw = row
 

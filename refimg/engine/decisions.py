@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .protocols import Scorer
+from .references import Chain, ReferencePlan
 from .results import Event, SceneResult, StoryResult, threshold_warning
 from .settings import check_scorers, describe_scorers
 from .story import Scene, Story
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['ALL_VETOED', 'dependents', 'choose', 'vetoes', 'veto', 'preference_rows', 'choice', 'preferences', 'human_agreement',
+__all__ = ['ALL_VETOED', 'chain_of', 'choose', 'vetoes', 'veto', 'preference_rows', 'choice', 'preferences', 'human_agreement',
            'Rerun', 'rescore']
 
 # %% ../../nbs/engine/decisions.ipynb #b8000006
@@ -41,15 +42,13 @@ _logger = logging.getLogger("refimg.pipeline")
 ALL_VETOED = "vetoed: every variation of this scene; it should be drawn again"
 
 # %% ../../nbs/engine/decisions.ipynb #0d5d82d4
-def dependents(
-    chain: str,  # "previous", "first" or "none"
-    scene: int,  # from 1
-    scenes: int,  # of the story
-) -> range:
-    """Return the later scenes whose reference comes from this one."""
-    if chain == "previous" or (chain == "first" and scene == 1):
-        return range(scene + 1, scenes + 1)
-    return range(0)
+def chain_of(
+    result: StoryResult,  # of a run
+    kind: Any = None,  # of the chain; None: the run's
+) -> Chain:
+    """Return which scenes of the result hand their reference on to which."""
+    story = result.story or Story(scenes=[Scene(prompt=done.prompt) for done in result.scenes])
+    return Chain(story, kind or result.settings.get("chain", "previous"))
 
 
 def _check_place(name: str, value: Any, most: int) -> None:
@@ -76,10 +75,10 @@ def _updated(result: StoryResult, scenes: list[SceneResult], event: Event) -> St
     """Return the result with these scenes; what depends on a changed reference is stale."""
     changed = [new.scene for old, new in zip(result.scenes, scenes, strict=True)
                if new.reference != old.reference]
-    scenes, chain = list(scenes), result.settings.get("chain", "previous")
+    scenes, chain = list(scenes), chain_of(result)
     for number in changed:
         stale = f"the reference of scene {number} was changed after this scene was drawn"
-        for later in dependents(chain, number, len(scenes)):
+        for later in chain.dependents(number):
             old = scenes[later - 1].stale
             told = f"{old}; {stale}" if old and stale not in old else old or stale
             scenes[later - 1] = scenes[later - 1].model_copy(update={"stale": told})
@@ -269,10 +268,10 @@ class Rerun:
         if result.story is None:
             raise ValueError("rerun() needs result.story; "
                              "pass a result from run() or StoryResult.load()")
-        source = None
-        if scene > 1 and chain != "none":
-            source = result.scenes[0 if chain == "first" else scene - 2]
-            check_references([source.reference])
+        links = chain_of(result, chain)
+        check_references(result.scenes[n - 1].reference for n in links.predecessors(scene))
+        handed = links.handed(scene)
+        source = result.scenes[handed - 1] if handed else None
         made = [done.enhancement for done in result.scenes]
         given = [None if item.stop_reason == "failed" else item for item in made]
         scenes = list(result.story.scenes)
@@ -280,7 +279,7 @@ class Rerun:
             scenes[scene - 1] = Scene.model_validate(dict(scenes[scene - 1]) | {"prompt": prompt})
             given[scene - 1] = None
         story = result.story.model_copy(update={"scenes": scenes})
-        again = [scene, *dependents(chain, scene, len(scenes))]
+        again = [scene, *links.dependents(scene)]
         return cls(result, scene, again, source, story, given)
 
     @property
@@ -335,7 +334,7 @@ def _reweighted(group: list[ImageScores], weights: dict[str, float]) -> list[Ima
 
 async def _scored_again(
     scene: SceneResult, settings: dict[str, Any], scorers: list[Scorer] | None,
-    weights: dict[str, float] | None,
+    weights: dict[str, float] | None, same: list[Path],
 ) -> list[ImageScores]:
     if not scene.variations:
         return []
@@ -344,7 +343,7 @@ async def _scored_again(
     enhanced = settings.get("score_text") == "enhanced"
     text = scene.enhancement.final_prompt if enhanced else scene.prompt
     paths = [item.image.image_path for item in scene.variations]
-    return await score_images(paths, text, scorers=scorers, weights=weights)
+    return await score_images(paths, text, scorers=scorers, weights=weights, references=same)
 
 
 def _with_scores(
@@ -378,10 +377,13 @@ async def rescore(
         raise ValueError("scorers or weights must be given, got None for both")
     if scorers is not None:
         await asyncio.to_thread(check_scorers, scorers, weights)
-    scenes, seconds = [], []
+    scenes, seconds, plan = [], [], ReferencePlan(chain_of(result), 0)
+    made = {done.scene: None if done.reference_from == "carried" else done.reference
+            for done in result.scenes}
     for scene in result.scenes:
         started, settings = time.perf_counter(), result.settings_of(scene.scene)
-        graded = await _scored_again(scene, settings, scorers, weights)
+        same = plan.agreement(scene.scene, made)
+        graded = await _scored_again(scene, settings, scorers, weights, same)
         seconds.append(time.perf_counter() - started)
         scenes.append(_with_scores(scene, graded, _threshold(result, scene.scene), reselect))
     changed = [new.scene for old, new in zip(result.scenes, scenes, strict=True)

@@ -5,6 +5,7 @@
 # %% ../../nbs/engine/prompts.ipynb #b3000003
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from .story import Story
@@ -34,14 +35,18 @@ def _facts(story: Story, number: int) -> list[tuple[str, str]]:
         if text and (scene.subject_present or not name.startswith("subject")):
             place = _MARKERS.index(name) if name in _MARKERS else len(_MARKERS)
             items.append((place, label[:1].upper() + label[1:], text))
-    later = number > 1
+    later, subjects = number > 1, {subject.name: subject for subject in story.subjects}
+    shown = [(subjects[name], look) for name, look in story.shows(number).items() if name != "*"]
+    looks = [(one.name, ", ".join(t for t in (one.description, one.looks.get(look or "")) if t))
+             for one, look in shown]
     notes = [
         ("Continuity with the previous scene", scene.continuity_note if later else None),
         ("Keep consistent", scene.consistency_guideline),
         ("Transition from the previous scene", scene.transition_note if later else None),
     ]
     markers = [(label, text) for _, label, text in sorted(items, key=lambda item: item[0])]
-    return markers + [(label, text.strip()) for label, text in notes if text and text.strip()]
+    told = [*looks, *notes]
+    return markers + [(label, text.strip()) for label, text in told if text and text.strip()]
 
 
 def compose_prompt(
@@ -49,14 +54,17 @@ def compose_prompt(
     story: Story,  # its markers are added
     number: int,  # the scene, from 1
     *,
-    has_reference: bool,  # True: a reference image goes with the prompt
+    has_reference: bool = False,  # True: one reference image goes with the prompt
+    references: Sequence[str] = (),  # what is said of the images that go along, in their order
 ) -> str:
     """Write the prompt as the image model gets it."""
     parts = [f"{label}: {value.rstrip('.')}." for label, value in _facts(story, number)]
-    if has_reference:
+    if has_reference or (len(references) == 1 and not story.subjects):
         present = story.scenes[number - 1].subject_present
         kept = "subject, style and colours" if present else "style and colours"
         parts.append(f"Match the reference image: keep its {kept}.")
+    else:
+        parts += references
     return "\n\n".join([text.strip(), " ".join(parts)] if parts else [text.strip()])
 
 # %% ../../nbs/engine/prompts.ipynb #36c9ddc5

@@ -238,10 +238,8 @@ class ReferencePlan:
         follows = chain.story.scenes[number - 1].follows is not None
         is_anchor = chain.kind == "first" and handed == chain.anchor
         role = "follows" if follows else "anchor" if is_anchor else "previous"
-        for lost in sorted({n for n in (handed, second) if n and not self._path(n, made)}):
-            part = "; it goes on without its anchor" * (lost == second or role == "anchor")
-            warnings.append(f"scene {lost}, which this one is drawn from, has no image of its own"
-                            f"{part}")
+        if (anchor := second or (handed if is_anchor else None)) and not self._path(anchor, made):
+            warnings.append(f"it goes on without its anchor, since scene {anchor} has no image")
         if handed and not self._path(handed, made):
             begins = [0] if self._path(0, made) else []
             spare = [n for n in chain.ancestors(number) if self._path(n, made)]

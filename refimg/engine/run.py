@@ -30,6 +30,8 @@ from refimg.engine.protocols import (
     Reply,
     Scorer,
 )
+from .handover import Handover
+from .references import Chain, ReferencePlan, References
 from .results import SceneResult, StoryResult, Variation
 from .settings import Settings, versions
 from .story import Scene, Story
@@ -110,7 +112,7 @@ class SceneRun:
     notes: SceneNotes  # warnings, causes, bill and timings
     images: CandidateGroup
     enhancement: ImagePromptEnhancementResult = field(init=False, repr=False)  # from `enhance` on
-    incoming: Path | None = None  # the reference that the chain handed on
+    references: References = field(default_factory=References)  # what goes along
     sent_prompt: str = ""
     winner: Variation | None = None
     source: Literal["ranked", "first", "fallback"] = "ranked"
@@ -140,7 +142,9 @@ class SceneRun:
         run = self.run
         await run.enhanced[self.number]
         ready = run.clock()
-        self.incoming = await run.reference_for(self.number)
+        self.references = await run.handover.references(self.number)
+        for warning in self.references.warnings:
+            self.notes.warn(warning)
         try:
             async with run.drawing:
                 self.notes.timings["wait"] = run.clock() - ready
@@ -149,14 +153,14 @@ class SceneRun:
             if is_cancelled():
                 raise
             self.notes.fall_back("unexpected error", cause)
-        reference = self.winner.image.image_path if self.winner else self.incoming
-        run.references[self.number].set_result(reference)
+        run.handover.give(self.number, self.winner and self.winner.image.image_path)
 
     async def _make_images(self) -> None:
         run = self.run
         enhanced = run.settings.score_text == "enhanced"
         text = self.enhancement.final_prompt if enhanced else self.scene.prompt
-        queue = ScoringQueue(run.scorers, text, run.group, lambda: run.stopped)
+        queue = ScoringQueue(run.scorers, text, run.group, lambda: run.stopped,
+                             await run.handover.standards(self.number))
         run.reporter.begin("generate", self.number, run.total_cost())
         with self.notes.timed("generate"):
             await self.generate_variations(queue)
@@ -176,7 +180,7 @@ class SceneRun:
         """Fill the group with what the image model can be made to draw."""
         run, made, model = self.run, self.enhancement, self.run.image_model
         plain, text = (
-            compose_prompt(prompt, run.story, self.number, has_reference=bool(self.incoming))
+            compose_prompt(prompt, run.story, self.number, references=self.references.sentences)
             for prompt in (self.scene.prompt, made.final_prompt))
         attempts = [(text, run.settings.num_variations)] * 2 + [(plain, 1)]
         if made.negative_prompt and not model.takes_negative_prompt:
@@ -197,7 +201,7 @@ class SceneRun:
             request = ImageRequest(
                 prompt=self.sent_prompt, aspect_ratio=run.settings.aspect_ratio,
                 negative_prompt=made.negative_prompt if model.takes_negative_prompt else None,
-                references=(self.incoming,) if self.incoming else ())
+                references=self.references.paths)
             calls = (draw(request, k, attempt) for k in range(1, count + 1))
             answers = await asyncio.gather(*calls, return_exceptions=True)
             causes = [cause for cause in answers if cause is not None]
@@ -225,7 +229,7 @@ class SceneRun:
             "scene": self.number,
             "sent_prompt": self.sent_prompt,
             "model": self.run.image_model.name,
-            "references": [str(self.incoming)] if self.incoming else [],
+            "references": [str(path) for path in self.references.paths],
             "variations": self.images.trace(),
             "selected": str(self.winner.image.image_path) if self.winner else None,
         }
@@ -273,12 +277,14 @@ class StoryRun:
     deadline: float = 0.0  # on the run's clock, once it is stopped
     scenes: list[SceneRun] = field(default_factory=list)
     enhanced: dict[int, asyncio.Task] = field(default_factory=dict)
-    references: dict[int, asyncio.Future[Path | None]] = field(default_factory=dict)
     group: asyncio.TaskGroup = field(init=False, repr=False)  # while the scenes are made
 
     def __post_init__(self) -> None:
         self.started = time.perf_counter()
         self.given = self.given or [None] * len(self.story.scenes)
+        most = min(self.settings.max_references, self.image_model.max_references)
+        plan = ReferencePlan(Chain(self.story, self.settings.chain), most)
+        self.handover = Handover(plan, any(s.name == "consistency" for s in self.scorers))
         self.enhancing = asyncio.Semaphore(self.settings.max_concurrency)
         self.drawing = asyncio.Semaphore(self.settings.max_concurrency)
 
@@ -317,18 +323,6 @@ class StoryRun:
             self.story, scene, settings=self.settings, trace_dir=self.trace_dir(scene),
             negative=self.image_model.takes_negative_prompt, **agents)
 
-    async def reference_for(
-        self,
-        number: int,  # the scene, from 1
-    ) -> Path | None:
-        """Wait for the reference image that the chain hands to a scene."""
-        if number == 1:
-            image = self.story.initial_reference_image
-            return Path(image).resolve() if image else None
-        if self.settings.chain == "none":
-            return None
-        return await self.references[1 if self.settings.chain == "first" else number - 1]
-
     async def run(
         self,
         check: Callable[[], Any] | None = None,  # the caller's `cancellation_check`
@@ -351,14 +345,14 @@ class StoryRun:
                 listener.cancel()
 
     async def _make_scenes(self) -> None:
-        loop, seedless, model = asyncio.get_running_loop(), [], self.image_model
+        seedless, model = [], self.image_model
         if self.settings.seed is not None and not model.takes_seed:
             _logger.warning("%s takes no seed: none is sent", model.name)
             seedless = [f"{model.name} takes no seed: none was sent"]
         for number, scene in enumerate(self.story.scenes, start=1):
-            self.references[number] = loop.create_future()
-            if number in self.kept:
-                self.references[number].set_result(self.kept[number].reference)
+            if kept := self.kept.get(number):
+                own = kept.reference_from != "carried"
+                self.handover.give(number, kept.reference if own else None)
                 continue
             stem = f"{self.generation_id}_scene_{number:02d}"
             notes = SceneNotes(number, self.clock, warnings=list(seedless))

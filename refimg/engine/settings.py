@@ -45,7 +45,8 @@ class Settings(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_na
     seed: int | None  # None: none is sent
     aspect_ratio: str  # width:height
     score_text: Literal["original", "enhanced"]  # what the images are scored against
-    chain: Literal["previous", "first", "none"]  # whose winner is the reference
+    chain: Literal["anchored", "previous", "first", "none"]  # which scenes hand on a reference
+    max_references: int = Field(ge=0, le=20)  # images that go along with a request, at most
     keep_traces: bool  # True: the files that show how a run went stay
     max_concurrency: int = Field(ge=1, le=1000)  # scenes at once, per stage
     budget_usd: float | None  # USD that a run may spend; None: no limit
@@ -174,12 +175,15 @@ def check_story(
     alone = len(story.scenes) > 1 and settings.chain == "none"  # scenes that get no reference
     check_model(image_model, num_variations=settings.num_variations,
                 aspect_ratio=settings.aspect_ratio, references=int(image is not None and not alone))
-    if image is not None:
+    named = [("initial_reference_image", image)] if image else []
+    for subject in story.subjects:
+        files = (*subject.images, *subject.look_images.values())
+        named += [(f"images of {subject.name}", path) for path in files]
+    for name, path in named:
         try:
-            read_image(image)
+            read_image(path)
         except ValueError as error:
-            why = f"initial_reference_image must be an image file, got: {error}"
-            raise ValueError(why) from error
+            raise ValueError(f"{name} must be an image file, got {str(path)!r}: {error}") from error
 
 
 def check_folder(

@@ -12,7 +12,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from ..engine.decisions import dependents
+from ..engine.decisions import chain_of
 from ..engine.results import StoryResult
 from ..engine.story import Story
 from ..pipeline import Pipeline
@@ -311,7 +311,7 @@ class Gallery(GalleryState):
         """Say what drawing that scene again makes and costs."""
         if self.story is None:
             return "The result does not hold its story, so no scene of it can be drawn again."
-        again = [scene, *dependents(self.pipeline.chain, scene, len(self.drawn.scenes))]
+        again = [scene, *chain_of(self.drawn, self.pipeline.chain).dependents(scene)]
         part = self.story.model_copy(update={"scenes": [self.story.scenes[k - 1] for k in again]})
         which = f"Scene{'s' * (len(again) > 1)} {', '.join(map(str, again))}"
         return f"{which}: {self.price(part, prompts=False)}."
