@@ -224,5 +224,6 @@ async def draft_story(
         from refimg import defaults
 
         director = defaults.director()
+        defaults.announce({"director": director.name})
     return await _ask(director, draft_messages(text, scenes), partial(Draft.parse, number=scenes),
                       Draft)
