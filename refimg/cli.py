@@ -18,7 +18,6 @@ from collections.abc import Awaitable, Callable, Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import urlsplit
 
 import typer
 from pydantic_core import to_jsonable_python
@@ -29,12 +28,18 @@ from .engine.protocols import map_texts
 from .enhance import enhance_prompt_iterative
 from .generate import generate_images
 from .pipeline import Pipeline, SceneResult, Story, StoryResult, draft_story
-from .score import ImageScores, rank_images_by_quality, score_images
+from .score import rank_images_by_quality, score_images
 from .storage.documents import is_json, write_yaml
 from .storage.extras import EXTRAS, missing_extra
 from .storage.files import check_id, clean_text
 from .storage.secrets import redact
-from .storage.terminal import is_utf8, json_line, read_standard_input, terminal_text
+from refimg.storage.terminal import (
+    host_of,
+    is_utf8,
+    json_line,
+    read_standard_input,
+    terminal_text,
+)
 
 # %% auto #0
 __all__ = ['app', 'Commands', 'enhance', 'generate', 'score', 'draft', 'estimate', 'run', 'report', 'load', 'doctor']
@@ -203,15 +208,6 @@ def generate(
     _answer(made, json_value, [image.image_path for image in made])
 
 # %% ../nbs/07_cli.ipynb #2e8e4bb3
-def _score_line(path: Path, scores: ImageScores, rank: int | None) -> str:
-    """Return the line for one image and its scores."""
-    if scores.overall is None:
-        return f"  -  unscored  {path}  {'; '.join(dict.fromkeys(scores.notes.values()))}"
-    metrics = ", ".join(
-        f"{name} {value:.1f}" for name, value in scores.metrics.items() if value is not None)
-    return f"{rank:3}  {scores.overall:8.1f}  {path}  {metrics}"
-
-
 @app.command(epilog=_examples(
     'refimg score fox/*.png --prompt "a red fox at dawn"',
     "refimg score a.png b.png --prompt - --json < prompt.txt"))
@@ -228,8 +224,15 @@ def score(
     ranked = [(path, scores, None if scores.overall is None else rank) for path, scores, rank
               in rank_images_by_quality(list(zip(images, scored, strict=True)))]
     rows = [{"image": path, "rank": rank} | dict(scores) for path, scores, rank in ranked]
+    lines = []
+    for path, scores, rank in ranked:
+        line, said = f"  -  unscored  {path}", "; ".join(dict.fromkeys(scores.notes.values()))
+        if scores.overall is not None:
+            line, said = f"{rank:3}  {scores.overall:8.1f}  {path}", ", ".join(
+                f"{name} {raw:.1f}" for name, raw in scores.metrics.items() if raw is not None)
+        lines.append(f"{line}  {said}")
     scorers = ", ".join(ranked[0][1].models.values())
-    _answer(rows, json_value, [*(_score_line(*row) for row in ranked), f"scored by {scorers}"])
+    _answer(rows, json_value, [*lines, f"scored by {scorers}"])
     if ranked[0][2] is None:
         raise typer.Exit(3)
 
@@ -401,16 +404,6 @@ def _found(look: Callable[[], Any]) -> Any:
     except Exception as error:
         return redact(clean_text(f"{type(error).__name__}: {error}"))
 
-
-def _host(variable: str, default: str) -> str:
-    """Return the host of an address, without its user, password, path and query."""
-    try:
-        parts = urlsplit(os.environ.get(variable, "").strip() or default)
-        port = f":{parts.port}" if parts.port else ""
-    except ValueError:
-        return f"{variable} is no address"
-    return f"{parts.hostname}{port}" if parts.hostname else f"{variable} is no address"
-
 # %% ../nbs/07_cli.ipynb #88a29cc0
 @app.command(epilog=_examples("refimg doctor", "refimg doctor --json | jq .weights"))
 def doctor(
@@ -427,7 +420,8 @@ def doctor(
             | {name: _found(lambda name=name: metadata.version(name)) for name in _PACKAGES},
             "extras": {name: missing_extra(name) or "installed" for name in EXTRAS},
             "keys": {k: "set" if os.environ.get(k, "").strip() else "not set" for k in _KEYS},
-            "hosts": {what: _host(*where) for what, where in _ADDRESSES.items()},
+            "hosts": {what: host_of(os.environ.get(name, "").strip() or default)
+                      or f"{name} is no address" for what, (name, default) in _ADDRESSES.items()},
             "world": _found(defaults.world),
             "models": {role: _found(lambda make=make: make().name)
                        for role, make in roles.items()},

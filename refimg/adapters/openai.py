@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import math
 import os
@@ -240,14 +241,6 @@ def _limit_after(
     return {"max_tokens": tokens} if name != "max_tokens" else None
 
 
-def _without_defaults(schema: Any) -> Any:
-    """Return the schema without defaults: some servers refuse them in a strict one."""
-    if isinstance(schema, list):
-        return [_without_defaults(part) for part in schema]
-    if isinstance(schema, dict):
-        return {key: _without_defaults(part) for key, part in schema.items() if key != "default"}
-    return schema
-
 
 def response_format(
     schema: type[BaseModel],  # the shape of the answer
@@ -261,7 +254,8 @@ def response_format(
     from openai import pydantic_function_tool
 
     tool = pydantic_function_tool(schema)["function"]
-    shape = _without_defaults(tool.get("parameters"))
+    shape = json.loads(json.dumps(tool.get("parameters")), object_hook=lambda part: {
+        name: value for name, value in part.items() if name != "default"})  # Azure refuses it
     strict = {"name": tool["name"], "strict": True, "schema": shape}
     return {"response_format": {"type": form, "json_schema": strict}}
 

@@ -60,7 +60,7 @@ _LISTS = ", ".join(f'"{name}": [{item}, …]' for name, item in _DRAFTED.items()
 
 DRAFT = f"""You are the director of a story that an image model draws scene by scene.
 Write the story that the brief asks for, in exactly as many scenes as number_of_scenes says.
-A prompt says in one or two sentences who is there, doing what, where, at which hour, in which light.
+A prompt says in one or two sentences who is there, doing what, where, when, in which light.
 It stands alone: the model that draws it sees one still image and no other scene.
 Subjects are who and what returns: a short name without "/", used in the prompts as it is listed;
 a description of its looks in at most 25 words; its kind. A scene lists the names that it shows.

@@ -9,6 +9,7 @@ import codecs
 import json
 import sys
 from typing import Any, TextIO
+from urllib.parse import urlsplit
 
 from pydantic_core import to_jsonable_python
 
@@ -16,7 +17,7 @@ from .documents import decode_text
 from .secrets import log_line
 
 # %% auto #0
-__all__ = ['read_standard_input', 'terminal_text', 'json_line', 'is_utf8']
+__all__ = ['read_standard_input', 'terminal_text', 'json_line', 'is_utf8', 'host_of']
 
 # %% ../../nbs/storage/terminal.ipynb #7f0ec096
 def read_standard_input() -> str:
@@ -55,3 +56,15 @@ def is_utf8(
         return codecs.lookup(stream.encoding or "").name == "utf-8"
     except LookupError:
         return False
+
+# %% ../../nbs/storage/terminal.ipynb #6e577dc2
+def host_of(
+    address: str,  # such as a base URL
+) -> str | None:
+    """Return the host and the port of an address alone; None where it is no address."""
+    try:
+        parts = urlsplit(address)
+        port = f":{parts.port}" if parts.port else ""
+    except ValueError:
+        return None
+    return f"{parts.hostname}{port}" if parts.hostname else None
