@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refimg import Scene, Story, Subject, draft_story
+import refimg
+from refimg import Scene, Story, Subject, draft_story, pipeline
 from refimg.adapters.openai import response_format
 from refimg.engine.fence import fence, read_fences
 from refimg.engine.planning import Draft, draft_messages
@@ -100,6 +101,11 @@ def test_a_scene_that_lists_nobody_shows_whom_its_prompt_names():
 def test_what_is_no_draft_is_refused_in_words(answer, says):
     with pytest.raises(ValueError, match=says):
         Draft.parse(answer, 2)
+
+
+def test_both_functions_stand_where_the_others_do():
+    for name in ("draft_story", "plan_story"):
+        assert getattr(refimg, name) is getattr(pipeline, name) and name in refimg.__all__
 
 
 async def test_one_call_with_a_schema():

@@ -61,9 +61,10 @@ _LISTS = ", ".join(f'"{name}": [{item}, …]' for name, item in _DRAFTED.items()
 DRAFT = f"""You are the director of a story that an image model draws scene by scene.
 Write the story that the brief asks for, in exactly as many scenes as number_of_scenes says.
 A prompt says in one or two sentences who is there, doing what, where, when, in which light.
-It stands alone: the model that draws it sees one still image and no other scene.
-Subjects are who and what returns: a short name without "/", used in the prompts as it is listed;
-a description of its looks in at most 25 words; its kind. A scene lists the names that it shows.
+It stands alone: the image model sees no other scene, and draws one still image.
+Subjects are the characters, objects and places that return: a short name without "/", which the
+prompts use as it is listed; its looks in at most 25 words; its kind. A scene lists the names of
+those it shows.
 continuity_note: what continues from the scene before; transition_note: how that passes into this
 one; both are "" in the first scene.
 The markers are what all scenes have in common: no hour, weather or place, at most 25 words each;
