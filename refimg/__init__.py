@@ -13,7 +13,9 @@ from refimg.pipeline import (
     StoryResult,
     Subject,
     choose,
+    draft_story,
     generate_enhanced_reference_images_with_sequential_references,
+    plan_story,
     rescore,
 )
 from refimg.score import rank_images_by_quality, score_image, score_images
@@ -31,9 +33,11 @@ __all__ = [
     "StoryResult",
     "Subject",
     "choose",
+    "draft_story",
     "enhance_prompt_iterative",
     "generate_enhanced_reference_images_with_sequential_references",
     "generate_images",
+    "plan_story",
     "rank_images_by_quality",
     "rescore",
     "score_image",

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
-import json
 import logging
 import os
 import platform
@@ -19,46 +18,42 @@ from collections.abc import Awaitable, Callable, Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import urlsplit
 
 import typer
 from pydantic_core import to_jsonable_python
 from typer.core import TyperGroup
 
 from . import defaults
+from .engine.protocols import map_texts
 from .enhance import enhance_prompt_iterative
 from .generate import generate_images
-from .pipeline import Pipeline, SceneResult, Story, StoryResult
-from .score import ImageScores, rank_images_by_quality, score_images
-from .storage.documents import decode_text, is_json
+from .pipeline import Pipeline, SceneResult, Story, StoryResult, draft_story
+from .score import rank_images_by_quality, score_images
+from .storage.documents import is_json, write_yaml
 from .storage.extras import EXTRAS, missing_extra
 from .storage.files import check_id, clean_text
-from .storage.secrets import log_line, redact
+from .storage.secrets import redact
+from refimg.storage.terminal import (
+    host_of,
+    is_utf8,
+    json_line,
+    read_standard_input,
+    terminal_text,
+)
 
 # %% auto #0
-__all__ = ['app', 'Commands', 'enhance', 'generate', 'score', 'estimate', 'run', 'report', 'load', 'doctor']
+__all__ = ['app', 'Commands', 'enhance', 'generate', 'score', 'draft', 'estimate', 'run', 'report', 'load', 'doctor']
 
 # %% ../nbs/07_cli.ipynb #a6d77378
-def _plain(text: object) -> str:
-    """Return the text for a terminal: control characters spelled out, keys cut out."""
-    return "\n".join(map(log_line, str(text).split("\n")))
-
-
-def _as_json(value: Any) -> str:
-    """Return the value as one line of ASCII JSON; NaN and infinity are null."""
-    exact = json.dumps(to_jsonable_python(value))
-    return json.dumps(json.loads(exact, parse_constant=lambda name: None))
-
-
 def _answer(value: Any, as_value: bool, lines: Iterable[object]) -> None:
     """Write the value as JSON, or else the lines, to standard output."""
-    for text in [_as_json(value)] if as_value else map(_plain, lines):
+    for text in [json_line(value)] if as_value else map(terminal_text, lines):
         typer.echo(text)
 
 
 def _tell(text: object) -> None:
     """Write the text to standard error."""
-    typer.echo(_plain(text), err=True)
+    typer.echo(terminal_text(text), err=True)
 
 # %% ../nbs/07_cli.ipynb #0f6f8f74
 _logger = logging.getLogger(__name__)
@@ -108,7 +103,7 @@ class Commands(TyperGroup):
             code, text = _ending(error)
             _tell(f"error: {text}" if code == 1 else text)
             if "--json" in words:
-                typer.echo(_as_json({"error": redact(clean_text(text)), "exit_code": code}))
+                typer.echo(json_line({"error": redact(clean_text(text)), "exit_code": code}))
         finally:
             logger.removeHandler(handler)
         sys.exit(code)
@@ -127,24 +122,11 @@ def _wait_for(work: Callable[[], Awaitable]) -> Any:
         return asyncio.run(stoppable())
 
 # %% ../nbs/07_cli.ipynb #f4e7c79a
-def _standard_input() -> str:
-    """Read all of standard input; raise a ValueError where it is closed or not UTF-8."""
-    if sys.stdin is None:
-        raise ValueError("standard input must be open to be read, got a closed one: give the "
-                         "text or a file in place of -")
-    try:
-        binary = getattr(sys.stdin, "buffer", None)
-        return decode_text(binary.read()) if binary else sys.stdin.read()
-    except UnicodeDecodeError as error:
-        wrong = error.object[error.start : error.end]
-        raise ValueError(f"standard input must be UTF-8, got {wrong!r}") from error
-
-
-def _prompt_of(given: str) -> str:
+def _prompt_of(given: str, field: str = "prompt") -> str:
     """Return the prompt, which `-` reads from standard input; raise a ValueError for no text."""
-    text = _standard_input().strip() if given == "-" else given
+    text = read_standard_input().strip() if given == "-" else given
     if clean_text(text) != text:
-        raise ValueError(f"prompt must be UTF-8, got {text!r}")
+        raise ValueError(f"{field} must be UTF-8, got {text!r}")
     return text
 
 
@@ -152,7 +134,7 @@ def _story_of(given: str) -> Story:
     """Read the story from a file, or for `-` from standard input, as YAML or JSON."""
     if given != "-":
         return Story.load(given)
-    text = _standard_input()
+    text = read_standard_input()
     try:
         return Story.read(text, "standard input", as_json=is_json(text))
     except ValueError as error:
@@ -170,6 +152,8 @@ app = typer.Typer(
 )
 
 _Prompt = Annotated[str, typer.Argument(help='The prompt; "-" reads it from standard input.')]
+_Brief = Annotated[str, typer.Argument(
+    help='What the story is about; "-" reads it from standard input.')]
 _StoryFile = Annotated[str, typer.Argument(
     metavar="STORY", help='A story, YAML or JSON; "-" reads it from standard input.')]
 _Json = Annotated[bool, typer.Option("--json", help="One JSON value on standard output.")]
@@ -224,15 +208,6 @@ def generate(
     _answer(made, json_value, [image.image_path for image in made])
 
 # %% ../nbs/07_cli.ipynb #2e8e4bb3
-def _score_line(path: Path, scores: ImageScores, rank: int | None) -> str:
-    """Return the line for one image and its scores."""
-    if scores.overall is None:
-        return f"  -  unscored  {path}  {'; '.join(dict.fromkeys(scores.notes.values()))}"
-    metrics = ", ".join(
-        f"{name} {value:.1f}" for name, value in scores.metrics.items() if value is not None)
-    return f"{rank:3}  {scores.overall:8.1f}  {path}  {metrics}"
-
-
 @app.command(epilog=_examples(
     'refimg score fox/*.png --prompt "a red fox at dawn"',
     "refimg score a.png b.png --prompt - --json < prompt.txt"))
@@ -249,10 +224,33 @@ def score(
     ranked = [(path, scores, None if scores.overall is None else rank) for path, scores, rank
               in rank_images_by_quality(list(zip(images, scored, strict=True)))]
     rows = [{"image": path, "rank": rank} | dict(scores) for path, scores, rank in ranked]
+    lines = []
+    for path, scores, rank in ranked:
+        line, said = f"  -  unscored  {path}", "; ".join(dict.fromkeys(scores.notes.values()))
+        if scores.overall is not None:
+            line, said = f"{rank:3}  {scores.overall:8.1f}  {path}", ", ".join(
+                f"{name} {raw:.1f}" for name, raw in scores.metrics.items() if raw is not None)
+        lines.append(f"{line}  {said}")
     scorers = ", ".join(ranked[0][1].models.values())
-    _answer(rows, json_value, [*(_score_line(*row) for row in ranked), f"scored by {scorers}"])
+    _answer(rows, json_value, [*lines, f"scored by {scorers}"])
     if ranked[0][2] is None:
         raise typer.Exit(3)
+
+# %% ../nbs/07_cli.ipynb #b06f2b93
+@app.command(epilog=_examples(
+    'refimg draft "an ad for a lamp" -n 4 > story.yaml',
+    'echo "a fox in winter" | refimg draft - | refimg run -'))
+def draft(
+    brief: _Brief,  # what the story is about
+    scenes: Annotated[int, typer.Option("--scenes", "-n", help="Scenes, 1 to 50.")] = 4,  # 1–50
+    json_value: _Json = False,  # True: the story as JSON
+) -> None:
+    """Draft a story from a sentence or two."""
+    text = _prompt_of(brief, "brief")
+    story = _wait_for(lambda: draft_story(text, scenes=scenes))
+    fields = map_texts(story.model_dump(mode="json", exclude_defaults=True), redact)
+    written = write_yaml(fields, ascii_only=not is_utf8(sys.stdout))
+    _answer(story, json_value, [written.removesuffix("\n")])
 
 # %% ../nbs/07_cli.ipynb #778233bf
 @app.command(epilog=_examples("refimg estimate story.yaml -n 4 -i 2"))
@@ -406,16 +404,6 @@ def _found(look: Callable[[], Any]) -> Any:
     except Exception as error:
         return redact(clean_text(f"{type(error).__name__}: {error}"))
 
-
-def _host(variable: str, default: str) -> str:
-    """Return the host of an address, without its user, password, path and query."""
-    try:
-        parts = urlsplit(os.environ.get(variable, "").strip() or default)
-        port = f":{parts.port}" if parts.port else ""
-    except ValueError:
-        return f"{variable} is no address"
-    return f"{parts.hostname}{port}" if parts.hostname else f"{variable} is no address"
-
 # %% ../nbs/07_cli.ipynb #88a29cc0
 @app.command(epilog=_examples("refimg doctor", "refimg doctor --json | jq .weights"))
 def doctor(
@@ -432,7 +420,8 @@ def doctor(
             | {name: _found(lambda name=name: metadata.version(name)) for name in _PACKAGES},
             "extras": {name: missing_extra(name) or "installed" for name in EXTRAS},
             "keys": {k: "set" if os.environ.get(k, "").strip() else "not set" for k in _KEYS},
-            "hosts": {what: _host(*where) for what, where in _ADDRESSES.items()},
+            "hosts": {what: host_of(os.environ.get(name, "").strip() or default)
+                      or f"{name} is no address" for what, (name, default) in _ADDRESSES.items()},
             "world": _found(defaults.world),
             "models": {role: _found(lambda make=make: make().name)
                        for role, make in roles.items()},

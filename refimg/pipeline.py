@@ -22,6 +22,7 @@ from refimg.engine.decisions import (
     veto,
 )
 from .engine.many import ManyProgress, ManyRuns, StoryFailure, check_many
+from .engine.planning import draft_story, plan_story
 from .engine.prompts import compose_prompt, scene_context
 from .engine.protocols import Call, ChatModel, ImageModel, Scorer
 from .engine.results import Event, SceneResult, StoryResult, Variation
@@ -47,13 +48,14 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['Pipeline', 'generate_enhanced_reference_images_with_sequential_references', 'Event', 'GenerationCancelled',
            'ManyProgress', 'Progress', 'Scene', 'SceneResult', 'Story', 'StoryFailure', 'StoryResult', 'Subject',
-           'Variation', 'choose', 'compose_prompt', 'human_agreement', 'preferences', 'rescore', 'scene_context',
-           'veto']
+           'Variation', 'choose', 'compose_prompt', 'draft_story', 'human_agreement', 'plan_story', 'preferences',
+           'rescore', 'scene_context', 'veto']
 
 # %% ../nbs/03_pipeline.ipynb #c3000001
 _all_ = ["Event", "GenerationCancelled", "ManyProgress", "Progress", "Scene", "SceneResult",
          "Story", "StoryFailure", "StoryResult", "Subject", "Variation", "choose", "compose_prompt",
-         "human_agreement", "preferences", "rescore", "scene_context", "veto"]
+         "draft_story", "human_agreement", "plan_story", "preferences", "rescore", "scene_context",
+         "veto"]
 
 # %% ../nbs/03_pipeline.ipynb #d83a905b
 class _Models(NamedTuple):

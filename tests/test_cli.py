@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -17,10 +18,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from refimg import StoryResult, defaults
+from refimg import Story, StoryResult, defaults, draft_story
 from refimg.cli import app
 from refimg.engine.results import Event
 from refimg.pipeline import choose, veto
+from refimg.sandbox.agents import Director
 
 from .fakes import FakeImages, FakeScorer, critic, director, picture, until
 from .servers.images import start_image_server
@@ -28,7 +30,7 @@ from .servers.llm import start_llm_server
 from .test_project import wheel  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("enhance", "generate", "score", "estimate", "run", "report", "load", "doctor")
+COMMANDS = ("enhance", "generate", "score", "draft", "estimate", "run", "report", "load", "doctor")
 HOSTILE = "<img src=x onerror=alert(1)> [/red] \x1b]0;owned\x07\x1b[2J \u202egnp.exe =HYPERLINK(1)"
 HARMLESS = "<img src=x onerror=alert(1)> [/red]  gnp.exe =HYPERLINK(1)"
 OBEYED = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
@@ -95,6 +97,9 @@ MISTAKES = {
     "no story": ("estimate", __file__),
     "too many": ("generate", "A keeper.", "-n", 21),
     "blank": ("generate", "  "),
+    "no brief": ("draft", " "),
+    "no scenes": ("draft", "A lamp.", "-n", 0),
+    "too many scenes": ("draft", "A lamp.", "--scenes", 51),
     "iterations": ("enhance", "A keeper.", "-i", 11),
     "no image": ("generate", "A keeper.", "--reference", __file__),
 }
@@ -331,6 +336,59 @@ def test_the_same_story_again_goes_on(world, tmp_path, monkeypatch):
     assert done.exit_code == 0, done.stderr
 
 
+# draft
+
+
+def drafted(**scene) -> str:
+    """A draft as a director answers it, of one scene."""
+    return json.dumps({"scenes": [{"prompt": "Mara waits"} | scene],
+                       "subjects": [{"name": "Mara"}], "consistency_markers": {"style": "ink"}})
+
+
+@pytest.mark.parametrize("words", [(), ("--json",)])
+def test_a_draft_is_a_story_that_the_command_reads_again(world, tmp_path, monkeypatch, words):
+    monkeypatch.setattr(defaults, "director", Director)
+    done = refimg("draft", "-", "-n", 3, *words, stdin="an ad for a lamp\n")
+    assert done.exit_code == 0 and done.stderr.count("WARNING: no keys are set") == 1
+    story = asyncio.run(draft_story("an ad for a lamp", scenes=3, director=Director()))
+    path = tmp_path / ("story.json" if words else "story.yaml")
+    path.write_text(done.stdout, "utf-8")
+    assert Story.load(path) == story
+    assert value(refimg("estimate", "-", "--json", stdin=done.stdout))["images"] == 12
+    assert words or not re.search("null|~|\\[|''|kind: character", done.stdout)
+
+
+@pytest.mark.parametrize("text", [
+    "no", "1:30", "# red", "a: b", "\U0001f98a \U0001f469\u200d\U0001f680", "caf\xe9 \u706f",
+    HOSTILE, "[x](y) " * 100,
+])  # fmt: skip
+@pytest.mark.parametrize("charset", ["utf-8", "ascii", "cp1252"])
+def test_a_draft_arrives_whatever_it_says_and_wherever_it_goes(world, tmp_path, text, charset):
+    world["director"].script = [drafted(prompt=text, transition_note=text, subjects=["Mara"])]
+    done = CliRunner(charset=charset).invoke(app, ["draft", "a lamp", "-n", "1"])
+    assert done.exit_code == 0 and not OBEYED.search(done.stdout)
+    (tmp_path / "story.yaml").write_bytes(done.stdout_bytes)
+    story = asyncio.run(draft_story("a lamp", scenes=1, director=world["director"]))
+    assert Story.load(tmp_path / "story.yaml") == story
+
+
+def test_a_draft_never_shows_a_key(world, tmp_path):
+    key = "r8_" + "q7" * 20
+    world["director"].script = [drafted(prompt=key)]
+    done = refimg("draft", "a lamp", "-n", 1)
+    assert done.exit_code == 0 and key not in done.output
+    assert Story.read(done.stdout, "it", as_json=False).scenes[0].prompt == "[redacted]"
+
+
+@pytest.mark.parametrize("words", [(), ("--json",)])
+def test_a_draft_that_cannot_be_used_is_exit_1_and_no_story(world, words):
+    world["director"].script = ["no", drafted(subjects=["Mira"])]
+    done = refimg("draft", "a lamp", "-n", 1, *words)
+    assert done.exit_code == 1 and len(world["director"].calls) == 2
+    assert "error: the director's draft: ValueError: unusable" in done.stderr
+    assert value(done)["exit_code"] == 1 if words else not done.stdout
+
+
 # doctor
 
 
@@ -441,10 +499,11 @@ def test_standard_input_is_utf_8_whatever_the_locale(world):
     assert value(done)["original_prompt"] == "a café"
 
 
-@pytest.mark.parametrize("words", [("enhance",), ("generate",), ("score", __file__, "--prompt")])
+@pytest.mark.parametrize("words", [("enhance",), ("generate",), ("draft",),
+                                   ("score", __file__, "--prompt")])  # fmt: skip
 def test_an_argument_that_is_no_text_is_refused(world, words):
     done = refimg(*words, "caf\udce9", "--json")
-    assert done.exit_code == 1 and "prompt must be UTF-8" in value(done)["error"]
+    assert done.exit_code == 1 and "must be UTF-8, got" in value(done)["error"]
     assert not world["image_model"].requests and not world["director"].calls
 
 
@@ -569,6 +628,8 @@ def test_the_command_from_the_wheel_in_a_clean_environment(installed, tmp_path):
     assert code == 0 and len(images) == 2
     code, text = shell("score", *images, "--prompt", "A red fox in the snow", "--json")
     assert code == 0 and all(row["overall"] is not None for row in json.loads(text))
+    code, text = shell("draft", "a red fox in the snow", "-n", 1)
+    assert code == 0 and Story.read(text, "it", as_json=False).subjects[0].name == "fox"
     code, text = shell("estimate", "-", "--json", stdin=story)
     assert code == 0 and json.loads(text)["images"] == 4
     code, text = shell("run", "-", *few, "--generation-id", "fox", stdin=story)

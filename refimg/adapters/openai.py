@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import math
 import os
@@ -253,7 +254,9 @@ def response_format(
     from openai import pydantic_function_tool
 
     tool = pydantic_function_tool(schema)["function"]
-    strict = {"name": tool["name"], "strict": True, "schema": tool.get("parameters")}
+    shape = json.loads(json.dumps(tool.get("parameters")), object_hook=lambda part: {
+        name: value for name, value in part.items() if name != "default"})  # Azure refuses it
+    strict = {"name": tool["name"], "strict": True, "schema": shape}
     return {"response_format": {"type": form, "json_schema": strict}}
 
 # %% ../../nbs/adapters/openai.ipynb #20d7a178

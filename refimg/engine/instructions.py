@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['DIMENSIONS', 'DIRECTOR', 'PLAN', 'NEGATIVE', 'CRITIC']
+__all__ = ['DIMENSIONS', 'DIRECTOR', 'PLAN', 'DRAFT', 'NEGATIVE', 'CRITIC']
 
 # %% ../../nbs/engine/instructions.ipynb #e3000006
 DIMENSIONS = {  # of a critique, with their weights in per cent; they add up to 100
@@ -50,6 +50,27 @@ Name no hour, weather or place: those belong to the scenes. Invent no person or 
 Each text has at most 25 words, in the language of the scenes; "" where they share nothing.
 Answer with one flat JSON object and nothing else:
 {{{_PLANNED}}}
+{_FENCED}"""
+
+_DRAFTED = {  # of a scene, and of a subject
+    "scenes": '{"prompt": "…", "continuity_note": "…", "transition_note": "…", "subjects": ["…"]}',
+    "subjects": '{"name": "…", "description": "…", "kind": "character, object or place"}',
+}
+_LISTS = ", ".join(f'"{name}": [{item}, …]' for name, item in _DRAFTED.items())
+
+DRAFT = f"""You are the director of a story that an image model draws scene by scene.
+Write the story that the brief asks for, in exactly as many scenes as number_of_scenes says.
+A prompt says in one or two sentences who is there, doing what, where, when, in which light.
+It stands alone: the image model sees no other scene, and draws one still image.
+Subjects are the characters, objects and places that return: a short name without "/", which the
+prompts use as it is listed; its looks in at most 25 words; its kind. A scene lists the names of
+those it shows.
+continuity_note: what continues from the scene before; transition_note: how that passes into this
+one; both are "" in the first scene.
+The markers are what all scenes have in common: no hour, weather or place, at most 25 words each;
+subject_description is "" where subjects are listed.
+Write in the language of the brief. Answer with one JSON object and nothing else:
+{{{_LISTS}, "consistency_markers": {{{_PLANNED}}}}}
 {_FENCED}"""
 
 NEGATIVE = f"""You write negative prompts for an image model.

@@ -11,6 +11,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -22,7 +23,7 @@ from .sentences import FINISHES, MOODS, PALETTES, Brief
 from .world import VOCABULARY, read_prompt
 
 # %% auto #0
-__all__ = ['open_aspects', 'asked_for', 'write', 'plan', 'Director', 'rate', 'wishes', 'Critic']
+__all__ = ['open_aspects', 'asked_for', 'write', 'plan', 'draft', 'Director', 'rate', 'wishes', 'Critic']
 
 # %% ../../nbs/sandbox/agents.ipynb #128af75b
 _TONED = {
@@ -97,6 +98,42 @@ def plan(
         found["subject_description"] = f"{VOCABULARY['subject'][subject][0]} in {colour}"
     return found
 
+# %% ../../nbs/sandbox/agents.ipynb #ccd1522e
+_PLACED = {"coast": "on a rocky coast", "beach": "on a sandy beach", "harbour": "at the harbour",
+           "forest": "in a forest", "mountains": "in the mountains", "meadow": "in a meadow",
+           "city": "on a city street", "desert": "in the desert", "lake": "by a lake"}
+_WHEN = {"dawn": "at dawn", "day": "in the afternoon", "sunset": "at sunset", "dusk": "at dusk",
+         "night": "at night"}
+_SKIES = {"clear": "under a clear sky", "cloudy": "under an overcast sky", "rain": "in the rain",
+          "snow": "in the snow", "fog": "in fog", "storm": "in a storm"}
+_LIFELESS = {"boat", "bicycle", "lantern", "car", "balloon"}
+
+
+def draft(
+    brief: str,  # what the story is about
+    number: int,  # of scenes, from 1
+) -> dict[str, Any]:
+    """Return a story that the painter can draw."""
+    asked, subjects = Brief.read(brief), VOCABULARY["subject"]
+    words = set(re.findall(r"\w+", brief.lower()))
+    near = [s for s, names in subjects.items() if words & {name.split()[-1] for name in names}]
+    subject = asked.stated.get("subject") or asked.select("subject", near or sorted(subjects))
+    name, kind = subjects[subject][0], "object" if subject in _LIFELESS else "character"
+    markers = plan(f"{name}\n{brief}")
+    looks = markers.pop("subject_description")
+    start = [*_PLACED].index(asked.select("setting", [*_PLACED]))
+    scenes: list[dict[str, Any]] = []
+    for at in range(number):
+        where = asked.stated.get("setting") or [*_PLACED][(start + at) % len(_PLACED)]
+        when = asked.stated.get("time") or [*_WHEN][at * len(_WHEN) // number]
+        sky = asked.stated.get("weather") or asked.select("weather", ["clear", "cloudy"])
+        framing = ("wide shot", "medium shot", "close-up")[(at + at // len(_PLACED)) % 3]
+        scene = f"A {framing} of the {name} {_PLACED[where]} {_WHEN[when]}, {_SKIES[sky]}"
+        notes = {"continuity_note": f"the same {name}", "transition_note": "a slow dissolve"}
+        scenes.append({"prompt": scene, "subjects": [name]} | (notes if at else {}))
+    return {"scenes": scenes, "consistency_markers": markers,
+            "subjects": [{"name": name, "description": looks, "kind": kind}]}
+
 # %% ../../nbs/sandbox/agents.ipynb #096d61e9
 _DEFECTS = "blur, noise, low contrast, harsh exposure, text, watermark, border, cropped subject"
 
@@ -118,8 +155,10 @@ class Director:
         messages: list[Message],  # as `enhance` sends them to a director
         schema: type[BaseModel] | None = None,  # not used
     ) -> Reply:
-        """Answer with the next version of the prompt, a plan, or a negative prompt."""
+        """Answer with the next version of the prompt, a plan, a draft, or a negative prompt."""
         given = _material(messages)
+        if "brief" in given:
+            return Reply(text=json.dumps(draft(given["brief"], int(given["number_of_scenes"]))))
         if "story" in given:
             return Reply(text=json.dumps(plan(given["story"], given.get("brand", ""))))
         if "original" not in given:

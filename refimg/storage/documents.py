@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any, ClassVar
 
 # %% auto #0
-__all__ = ['decode_text', 'is_json', 'read_json', 'read_yaml']
+__all__ = ['decode_text', 'is_json', 'read_json', 'read_yaml', 'write_yaml']
 
 # %% ../../nbs/storage/documents.ipynb #d1410008
 def decode_text(
@@ -113,3 +113,37 @@ def read_yaml(
         return yaml.load(text, _loader())
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
+
+# %% ../../nbs/storage/documents.ipynb #c0aa42db
+_UNSEEN = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e"
+                     "\u2060-\u206f\ufeff\ufff9-\ufffb]")
+
+
+@cache
+def _dumper() -> type:
+    """Return a safe YAML dumper that writes texts as people do."""
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        """A safe dumper: lines in a block, and signs that cannot be seen in quotes."""
+
+        def represent_text(self, text: str) -> Any:
+            """Return the text with the style in which it can be read."""
+            style = '"' if _UNSEEN.search(text) else "|" if "\n" in text else None
+            return self.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+    Dumper.add_representer(str, Dumper.represent_text)
+    return Dumper
+
+
+def write_yaml(
+    value: Any,  # dicts, lists, texts, numbers, truth values
+    *,
+    ascii_only: bool = False,  # True: for where other signs would not arrive
+) -> str:
+    """Return the value as YAML that `read_yaml` reads again."""
+    import yaml
+
+    text = yaml.dump(value, Dumper=_dumper(), allow_unicode=not ascii_only, sort_keys=False,
+                     default_flow_style=False, width=float("inf"))
+    return _UNSEEN.sub(lambda sign: repr(sign[0])[1:-1], text)
