@@ -158,7 +158,8 @@ def test_texts_are_plain_where_they_enter(given, plain):
                   transition_note=given)
     markers = {f"style {given}": given, "palette": [given, {"a": given}]}
     story = Story(scenes=[scene], title=given, brand=given, consistency_markers=markers)
-    assert set(scene.model_dump(exclude={"subject_present"}).values()) == {plain}
+    apart = {"subject_present", "subjects", "follows"}
+    assert set(scene.model_dump(exclude=apart).values()) == {plain}
     assert (story.title, story.brand) == (plain, plain)
     kept = {f"style {plain}": plain, "palette": [plain, {"a": plain}]}
     assert story.consistency_markers == kept

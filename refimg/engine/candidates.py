@@ -43,11 +43,12 @@ class SceneNotes:
 
     def warn(
         self,
-        text: str,  # for a person
+        *texts: str,  # for a person
     ) -> None:
         """Log a warning and keep it."""
-        self.warnings.append(text)
-        _logger.warning("scene %d: %s", self.number, text)
+        for text in texts:
+            self.warnings.append(text)
+            _logger.warning("scene %d: %s", self.number, text)
 
     def fall_back(
         self,

@@ -47,7 +47,9 @@ def chain_of(
     kind: Any = None,  # of the chain; None: the run's
 ) -> Chain:
     """Return which scenes of the result hand their reference on to which."""
-    story = result.story or Story(scenes=[Scene(prompt=done.prompt) for done in result.scenes])
+    story = result.story
+    if story is None or len(story.scenes) != len(result.scenes):
+        story = Story(scenes=[Scene(prompt=done.prompt) for done in result.scenes])
     return Chain(story, kind or result.settings.get("chain", "previous"))
 
 

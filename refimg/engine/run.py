@@ -143,8 +143,7 @@ class SceneRun:
         await run.enhanced[self.number]
         ready = run.clock()
         self.references = await run.handover.references(self.number)
-        for warning in self.references.warnings:
-            self.notes.warn(warning)
+        self.notes.warn(*self.references.warnings)
         try:
             async with run.drawing:
                 self.notes.timings["wait"] = run.clock() - ready
@@ -157,10 +156,9 @@ class SceneRun:
 
     async def _make_images(self) -> None:
         run = self.run
-        enhanced = run.settings.score_text == "enhanced"
-        text = self.enhancement.final_prompt if enhanced else self.scene.prompt
-        queue = ScoringQueue(run.scorers, text, run.group, lambda: run.stopped,
-                             await run.handover.standards(self.number))
+        texts = {"original": self.scene.prompt, "enhanced": self.enhancement.final_prompt}
+        queue = ScoringQueue(run.scorers, texts[run.settings.score_text], run.group,
+                             lambda: run.stopped, await run.handover.standards(self.number))
         run.reporter.begin("generate", self.number, run.total_cost())
         with self.notes.timed("generate"):
             await self.generate_variations(queue)
