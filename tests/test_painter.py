@@ -313,7 +313,7 @@ def test_the_first_reference_that_shows_the_subject_can_be_preferred():
 def test_references_are_followed_as_often_as_is_said(saved):
     paths = [saved(paint_picture(STATED | {"colour": colour, "count": "one"}, 4, 64, 36), colour)
              for colour in ("purple", "teal")]
-    asked = [request("A woman at night", seed=s, references=tuple(paths)) for s in range(60)]
+    asked = [request("A woman at night", seed=s, references=tuple(paths)) for s in range(20)]
     often, never = ([drawn(answer(one, 32, 0.2, None, follow))["colour"] for one in asked]
                     for follow in (1.0, 0.0))
     assert set(often) == {"purple", "teal"}
