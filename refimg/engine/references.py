@@ -260,6 +260,8 @@ class ReferencePlan:
     def _merged(references: list[Reference]) -> list[Reference]:
         """Return them with each file once, at its first place."""
         found: dict[str, Reference] = {}
+        if len(references) < 2:
+            return references
         for item in references:
             key = os.path.realpath(item.path)
             old = found.setdefault(key, item)
