@@ -66,13 +66,14 @@ class Held(FakeImages):
 
     def __init__(self):
         super().__init__()
-        self.go, self.inside, self.most = asyncio.Event(), 0, 0
+        self.go, self.inside, self.most, self.waiting = asyncio.Event(), 0, 0, 0
 
     async def generate(self, request):
         self.inside += 1
         self.most = max(self.most, self.inside)
         try:
             if "now" not in request.prompt:
+                self.waiting += 1
                 await self.go.wait()
             return await super().generate(request)
         except asyncio.CancelledError:
@@ -357,7 +358,7 @@ class Stopped:
 
     def hangs(self) -> bool:
         """Every slot but that of the ready story is taken by one that hangs."""
-        return self.images.inside >= 3
+        return self.images.waiting >= 3
 
     async def check_gone(self) -> None:
         await assert_only_we_are_left()
