@@ -165,6 +165,24 @@ async def test_a_subjects_image_that_cannot_be_read_is_an_error_before_anything_
     assert not images.requests and not (tmp_path / "images").exists()
 
 
+async def test_an_image_to_compare_with_that_is_gone_costs_no_scene(run, tmp_path, caplog):
+    """Somebody clears up between two scenes; nothing that can be drawn is lost by it."""
+    def draw(request, number):
+        if at(request)[0] == 1:
+            return picture(90)
+        for path in (tmp_path / "images").glob("x_scene_01_*"):
+            path.unlink()
+        return picture(180)
+
+    images, likeness = FakeImages(draw, max_references=0), Likeness()
+    story = Story(scenes=[Scene(prompt="a keeper, view a"), Scene(prompt="a keeper, view b"),
+                          Scene(prompt="a keeper, view c")])
+    made = pipeline(images, [FakeScorer(), likeness], chain="none", max_concurrency=1)
+    result = await run(made, story)
+    assert [s.reference_from for s in result.scenes] == ["ranked"] * 3
+    assert "not compared with an image that is gone" in caplog.text
+
+
 async def test_a_scene_goes_on_without_its_anchor_and_says_so(run):
     result = await run(pipeline(shades({1: ()}), chain="anchored"), three())
     assert [s.reference_from for s in result.scenes] == ["carried", "first", "first"]

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from pathlib import Path
 
 from PIL import Image
@@ -17,6 +18,9 @@ from ..storage.images import read_image
 __all__ = ['Handover']
 
 # %% ../../nbs/engine/handover.ipynb #0432afc5
+_logger = logging.getLogger("refimg.pipeline")
+
+
 class Handover:
     """The images that the scenes of one run hand on to each other."""
 
@@ -59,4 +63,8 @@ class Handover:
     ) -> tuple[Image.Image, ...]:
         """Read the images that those of the scene must agree with; none if no scorer asks."""
         paths = self.plan.agreement(number, self._made) if self.compares else []
-        return tuple(await asyncio.gather(*(asyncio.to_thread(read_image, p) for p in paths)))
+        reading = (asyncio.to_thread(read_image, path) for path in paths)
+        read = await asyncio.gather(*reading, return_exceptions=True)
+        for lost in (found for found in read if isinstance(found, Exception)):
+            _logger.warning("scene %d: not compared with an image that is gone: %s", number, lost)
+        return tuple(found for found in read if isinstance(found, Image.Image))
