@@ -22,7 +22,7 @@ CHAT, IMAGE = {"input": 5, "output": 30}, 0.039
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("stories", "kinds"), [
-    (25, 25), pytest.param(500, 60, marks=pytest.mark.all),
+    (45, 35), pytest.param(500, 60, marks=pytest.mark.all),
 ])
 def test_on_bad_days_every_promise_is_kept(capsys, stories, kinds):
     found = bad_days.spend_all(seed=7, stories=stories, each=min(stories, 125))
@@ -31,7 +31,7 @@ def test_on_bad_days_every_promise_is_kept(capsys, stories, kinds):
               f"of {len(found.faults)} kinds: {dict(found.faults.most_common())}")
     assert (found.failures, found.leaks, found.orphans) == ([], [], [])
     assert found.overspend == 0 and found.stories == sum(found.ends.values()) == stories
-    assert set(found.ends) == {"done", "cancelled", "failed"} and found.ends["done"] > stories / 4
+    assert set(found.ends) == {"done", "cancelled", "failed"} and found.ends["done"] > stories / 2
     assert len(found.faults) > kinds and found.pictures > 1.2 * stories
 
 
