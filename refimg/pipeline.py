@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from .engine.agents import RunAgents
 from .engine.costs import price_name
 from refimg.engine.decisions import (
     Rerun,
@@ -27,9 +28,7 @@ from .engine.prompts import compose_prompt, scene_context
 from .engine.protocols import Call, ChatModel, ImageModel, Scorer
 from .engine.results import Event, SceneResult, StoryResult, Variation
 from refimg.engine.run import (
-    RunAgent,
     StoryRun,
-    enhance_scene,
     load_capabilities,
     load_models,
 )
@@ -165,15 +164,13 @@ class Pipeline:
         """Enhance the prompt of every scene, to look at before images are paid for."""
         await load_capabilities(self._models().image_model)
         settings = await asyncio.to_thread(self._checked, story)
-        call, slots = self._call(story), asyncio.Semaphore(settings.max_concurrency)
-        *agents, image_model = self._models().paid(_budget(self.budget_usd))
-        director, critic = (RunAgent(model, lambda: False, call) for model in agents)
+        slots = asyncio.Semaphore(settings.max_concurrency)
+        paid = self._models().paid(_budget(self.budget_usd))
+        agents = RunAgents(settings, *paid, self._call(story))
 
         async def one(number: int) -> ImagePromptEnhancementResult:
             async with slots:
-                return await enhance_scene(
-                    story, number, settings=settings, director=director, critic=critic,
-                    negative=image_model.takes_negative_prompt)
+                return await agents.enhance(story, number)
 
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(one(number)) for number in range(1, len(story.scenes) + 1)]

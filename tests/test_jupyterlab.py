@@ -203,6 +203,7 @@ def gallery_notebook(place: Path) -> Path:
     return place / "work" / "images" / "run.json"
 
 
+@pytest.mark.all
 @pytest.mark.slow
 def test_a_person_overrules_in_two_clicks_or_by_keyboard_and_a_reload_keeps_it(workplace):
     kept = gallery_notebook(workplace)

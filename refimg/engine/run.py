@@ -15,19 +15,16 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel
-
 from . import tasks
+from .agents import RunAgents
+from .attempts import planned_attempts
 from .candidates import CandidateGroup, SceneNotes, ScoringQueue
 from .costs import sum_known
-from .prompts import compose_prompt, scene_context
 from refimg.engine.protocols import (
     Call,
     ChatModel,
     ImageModel,
     ImageRequest,
-    Message,
-    Reply,
     Scorer,
 )
 from .handover import Handover
@@ -41,68 +38,17 @@ from refimg.engine.tasks import (
     is_cancelled,
     run_until_cancelled,
 )
-from ..enhance import EnhancementTrace, ImagePromptEnhancementResult, enhance_prompt_iterative
+from ..enhance import EnhancementTrace, ImagePromptEnhancementResult
 from ..generate import GenerationFailed
 from ..storage.traces import TraceTree, write_trace
 
 # %% auto #0
-__all__ = ['RunAgent', 'enhance_scene', 'SceneRun', 'StoryRun', 'load_capabilities', 'load_models']
-
-# %% ../../nbs/engine/run.ipynb #b6000006
-_logger = logging.getLogger("refimg.pipeline")
-
-# %% ../../nbs/engine/run.ipynb #d67cb0b5
-@dataclass
-class RunAgent:
-    """A chat model that is not called any more once its run has stopped."""
-
-    model: ChatModel  # the model inside
-    stopped: Callable[[], bool]  # whether the run has stopped
-    call: Call | None = None  # handed along to a model that `takes_call`
-
-    def __post_init__(self) -> None:
-        self.name = self.model.name
-
-    async def reply(
-        self, messages: list[Message], schema: type[BaseModel] | None = None
-    ) -> Reply:
-        """Return the model's answer; a CancelledError of its own is an error like any other."""
-        if self.stopped():
-            raise asyncio.CancelledError
-        more: dict[str, Any] = {"schema": schema} if schema else {}
-        if self.call is not None and getattr(self.model, "takes_call", False):
-            more["call"] = self.call
-        try:
-            return await self.model.reply(messages, **more)
-        except asyncio.CancelledError as error:
-            if is_cancelled():
-                raise
-            raise RuntimeError(f"{self.name} cancelled its own call") from error
-
-
-async def enhance_scene(
-    story: Story,  # markers, notes and brand are the agents' context
-    number: int,  # the scene, from 1
-    *,
-    settings: Settings,  # iterations and threshold
-    director: ChatModel,  # writes
-    critic: ChatModel,  # criticises
-    negative: bool = False,  # True: the image model takes a negative prompt
-    trace_dir: Path | None = None,  # where the steps are written; None: nowhere
-) -> ImagePromptEnhancementResult:
-    """Let the two agents enhance the prompt of one scene."""
-    return await enhance_prompt_iterative(
-        story.scenes[number - 1].prompt,
-        max_iterations=settings.max_enhancement_iterations,
-        score_threshold=settings.score_threshold,
-        director=director,
-        critic=critic,
-        context=scene_context(story, number),
-        negative=negative,
-        trace_dir=trace_dir,
-    )
+__all__ = ['SceneRun', 'StoryRun', 'load_capabilities', 'load_models']
 
 # %% ../../nbs/engine/run.ipynb #b600000f
+_logger = logging.getLogger("refimg.pipeline")
+
+
 @dataclass
 class SceneRun:
     """One scene on its way from its prompt to its reference."""
@@ -128,9 +74,10 @@ class SceneRun:
         async with run.enhancing:
             run.reporter.begin("enhance", self.number, run.total_cost())
             with self.notes.timed("enhance"):
-                made = given or await run.ask_agents(self.number)
+                traces = run.trace_dir(self.number)
+                made = given or await run.agents.enhance(run.story, self.number, traces)
                 if given:
-                    EnhancementTrace.replay(given, run.trace_dir(self.number))
+                    EnhancementTrace.replay(given, traces)
         self.enhancement = made
         self.notes.warnings += made.warnings
         if made is not given or not run.times_rerun:
@@ -177,15 +124,12 @@ class SceneRun:
     ) -> None:
         """Fill the group with what the image model can be made to draw."""
         run, made, model = self.run, self.enhancement, self.run.image_model
-        plain, text = (
-            compose_prompt(prompt, run.story, self.number, references=self.references.sentences)
-            for prompt in (self.scene.prompt, made.final_prompt))
-        attempts = [(text, run.settings.num_variations)] * 2 + [(plain, 1)]
+        attempts = planned_attempts(
+            made, run.story, self.number, self.references, run.settings, model)
         if made.negative_prompt and not model.takes_negative_prompt:
             self.notes.warn(f"{model.name} takes no negative prompt: none was sent")
         if made.stop_reason == "failed":
-            attempts, self.source = [(plain, 1)] * 3, "fallback"
-            step = "enhance, so one image from the original prompt"
+            self.source, step = "fallback", "enhance, so one image from the original prompt"
             self.notes.fall_back(step, "; ".join(made.warnings))
 
         async def draw(request: ImageRequest, variation: int, attempt: int) -> None:
@@ -195,11 +139,8 @@ class SceneRun:
             queue.add(await self.images.draw(
                 model, request, variation, attempt, run.settings.seed, run.call))
 
-        for attempt, (self.sent_prompt, count) in enumerate(attempts, start=1):
-            request = ImageRequest(
-                prompt=self.sent_prompt, aspect_ratio=run.settings.aspect_ratio,
-                negative_prompt=made.negative_prompt if model.takes_negative_prompt else None,
-                references=self.references.paths)
+        for attempt, (request, count) in enumerate(attempts, start=1):
+            self.sent_prompt = request.prompt
             calls = (draw(request, k, attempt) for k in range(1, count + 1))
             answers = await asyncio.gather(*calls, return_exceptions=True)
             causes = [cause for cause in answers if cause is not None]
@@ -283,6 +224,10 @@ class StoryRun:
         most = min(self.settings.max_references, self.image_model.max_references)
         plan = ReferencePlan(Chain(self.story, self.settings.chain), most)
         self.handover = Handover(plan, any(s.name == "consistency" for s in self.scorers))
+        self.agents = RunAgents(
+            self.settings, self.director, self.critic, self.image_model, self.call,
+            lambda: self.stopped, self.journal,
+            {"output_dir": self.folder, "generation_id": self.generation_id})
         self.enhancing = asyncio.Semaphore(self.settings.max_concurrency)
         self.drawing = asyncio.Semaphore(self.settings.max_concurrency)
 
@@ -304,22 +249,6 @@ class StoryRun:
         except (OSError, ValueError) as error:
             _logger.warning("scene %d: no traces, %r", scene, error)
             return None
-
-    async def ask_agents(
-        self,
-        scene: int,  # from 1; a journal counts the calls of each scene on their own
-    ) -> ImagePromptEnhancementResult:
-        """Let this run's director and critic enhance the prompt of a scene."""
-        where = {"output_dir": self.folder, "generation_id": self.generation_id, "scene": scene}
-        agents = {}
-        for role in ("director", "critic"):
-            model = getattr(self, role)
-            if self.journal is not None:
-                model = self.journal.chat(model, role=role, **where)
-            agents[role] = RunAgent(model, lambda: self.stopped, self.call)
-        return await enhance_scene(
-            self.story, scene, settings=self.settings, trace_dir=self.trace_dir(scene),
-            negative=self.image_model.takes_negative_prompt, **agents)
 
     async def run(
         self,
