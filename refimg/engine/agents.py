@@ -22,11 +22,11 @@ from .tasks import is_cancelled
 from ..enhance import ImagePromptEnhancementResult, enhance_prompt_iterative
 
 # %% auto #0
-__all__ = ['RunAgent', 'RunAgents']
+__all__ = ['RunAgents']
 
 # %% ../../nbs/engine/agents.ipynb #a9000008
 @dataclass
-class RunAgent:
+class _RunAgent:
     """A chat model that is not called any more once its run has stopped."""
 
     model: ChatModel  # the model inside
@@ -66,12 +66,12 @@ class RunAgents:
     journal: Any = None  # a `Journal`; None: none is kept
     where: dict[str, Any] = field(default_factory=dict)  # the run's output_dir and generation_id
 
-    def _agent(self, role: str, scene: int) -> RunAgent:
+    def _agent(self, role: str, scene: int) -> _RunAgent:
         """Return one of them; a journal counts the calls of each scene on their own."""
         model = getattr(self, role)
         if self.journal is not None:
             model = self.journal.chat(model, role=role, scene=scene, **self.where)
-        return RunAgent(model, self.stopped, self.call)
+        return _RunAgent(model, self.stopped, self.call)
 
     async def plan(
         self,
