@@ -344,7 +344,8 @@ def test_state_is_passed_and_returned() -> Found:
 LAYERS = (
     ("__main__", "cli", "fleet", "view.gallery", "gallery"),
     ("pipeline",),
-    ("engine.run", "engine.candidates", "engine.handover", "engine.many", "engine.decisions"),
+    ("engine.run", "engine.agents", "engine.attempts", "engine.candidates", "engine.handover",
+     "engine.many", "engine.decisions"),
     ("engine.results", "engine.settings", "engine.planning", "engine.usage"),
     ("enhance", "generate", "score", "inspection"),
     ("engine.story", "engine.references", "engine.prompts", "engine.tasks", "engine.costs"),
