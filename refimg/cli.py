@@ -316,6 +316,8 @@ def run(
     iterations: _Iterations = 4,  # iterations of the two agents, 0–10
     aspect_ratio: _Aspect = "16:9",  # width:height
     seed: _Seed = None,  # None: none is sent
+    chain: Annotated[str | None, typer.Option(
+        help="What scenes hand on: anchored, previous, first or none.")] = None,  # None: default
     budget_usd: Annotated[float | None, typer.Option(
         help="What the run may spend at most.")] = None,  # None: no limit
     json_value: _Json = False,  # True: the whole record as JSON
@@ -328,7 +330,7 @@ def run(
     async def work() -> StoryResult:
         pipeline = Pipeline.from_env(
             num_variations=variations, max_enhancement_iterations=iterations,
-            aspect_ratio=aspect_ratio, seed=seed, budget_usd=budget_usd)
+            aspect_ratio=aspect_ratio, seed=seed, chain=chain, budget_usd=budget_usd)
         _tell(f"generation {name}, images in {output_dir}")
         return await pipeline.run(
             tale, generation_id=name, output_dir=output_dir, on_progress=lambda step: _tell(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     from refimg.storage.journal import Journal
 
 # %% auto #0
-__all__ = ['world', 'director', 'critic', 'image_model', 'real_scorers', 'scorers', 'available', 'prices', 'budget', 'estimate',
-           'retry_limits', 'journal', 'announce']
+__all__ = ['world', 'choice', 'director', 'critic', 'image_model', 'real_scorers', 'scorers', 'available', 'prices', 'budget',
+           'estimate', 'retry_limits', 'journal', 'announce']
 
 # %% ../nbs/06_defaults.ipynb #fa2b1aea
 _logger = logging.getLogger(__name__)
@@ -53,6 +54,17 @@ def world() -> Literal["real", "sandbox"]:
 def _model_name(variable: str, default: str) -> str:
     """Return the model that the environment names, or the default."""
     return os.environ.get(variable, "").strip() or default
+
+
+def choice(
+    variable: str,  # of the environment
+    allowed: Sequence[str],  # what it may be
+) -> str | None:
+    """Return what the environment asks for; None where it asks for nothing."""
+    text = os.environ.get(variable, "").strip()
+    if text and text not in allowed:
+        raise ValueError(f"{variable} must be one of {', '.join(allowed)}, got {text!r}")
+    return text or None
 
 
 def _seconds(variable: str, default: float) -> float:

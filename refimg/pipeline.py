@@ -32,11 +32,11 @@ from refimg.engine.run import (
     load_capabilities,
     load_models,
 )
-from .engine.settings import Settings, check_folder, check_story, settings_of
+from .engine.settings import CHAINS, Settings, check_folder, check_story, settings_of
 from .engine.story import Scene, Story
 from .engine.subjects import Subject
 from .engine.tasks import GenerationCancelled, Progress, ProgressReporter, run_blocking
-from .engine.usage import story_usage
+from .engine.usage import expected_calls
 from .enhance import ImagePromptEnhancementResult
 from .storage.files import check_id
 from .storage.traces import TraceTree
@@ -113,7 +113,8 @@ class Pipeline:
     seed: int | None = None  # makes runs repeatable where the models are; None: none is sent
     aspect_ratio: str = "16:9"  # of the images, width:height
     score_text: Literal["original", "enhanced"] = "original"  # what the images are scored against
-    chain: Literal["anchored", "previous", "first", "none"] = "previous"  # what is handed on
+    chain: Literal["anchored", "previous", "first", "none"] | None = None  # what is handed on
+    plan: bool = True  # the director gives a story without markers some, in one call
     max_references: int = 3  # images that go along with a request, at most, 0–20
     keep_traces: bool = False  # True: the files that show how a run went stay
     budget_usd: float | None = None  # USD that a run may spend; None: no limit
@@ -128,6 +129,8 @@ class Pipeline:
         """Make a pipeline with the models that the environment asks for."""
         from refimg import defaults
 
+        if overrides.get("chain") is None:
+            overrides["chain"] = defaults.choice("REFIMG_CHAIN", CHAINS)
         pipeline = cls(**overrides)
         pipeline._models()
         own = overrides.get("image_model") is not None or "journal" in overrides
@@ -149,32 +152,18 @@ class Pipeline:
 
         settings = self._checked(story)
         model = self._models().image_model
-        negative = model.takes_negative_prompt
-        scenes, most = len(story.scenes), settings.max_enhancement_iterations
-        used = (story_usage(story, n, negative=negative) for n in (min(1, most), most))
-        return defaults.estimate(
-            *used, images=scenes * settings.num_variations,
-            chat_calls=scenes * (2 * most + (negative and most > 0)),
-            director=settings.director, critic=settings.critic, image_model=price_name(model))
+        expected = expected_calls(story, settings, negative=model.takes_negative_prompt)
+        return defaults.estimate(**expected, image_model=price_name(model))
 
     async def enhance(
         self,
         story: Story,  # as for `run`
     ) -> list[ImagePromptEnhancementResult]:
-        """Enhance the prompt of every scene, to look at before images are paid for."""
+        """Enhance the prompt of every scene, to look at before images are paid for; no plan."""
         await load_capabilities(self._models().image_model)
         settings = await asyncio.to_thread(self._checked, story)
-        slots = asyncio.Semaphore(settings.max_concurrency)
         paid = self._models().paid(_budget(self.budget_usd))
-        agents = RunAgents(settings, *paid, self._call(story))
-
-        async def one(number: int) -> ImagePromptEnhancementResult:
-            async with slots:
-                return await agents.enhance(story, number)
-
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one(number)) for number in range(1, len(story.scenes) + 1)]
-        return [task.result() for task in tasks]
+        return await RunAgents(settings, *paid, self._call(story)).enhance_all(story)
 
     async def run(
         self,
@@ -232,7 +221,9 @@ class Pipeline:
         plan = Rerun.plan(result, scene, self.chain, prompt)
         new = await self._run(
             plan.story, result.generation_id, plan.output_dir, plan.given, kept=plan.kept,
-            times_rerun=plan.times_rerun, spent=result.cost)
+            times_rerun=plan.times_rerun, spent=result.cost,
+            planned=result.planned_markers, planner=result.planner,
+            chain=result.settings.get("chain"))
         return plan.finish(new, settings_of(self).model_dump())
 
     def _models(self) -> _Models:
@@ -261,13 +252,19 @@ class Pipeline:
         self, story: Story, generation_id: str | None, output_dir: str | Path,
         enhancements: Sequence[ImagePromptEnhancementResult | None] | None,
         on_progress: Callable | None = None, check: Callable | None = None,
-        within: Budget | None = None, **rerun: Any,
+        within: Budget | None = None, chain: str | None = None, **rerun: Any,
     ) -> StoryResult:
         models = self._models()
         await load_capabilities(models.image_model, check)
         name = check_id(secrets.token_hex(6) if generation_id is None else generation_id)
         folder = check_folder(output_dir)
         settings = await asyncio.to_thread(self._checked, story, enhancements)
+        warnings = []
+        if self.chain is None:
+            settings = settings.model_copy(update={"chain": chain or settings.chain})
+            if len(story.scenes) > 1 and not models.image_model.max_references:
+                warnings = [f"{settings.image_model} takes no reference images: "
+                            "each scene is drawn on its own"]
         limit = within.limit if within and self.budget_usd is None else self.budget_usd
         budget = _budget(limit, within=within, journal=self.journal, output_dir=folder,
                          generation_id=name)
@@ -282,7 +279,7 @@ class Pipeline:
             run = StoryRun(
                 settings, director, critic, images, models.scorers, story.normalized(), name,
                 folder, traces, reporter, self.journal, self._call(story),
-                given=enhancements or (), **rerun)
+                given=enhancements or (), warnings=warnings, **rerun)
             return await run.run(check)
         finally:
             traces.close(keep=self.keep_traces)

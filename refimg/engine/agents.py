@@ -98,3 +98,18 @@ class RunAgents:
             negative=self.image_model.takes_negative_prompt,
             trace_dir=trace_dir,
         )
+
+    async def enhance_all(
+        self,
+        story: Story,  # as it is, without a plan
+    ) -> list[ImagePromptEnhancementResult]:
+        """Let the two enhance the prompts of all scenes, as many at once as the settings say."""
+        slots = asyncio.Semaphore(self.settings.max_concurrency)
+
+        async def one(number: int) -> ImagePromptEnhancementResult:
+            async with slots:
+                return await self.enhance(story, number)
+
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(number)) for number in range(1, len(story.scenes) + 1)]
+        return [task.result() for task in tasks]

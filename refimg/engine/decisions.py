@@ -262,7 +262,7 @@ class Rerun:
         cls,
         result: StoryResult,  # of an earlier run
         scene: int,  # from 1
-        chain: str,  # of the pipeline that draws
+        chain: str | None,  # of the pipeline that draws; None: that of the result
         prompt: str | None = None,  # the scene's new prompt; None: the same, not enhanced again
     ) -> Rerun:
         """Find out what is drawn again; a ValueError where that cannot be done."""

@@ -187,6 +187,8 @@ class StoryResult(BaseModel, frozen=True):
     settings: dict[str, Any] = {}  # what the run was asked for, as plain values
     versions: dict[str, str] = {}  # what it ran on
     story: Story | None = None  # what went in; `rerun` needs it
+    planned_markers: dict[str, Any] | None = None  # what the plan gave the story; None: no plan
+    planner: CleanText | None = None  # name of the director that planned it
     history: list[Event] = []  # what happened after the run, in order
     index: int | None = None  # its place among the stories of `run_many`, from 0; None: alone
 

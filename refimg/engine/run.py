@@ -25,6 +25,7 @@ from refimg.engine.protocols import (
     ChatModel,
     ImageModel,
     ImageRequest,
+    Reply,
     Scorer,
 )
 from .handover import Handover
@@ -74,8 +75,8 @@ class SceneRun:
         async with run.enhancing:
             run.reporter.begin("enhance", self.number, run.total_cost())
             with self.notes.timed("enhance"):
-                traces = run.trace_dir(self.number)
-                made = given or await run.agents.enhance(run.story, self.number, traces)
+                traces = run.traces.usable(self.number)
+                made = given or await run.agents.enhance(run.drawn, self.number, traces)
                 if given:
                     EnhancementTrace.replay(given, traces)
         self.enhancement = made
@@ -125,7 +126,7 @@ class SceneRun:
         """Fill the group with what the image model can be made to draw."""
         run, made, model = self.run, self.enhancement, self.run.image_model
         attempts = planned_attempts(
-            made, run.story, self.number, self.references, run.settings, model)
+            made, run.drawn, self.number, self.references, run.settings, model)
         if made.negative_prompt and not model.takes_negative_prompt:
             self.notes.warn(f"{model.name} takes no negative prompt: none was sent")
         if made.stop_reason == "failed":
@@ -172,7 +173,7 @@ class SceneRun:
             "variations": self.images.trace(),
             "selected": str(self.winner.image.image_path) if self.winner else None,
         }
-        write_trace(self.run.trace_dir(self.number), "generation_trace.json", trace)
+        write_trace(self.run.traces.usable(self.number), "generation_trace.json", trace)
 
     def result(
         self,
@@ -212,6 +213,9 @@ class StoryRun:
     kept: dict[int, SceneResult] = field(default_factory=dict)  # scenes of an earlier run
     times_rerun: dict[int, int] = field(default_factory=dict)  # scene -> how often drawn again
     spent: float | None = 0.0  # USD before this run
+    warnings: Sequence[str] = ()  # of every scene that is made
+    planned: dict[str, Any] | None = None  # the plan's markers, of this run or an earlier one
+    planner: str | None = None  # who planned
     stopped: bool = False
     deadline: float = 0.0  # on the run's clock, once it is stopped
     scenes: list[SceneRun] = field(default_factory=list)
@@ -224,6 +228,7 @@ class StoryRun:
         most = min(self.settings.max_references, self.image_model.max_references)
         plan = ReferencePlan(Chain(self.story, self.settings.chain), most)
         self.handover = Handover(plan, any(s.name == "consistency" for s in self.scorers))
+        self.bill: list[Reply | None] = []  # the calls for the plan
         self.agents = RunAgents(
             self.settings, self.director, self.critic, self.image_model, self.call,
             lambda: self.stopped, self.journal,
@@ -238,17 +243,6 @@ class StoryRun:
     def stop(self) -> None:
         """Let no further call begin."""
         self.stopped, self.deadline = True, self.clock() + tasks.GRACE
-
-    def trace_dir(
-        self,
-        scene: int,  # from 1
-    ) -> Path | None:
-        """Return the folder of a scene's traces; None, and a warning, where it cannot be made."""
-        try:
-            return self.traces.scene(scene)
-        except (OSError, ValueError) as error:
-            _logger.warning("scene %d: no traces, %r", scene, error)
-            return None
 
     async def run(
         self,
@@ -271,20 +265,39 @@ class StoryRun:
             finally:
                 listener.cancel()
 
+    @property
+    def drawn(self) -> Story:
+        """The story with the markers of its plan."""
+        if self.planned is None:
+            return self.story
+        return self.story.model_copy(update={"consistency_markers": self.planned})
+
+    async def _plan(self) -> None:
+        """Let the director decide what the scenes share; without a plan the run goes on."""
+        try:
+            self.planned = await self.agents.plan(self.story, self.bill)
+            self.planner = self.director.name
+        except RuntimeError as error:
+            self.scenes[0].notes.warn(f"the story is not planned: {error}")
+
     async def _make_scenes(self) -> None:
-        seedless, model = [], self.image_model
+        warnings, model = list(self.warnings), self.image_model
         if self.settings.seed is not None and not model.takes_seed:
-            _logger.warning("%s takes no seed: none is sent", model.name)
-            seedless = [f"{model.name} takes no seed: none was sent"]
+            warnings.append(f"{model.name} takes no seed: none is sent")
+        for told in warnings:
+            _logger.warning("%s", told)
         for number, scene in enumerate(self.story.scenes, start=1):
             if kept := self.kept.get(number):
                 own = kept.reference_from != "carried"
                 self.handover.give(number, kept.reference if own else None)
                 continue
             stem = f"{self.generation_id}_scene_{number:02d}"
-            notes = SceneNotes(number, self.clock, warnings=list(seedless))
+            notes = SceneNotes(number, self.clock, warnings=list(warnings))
             images = CandidateGroup(self.folder, stem, self.journal is not None, notes)
             self.scenes.append(SceneRun(self, scene, notes, images))
+        made = any(self.given) or self.times_rerun
+        if self.settings.plans(self.story) and not made:
+            await self._plan()
         async with asyncio.TaskGroup() as self.group:
             for scene in self.scenes:
                 self.enhanced[scene.number] = self.group.create_task(scene.enhance())
@@ -293,7 +306,8 @@ class StoryRun:
 
     def total_cost(self) -> float | None:
         """Add up the USD of all calls so far, those before a rerun too; None if one is unknown."""
-        return sum_known([self.spent, *chain(*(scene.notes.bill for scene in self.scenes))])
+        plan = [reply and reply.cost for reply in self.bill]
+        return sum_known([self.spent, *plan, *chain(*(s.notes.bill for s in self.scenes))])
 
     def fill_missing_references(self) -> dict[int, Path]:
         """Return the reference of every scene: its own, or the nearest one that stands in."""
@@ -317,6 +331,7 @@ class StoryRun:
             generation_id=self.generation_id, scenes=scenes, story=self.story,
             references=[scene.reference for scene in scenes],
             sandbox=any(scene.sandbox for scene in scenes),
+            planned_markers=self.planned, planner=self.planner,
             cost=self.total_cost(), timings={"total": self.clock()},
             settings=self.settings.model_dump(), versions=versions())
 

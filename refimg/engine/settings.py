@@ -20,7 +20,7 @@ from ..score import check_weights
 from ..storage.files import read_image
 
 # %% auto #0
-__all__ = ['Settings', 'check_scorers', 'describe_scorers', 'settings_of', 'check_story', 'check_folder', 'versions']
+__all__ = ['CHAINS', 'Settings', 'check_scorers', 'describe_scorers', 'settings_of', 'check_story', 'check_folder', 'versions']
 
 # %% ../../nbs/engine/settings.ipynb #b5000008
 _TYPES = {
@@ -28,6 +28,9 @@ _TYPES = {
     float | None: "a number or None", dict[str, float] | None: "a number for each scorer, or None",
     list[dict[str, str]]: "scorers",
 }
+
+
+CHAINS = ("anchored", "previous", "first", "none")
 
 
 class Settings(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=False):
@@ -46,6 +49,7 @@ class Settings(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_na
     aspect_ratio: str  # width:height
     score_text: Literal["original", "enhanced"]  # what the images are scored against
     chain: Literal["anchored", "previous", "first", "none"]  # which scenes hand on a reference
+    plan: bool  # True: a story without markers is given some
     max_references: int = Field(ge=0, le=20)  # images that go along with a request, at most
     keep_traces: bool  # True: the files that show how a run went stay
     max_concurrency: int = Field(ge=1, le=1000)  # scenes at once, per stage
@@ -73,6 +77,14 @@ class Settings(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_na
         if options := get_args(field.annotation) if field.annotation not in _TYPES else ():
             return f"one of {', '.join(options)}"
         return _TYPES.get(field.annotation, "a text like 16:9")
+
+    def plans(
+        self,
+        story: Story,  # of the run
+    ) -> bool:
+        """Tell whether the director decides what the scenes have in common, before all else."""
+        alone = len(story.scenes) < 2 or story.consistency_markers
+        return self.plan and not alone and self.max_enhancement_iterations > 0
 
 # %% ../../nbs/engine/settings.ipynb #b500000d
 _COLUMNS = {"generation_id", "scene", "variation", "rank", "selected", "seed", "model", "cost",
@@ -128,7 +140,12 @@ def settings_of(
     journal = pipeline.journal
     if journal is not None and not (hasattr(journal, "chat") and hasattr(journal, "images")):
         raise ValueError(f"journal must be a Journal or None, got {journal!r}")
-    return Settings.checked(values)
+    if pipeline.chain is not None:
+        return Settings.checked(values)
+    settings = Settings.checked(values | {"chain": "none"})
+    most = min(settings.max_references, pipeline.image_model.max_references)
+    chain = {0: "none", 1: "previous"}.get(most, "anchored")
+    return settings.model_copy(update={"chain": chain})
 
 # %% ../../nbs/engine/settings.ipynb #b5000012
 def _check_enhancements(story: Story, enhancements: Sequence | None) -> None:

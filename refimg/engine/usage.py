@@ -6,20 +6,35 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from .instructions import DIMENSIONS
+from .planning import plan_messages
 from .prompts import scene_context
 from .protocols import Message, Usage
+from .settings import Settings
 from .story import Story
 from ..enhance import Critique, Iteration, critic_messages, director_messages
 
 # %% auto #0
-__all__ = ['expected_usage', 'story_usage']
+__all__ = ['expected_usage', 'expected_calls']
 
 # %% ../../nbs/engine/usage.ipynb #e0000003
 _EXPECTED_PROMPT = "a lens " * 90  # 60 to 150 words are asked for
 _EXPECTED_CRITIQUE = Critique(**dict.fromkeys(DIMENSIONS, 70), critique="a lens " * 25,
                               improvements=["a lens " * 9] * 4)
+
+
+_EXPECTED_PLAN = "a lens " * 75  # six markers of at most 25 words
+
+
+def _total(asked: list[list[Message]], answer: str) -> Usage:
+    """Estimate the tokens of these calls, each with that answer."""
+    texts = [message.content for messages in asked for message in messages]
+    read, written = (
+        sum(math.ceil(len(text.encode("utf-8", "replace")) / 4) for text in group)
+        for group in (texts, [answer] * len(asked)))
+    return Usage(input_tokens=read + 4 * len(texts), output_tokens=written)
 
 
 def expected_usage(
@@ -30,13 +45,6 @@ def expected_usage(
     negative: bool = False,  # True: the director also writes a negative prompt
 ) -> tuple[Usage, Usage]:
     """Estimate the tokens that director and critic read and write for one scene."""
-    def total(asked: list[list[Message]], answer: str) -> Usage:
-        texts = [message.content for messages in asked for message in messages]
-        read, written = (
-            sum(math.ceil(len(text.encode("utf-8", "replace")) / 4) for text in group)
-            for group in (texts, [answer] * len(asked)))
-        return Usage(input_tokens=read + 4 * len(texts), output_tokens=written)
-
     last = Iteration(
         number=1, enhanced_prompt=_EXPECTED_PROMPT, critique=_EXPECTED_CRITIQUE, seconds=0)
     asked = [director_messages(prompt, last if k else None, context) for k in range(iterations)]
@@ -44,15 +52,21 @@ def expected_usage(
         asked.append(director_messages(_EXPECTED_PROMPT, None, context))
     criticised = [critic_messages(_EXPECTED_PROMPT, prompt, context)] * iterations
     critique = _EXPECTED_CRITIQUE.model_dump_json()
-    return total(asked, _EXPECTED_PROMPT), total(criticised, critique)
+    return _total(asked, _EXPECTED_PROMPT), _total(criticised, critique)
 
 
-def story_usage(
-    story: Story,  # every scene is enhanced
-    iterations: int,  # of the two agents, 0 or more
+def expected_calls(
+    story: Story,  # what a run would make references for
+    settings: Settings,  # of that run
     *,
     negative: bool = False,  # True: the director also writes a negative prompt
-) -> list[tuple[Usage, Usage]]:
-    """Estimate the tokens of director and critic for each scene of a story."""
+) -> dict[str, Any]:
+    """Return what a run will ask for, as `costs.estimate` takes it: usages, calls and images."""
     scenes = [(s.prompt, scene_context(story, n)) for n, s in enumerate(story.scenes, start=1)]
-    return [expected_usage(*scene, iterations, negative=negative) for scene in scenes]
+    most, planned = settings.max_enhancement_iterations, settings.plans(story)
+    plan = [(_total([plan_messages(story)], _EXPECTED_PLAN), _total([], ""))] * planned
+    low, high = (plan + [expected_usage(*scene, n, negative=negative) for scene in scenes]
+                 for n in (min(1, most), most))
+    return {"low": low, "high": high, "images": len(scenes) * settings.num_variations,
+            "chat_calls": planned + len(scenes) * (2 * most + (negative and most > 0)),
+            "director": settings.director, "critic": settings.critic}

@@ -104,6 +104,17 @@ class TraceTree:
         self._scenes[n] = folder
         return folder
 
+    def usable(
+        self,
+        n: int,  # number of the scene, from 1
+    ) -> Path | None:
+        """Return the scene's folder; None, and a warning, where it cannot be made."""
+        try:
+            return self.scene(n)
+        except (OSError, ValueError) as error:
+            _logger.warning("scene %d: no traces, %r", n, error)
+            return None
+
     def close(
         self,
         keep: bool = False,  # True leaves the traces on disk
