@@ -346,7 +346,7 @@ LAYERS = (
     ("pipeline",),
     ("engine.run", "engine.agents", "engine.attempts", "engine.candidates", "engine.handover",
      "engine.many", "engine.decisions"),
-    ("engine.results", "engine.settings", "engine.planning", "engine.usage"),
+    ("engine.results", "engine.settings", "engine.planning", "engine.usage", "engine.defects"),
     ("enhance", "generate", "score", "inspection"),
     ("engine.story", "engine.references", "engine.prompts", "engine.tasks", "engine.costs"),
     ("storage",),
