@@ -6,15 +6,9 @@
 from __future__ import annotations
 
 import re
-import statistics
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
 import numpy as np
 from PIL import Image, ImageChops, ImageFilter
-
-if TYPE_CHECKING:
-    from refimg.engine.results import SceneResult
 
 # %% auto #0
 __all__ = ['find_bars', 'find_panels', 'likeness', 'find_defects']
@@ -24,10 +18,10 @@ _PLAIN, _STEP = 8, 12  # of 255: less is one colour, more is an edge
 _BAR, _EDGE = 0.02, 0.5  # share of the side that a bar takes, and of its line that is an edge
 
 
-def _small(image: Image.Image) -> np.ndarray:
-    """Return a small version as whole numbers: rows, columns, channels."""
-    factor = max(1, max(image.size) // 384)
-    return np.asarray(image.convert("RGB").reduce(factor), np.int16)
+def _reduced(image: Image.Image) -> Image.Image:
+    """Return a version of 384 to 767 pixels, or the image itself where it is smaller."""
+    factor = max(image.size) // 384
+    return image.convert("RGB").reduce(factor) if factor > 1 else image.convert("RGB")
 
 
 def _margin(lines: np.ndarray) -> tuple[int, np.ndarray, float]:
@@ -44,14 +38,14 @@ def find_bars(
     image: Image.Image,  # RGB
 ) -> str:
     """Describe bars along two opposite edges; "" where there are none."""
-    pixels, found = _small(image), []
+    pixels, found = np.asarray(_reduced(image), np.int16), []
     for where, lines in (("at top and bottom", pixels), ("left and right", pixels.swapaxes(0, 1))):
         (one, colour, edge), (other, opposite, inner) = _margin(lines), _margin(lines[::-1])
         alike = np.abs(colour - opposite).max() <= 2 * _PLAIN and edge >= _EDGE <= inner
         if alike and min(one, other) >= _BAR * len(lines):
-            dark = "black " * (colour.max() < 32) or "white " * (colour.min() > 223)
+            tone = "black " if colour.max() < 32 else "white " if colour.min() > 223 else ""
             share = 50 * (one + other) / len(lines)
-            found.append(f"{dark}bars {where}: {share:.0f} % of the image each")
+            found.append(f"{tone}bars {where}: {share:.0f} % of the image each")
     return found[0] if found else ""
 
 # %% ../../nbs/engine/defects.ipynb #d0000013
@@ -68,9 +62,8 @@ def _seams(pixels: np.ndarray, parts: int) -> tuple[float, bool]:
         near = pixels[:, max(0, middle - reach - 5) : middle + reach + 6]
         signed = near[:, 2:] - near[:, :-2]
         step = np.abs(signed).max(2)
-        beside = np.maximum(step[:, 4:-4], 1) * 0
-        for gap in (-4, -3, 3, 4):
-            beside = beside + step[:, 4 + gap : step.shape[1] - 4 + gap]
+        width = step.shape[1] - 8
+        beside = sum(step[:, 4 + gap :][:, :width] for gap in (-4, -3, 3, 4))
         edge = (step[:, 4:-4] > _STEP) & (2 * step[:, 4:-4] > beside)
         best = int(edge.mean(0).argmax())
         shares.append(float(edge[:, best].mean()))
@@ -85,7 +78,7 @@ def find_panels(
     image: Image.Image,  # RGB
 ) -> str:
     """Describe a grid of several images; "" where there is none."""
-    pixels, best = _small(image), (0.0, 1, 1)
+    pixels, best = np.asarray(_reduced(image), np.int16), (0.0, 1, 1)
     if min(pixels.shape[:2]) < 24:
         return ""
     across = {1: 1.0} | {n: _seams(pixels, n)[0] for n in (2, 3, 4)}
@@ -99,14 +92,14 @@ def find_panels(
     return f"panels: {best[1]} × {best[2]} images in one" if best[0] else ""
 
 # %% ../../nbs/engine/defects.ipynb #d0000018
-_SIDE, _INSET = 64, 0.07  # of the compared version; the outer part, often a painted margin
-_COPY = 0.75  # correlation of the details
+_SIDE, _INSET = 40, 0.07  # of the compared version; the outer part, often a painted margin
+_COPY = 0.72  # correlation of the details
 
 
 def _details(image: Image.Image) -> Image.Image:
     """Return a small grey version without broad light and shade, grey on average."""
-    grey = image.convert("RGB").reduce(max(1, max(image.size) // 256)).convert("L")
-    blurred = grey.filter(ImageFilter.BoxBlur(max(grey.size) / 20))
+    grey = _reduced(image).convert("L").resize((256, 256), Image.Resampling.BOX)
+    blurred = grey.filter(ImageFilter.BoxBlur(16))
     return ImageChops.subtract(grey, blurred, scale=0.3, offset=128)
 
 
@@ -156,8 +149,8 @@ def find_defects(
     prompt: str = "",  # what was asked for; it may ask for bars or panels
 ) -> list[str]:
     """List what is wrong with an image, each in some words for a person; none where it is sound."""
-    tones = np.asarray(image.convert("L").reduce(max(1, max(image.size) // 384)))
-    bright = float(np.quantile(tones, 0.99))
+    image = _reduced(image)
+    bright = float(np.quantile(np.asarray(image.convert("L")), 0.99))
     if bright < 24:
         return [f"nearly black: 99 % of it is darker than {bright + 1:.0f} of 255"]
     found = {} if _WANTED["bars"].search(prompt) else {"bars": find_bars(image)}
