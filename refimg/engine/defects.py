@@ -14,8 +14,8 @@ from PIL import Image, ImageChops, ImageFilter
 __all__ = ['find_bars', 'find_panels', 'likeness', 'find_defects']
 
 # %% ../../nbs/engine/defects.ipynb #d0000008
-_PLAIN, _STEP = 8, 12  # of 255: less is one colour, more is an edge
-_BAR, _EDGE = 0.02, 0.5  # share of the side that a bar takes, and of its line that is an edge
+_PLAIN, _STEP = 10, 12  # of 255: less is one colour, more is an edge
+_BAR, _EDGE = 0.025, 0.4  # share of the side that a bar takes, and of its line that is an edge
 
 
 def _reduced(image: Image.Image) -> Image.Image:
@@ -28,9 +28,9 @@ def _margin(lines: np.ndarray) -> tuple[int, np.ndarray, float]:
     """Count the outer lines of one colour; return it, and how much of its inner side is an edge."""
     colour = np.median(lines[0], axis=0)
     for count, line in enumerate(lines):
-        if (np.abs(line - colour).max(1) > _PLAIN).mean() > 0.01:
-            inner = lines[min(count + 1, len(lines) - 1)]  # the line before may be half a bar
-            return count, colour, float((np.abs(inner - colour).max(1) > _STEP).mean())
+        if (np.abs(line - colour).max(1) > _PLAIN).mean() > 0.02:
+            inner = np.abs(lines[count : count + 6] - colour).max(2)  # a JPEG smears the edge
+            return count, colour, float((inner > _STEP).mean(1).max())
     return len(lines), colour, 0.0
 
 
