@@ -30,6 +30,7 @@ from refimg.engine.protocols import (
 )
 from .handover import Handover
 from .references import Chain, ReferencePlan, References
+from .outliers import warn_of_outliers
 from .results import SceneResult, StoryResult, Variation
 from .settings import Settings, versions
 from .story import Scene, Story
@@ -326,7 +327,7 @@ class StoryRun:
         """Make the record of the whole run."""
         references = self.fill_missing_references()
         made = {s.number: s.result(references[s.number]) for s in self.scenes} | self.kept
-        scenes = [made[number] for number in sorted(made)]
+        scenes = warn_of_outliers([made[number] for number in sorted(made)])
         return StoryResult(
             generation_id=self.generation_id, scenes=scenes, story=self.story,
             references=[scene.reference for scene in scenes],
