@@ -24,12 +24,17 @@ def _reduced(image: Image.Image) -> Image.Image:
     return image.convert("RGB").reduce(factor) if factor > 1 else image.convert("RGB")
 
 
+def _largest(values: np.ndarray) -> np.ndarray:
+    """Return the largest channel of each pixel."""
+    return np.maximum(np.maximum(values[..., 0], values[..., 1]), values[..., 2])
+
+
 def _margin(lines: np.ndarray) -> tuple[int, np.ndarray, float]:
     """Count the outer lines of one colour; return it, and how much of its inner side is an edge."""
     colour = np.median(lines[0], axis=0)
     for count, line in enumerate(lines):
-        if (np.abs(line - colour).max(1) > _PLAIN).mean() > 0.02:
-            inner = np.abs(lines[count : count + 6] - colour).max(2)  # a JPEG smears the edge
+        if (_largest(np.abs(line - colour)) > _PLAIN).mean() > 0.02:
+            inner = _largest(np.abs(lines[count : count + 6] - colour))  # a JPEG smears the edge
             return count, colour, float((inner > _STEP).mean(1).max())
     return len(lines), colour, 0.0
 
@@ -61,14 +66,16 @@ def _seams(pixels: np.ndarray, parts: int) -> tuple[float, bool]:
         middle = part * wide // parts
         near = pixels[:, max(0, middle - reach - 5) : middle + reach + 6]
         signed = near[:, 2:] - near[:, :-2]
-        step = np.abs(signed).max(2)
+        step = _largest(np.abs(signed))
         width = step.shape[1] - 8
         beside = sum(step[:, 4 + gap :][:, :width] for gap in (-4, -3, 3, 4))
         edge = (step[:, 4:-4] > _STEP) & (2 * step[:, 4:-4] > beside)
         best = int(edge.mean(0).argmax())
         shares.append(float(edge[:, best].mean()))
+        if shares[-1] < _CROSSED:
+            return shares[-1], False
         up = (signed[:, 4 + best].sum(1) > 0)[edge[:, best]]
-        off = np.abs(near[:, 3:-3] - np.median(near[:, 3:-3], axis=0)).max(2)
+        off = _largest(np.abs(near[:, 3:-3] - np.median(near[:, 3:-3], axis=0)))
         line = ((off > _PLAIN).mean(0) <= 0.01).any()
         real &= bool(line or (len(up) and _MIXED <= up.mean() <= 1 - _MIXED))
     return min(shares), real

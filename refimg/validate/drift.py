@@ -18,7 +18,7 @@ from ..score import score_image
 from ..storage.images import read_image
 from .charts import BLUE, GREY, ORANGE, chart
 from .statistics import scipy_stats
-from ..view.html import Html
+from ..view.html import Html, counted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -96,7 +96,7 @@ def slopes(
         row = {"value": name, "scenes": len(points), "slope": math.nan, "low": math.nan,
                "high": math.nan, "reason": ""}
         if len(points) < 3:
-            rows.append(row | {"reason": f"{len(points)} scenes, at least 3 are needed"})
+            rows.append(row | {"reason": f"{counted(len(points), 'scene')}, at least 3 are needed"})
             continue
         line = stats.linregress(points["scene"].astype(float), points[name].astype(float))
         reach = stats.t.ppf(0.975, len(points) - 2) * line.stderr
@@ -134,13 +134,14 @@ def drift_chart(
         for axes in panels[len(names):]:
             axes.axis("off")
         for axes, name in zip(panels, names, strict=False):
-            colour, shown = ORANGE if name in _COLOURS else BLUE, _is_shown(table, name)
-            axes.plot(table["scene"], table[name].where(shown), color=colour, linewidth=1.6)
-            axes.plot(table["scene"][shown], table[name][shown], "o", color=colour, markersize=5)
-            axes.plot(table["scene"][~shown], table[name][~shown], "o", color=GREY,
-                      markerfacecolor="white", markersize=5)
+            points, colour = table[table[name].notna()], ORANGE if name in _COLOURS else BLUE
+            own, rest = (points[_is_shown(points, name) == shown] for shown in (True, False))
+            axes.plot(own["scene"], own[name], "o-", color=colour, linewidth=1.6, markersize=5)
+            axes.plot(rest["scene"], rest[name], "o", color=GREY, markerfacecolor="white",
+                      markersize=5)
             most = 180 if name == "hue distance" else 100
-            axes.set(ylim=(0, most * 1.04), xticks=_ticks(table))
+            axes.set(ylim=(-0.04 * most, 1.04 * most), xticks=_ticks(table),
+                     yticks=range(0, most + 1, most // 2))
             axes.set_title(name, loc="left")
             axes.grid(axis="y")
             axes.tick_params(length=0, labelbottom=True)

@@ -22,7 +22,7 @@ __all__ = ['consistency_chart']
 class _Together(Chart):
     """Consistency of every image, scene by scene."""
 
-    title = "Does it keep together?"
+    title, size = "Does it keep together?", (7.6, 2.9)
 
     def __init__(self, result: StoryResult) -> None:
         super().__init__(result)
@@ -40,7 +40,6 @@ class _Together(Chart):
         if not known:
             self.missing = "No selected image was compared with others."
             return
-        self.size = (min(7.6, 3.4 + 0.5 * len(self.won)), 2.9)
         low = min(known, key=lambda number: known[number])
         gaps = [str(number) for number in self.won if number not in known]
         finding = (f"Median {statistics.median(known.values()):.1f} of {counted(len(known), 'scene')}"
@@ -63,7 +62,7 @@ class _Together(Chart):
         floor = max(0, 10 * (min(values) // 10) - 10)
         for number, value in self.won.items():
             if value is None:
-                axes.plot(number, floor, "o", color=FAINT, markerfacecolor=PAPER, markersize=6,
+                axes.plot(number, floor + (100 - floor) * 0.05, "o", color=FAINT, markerfacecolor=PAPER, markersize=6,
                           clip_on=False, zorder=3)
         numbers = [*self.won]
         axes.set(xlim=(numbers[0] - 0.4, numbers[-1] + 0.4), ylim=(floor, 100), xlabel="scene",
