@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from refimg.engine.decisions import rescore, veto
-from refimg.engine.defects import find_defects, likeness
+from refimg.engine.defects import find_bars, find_defects, find_panels, likeness
 from refimg.engine.results import StoryResult
 from refimg.engine.story import Scene, Story
 from refimg.generate import ImageRequest
@@ -61,7 +61,7 @@ def png(image: Image.Image) -> bytes:
 
 def test_sound_images_have_no_defects():
     first = painted(1)
-    assert find_defects(first) == []
+    assert find_defects(first) == [] and find_bars(first) == find_panels(first) == ""
     assert find_defects(painted(2), [first], "A red boat") == []
     assert find_defects(painted(3, framing="wide"), [first]) == []
     lamp = ImageOps.expand(painted(1, framing="close-up").resize((90, 160)), (180, 46), "white")

@@ -42,8 +42,8 @@ class _Together(Chart):
             return
         low = min(known, key=lambda number: known[number])
         gaps = [str(number) for number in self.won if number not in known]
-        finding = (f"Median {statistics.median(known.values()):.1f} of {counted(len(known), 'scene')}"
-                   f", lowest {known[low]:.1f} in scene {low}")
+        middle, count = statistics.median(known.values()), counted(len(known), "scene")
+        finding = f"Median {middle:.1f} of {count}, lowest {known[low]:.1f} in scene {low}"
         rest = f" Not compared: scene {', '.join(gaps)}." if gaps else ""
         told = "; ".join(f"scene {number} {value:.1f}" for number, value in known.items())
         self.alt = f"Consistency of the selected images by scene: {told}. {finding}.{rest}"
@@ -62,8 +62,8 @@ class _Together(Chart):
         floor = max(0, 10 * (min(values) // 10) - 10)
         for number, value in self.won.items():
             if value is None:
-                axes.plot(number, floor + (100 - floor) * 0.05, "o", color=FAINT, markerfacecolor=PAPER, markersize=6,
-                          clip_on=False, zorder=3)
+                axes.plot(number, floor + (100 - floor) * 0.05, "o", color=FAINT,
+                          markerfacecolor=PAPER, markersize=6)
         numbers = [*self.won]
         axes.set(xlim=(numbers[0] - 0.4, numbers[-1] + 0.4), ylim=(floor, 100), xlabel="scene",
                  ylabel="consistency", xticks=numbers[:: -(-len(numbers) // 16)])
