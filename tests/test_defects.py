@@ -127,8 +127,9 @@ def run(images: list[Image.Image], folder: Path, scenes: int = 1) -> StoryResult
     """A run whose images come one after another, each redder one with the higher score."""
     data = [png(image) for image in images]
     model = FakeImages(lambda request, number: data[(number - 1) % len(data)])
+    scorer = FakeScorer(value=lambda image, prompt: float(image.getpixel((224, 126))[0]))
     pipeline = Pipeline(
-        image_model=model, scorers=[FakeScorer(value=lambda i, _: float(i.getpixel((224, 126))[0]))],
+        image_model=model, scorers=[scorer],
         num_variations=len(images) // scenes, max_enhancement_iterations=0, seed=1)
     story = Story(scenes=[Scene(prompt=f"A boat, number {n}") for n in range(scenes)])
     return asyncio.run(pipeline.run(story, output_dir=folder / "images"))

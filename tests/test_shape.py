@@ -354,7 +354,8 @@ LAYERS = (
     ("engine.protocols", "engine.calibration", "engine.subjects", "engine.fence",
      "engine.instructions", "engine.answers", "engine.intent"),
 )  # from the top; arrows point down, or to a neighbour of the same layer
-STAGES = ("enhance", "generate", "score", "inspection", "engine.planning", "validate.drift")  # may ask `defaults`
+STAGES = ("enhance", "generate", "score", "inspection", "engine.planning",
+          "validate.drift")  # may ask `defaults`
 SEES = ("cli", "fleet", "pipeline")
 GROUND = (*LAYERS[-1], "storage")
 READ = ("engine.results", "engine.settings", "engine.decisions", "engine.story", "engine.costs",

@@ -76,7 +76,7 @@ async def drift(
     table = pd.DataFrame(rows)
     turned = (table["hue"] - table["hue"].iloc[0]).abs() % 360
     table["hue distance"] = np.minimum(turned, 360 - turned)
-    measured = [c for c in table if c in _COMPARED or c.startswith("subject ")]
+    measured = [c for c in map(str, table) if c in _COMPARED or c.startswith("subject ")]
     table[measured] = table[measured].astype(float)
     return table.assign(sandbox=result.sandbox)
 
@@ -109,7 +109,7 @@ def measures(
     table: pd.DataFrame,  # from `drift`
 ) -> list[str]:
     """Name the columns of values that have any: comparisons first, then colours."""
-    names = [*_COMPARED, *(c for c in table if c.startswith("subject ")), *_COLOURS]
+    names = [*_COMPARED, *(c for c in map(str, table) if c.startswith("subject ")), *_COLOURS]
     return [name for name in names if table[name].notna().any()]
 
 
