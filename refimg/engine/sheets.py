@@ -43,10 +43,10 @@ __all__ = ['sheet_story', 'sheet_stem', 'SubjectSheets']
 # %% ../../nbs/engine/sheets.ipynb #a5000008
 _STYLE = {"style", "medium", "palette"}
 _KINDS = {
-    "character": "One figure alone, shown whole from head to foot, in a single view that fills "
-                 "the frame, against a plain, pale background",
-    "object": "One object alone, shown whole, in a single view that fills the frame, against "
-              "a plain, pale background",
+    "character": "One figure alone, shown whole from head to foot, in a single medium view that "
+                 "fills the frame, against a plain, pale background",
+    "object": "One object alone, shown whole, in a single medium view that fills the frame, "
+              "against a plain, pale background",
     "place": "The place itself, deserted and quiet, in one wide view that fills the frame",
 }
 
@@ -204,7 +204,8 @@ class SubjectSheets:
                              lambda: self.stopped, await plan.standards(1))
         if look and not self.most:
             notes.warn("drawn from its text alone, since no reference can go along")
-        lost = look and self.most and not references.sent
+        if lost := look and self.most and not references.sent:
+            notes.warn("not drawn, since the subject has no image that it would be an edit of")
 
         async def draw(variation: int) -> None:
             if self.stopped:
