@@ -18,7 +18,7 @@ from refimg.sandbox.world import read_prompt
 from refimg.score import RawScore
 from refimg.storage.files import check_stem
 from refimg.storage.journal import Journal
-from tests.fakes import FakeImages, FakeScorer, critic, director, picture
+from tests.fakes import FakeChat, FakeImages, FakeScorer, critic, director, picture
 
 MARA = Subject(name="Mara", description="a keeper with a grey beard",
                looks={"storm coat": "a long yellow coat", "wet": "soaked"})
@@ -195,12 +195,9 @@ PRICED = "replicate:google/nano-banana"
 
 async def test_the_budget_holds_and_the_run_of_the_same_id_goes_on_from_there(draw, tmp_path):
     """One image costs .039 USD: of four sheets' images three can be had, and then nothing."""
-    def bill(request, number):
-        return picture(number)
-
-    images = FakeImages(bill, name=PRICED, max_references=3)
-    chat = director()
-    chat.name = "gpt-5.4-mini"
+    images = FakeImages(name=PRICED, max_references=3)
+    chat = FakeChat(name="gpt-5.4-mini")
+    chat.takes_call = True
     made = Pipeline(director=chat, critic=chat, image_model=images, scorers=[], num_variations=2,
                     max_enhancement_iterations=0, budget_usd=0.12,
                     journal=Journal(tmp_path / "journal"))
