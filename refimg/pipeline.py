@@ -307,14 +307,14 @@ class Pipeline:
                             "each scene is drawn on its own"]
         limit = within.limit if within and self.budget_usd is None else self.budget_usd
         place = {"output_dir": folder, "generation_id": name}
-        async with models.opened(limit, self.journal, within, **place) as (*agents, images):
+        async with models.opened(limit, self.journal, within, **place) as paid:
             traces = TraceTree.open(Path(output_dir), name)
             try:
                 kept, scenes = rerun.get("kept", {}), len(story.scenes)
                 reporter = ProgressReporter(scenes, scenes - len(kept), on_progress)
                 run = StoryRun(
-                    settings, *agents, images, models.scorers, story.normalized(), name,
-                    folder, traces, reporter, self.journal, self._call(story),
+                    settings, *paid, models.scorers, story.normalized(), name, folder, traces,
+                    reporter, self.journal, self._call(story),
                     given=enhancements or (), warnings=warnings, **rerun)
                 return await run.run(check)
             finally:

@@ -12,7 +12,7 @@ import pytest
 
 from refimg import GenerationCancelled, GenerationFailed, Pipeline, Scene, Story, Subject
 from refimg.engine.costs import BudgetSpent
-from refimg.engine.sheets import sheet_stem
+from refimg.engine.sheets import sheet_stem, sheet_story
 from refimg.sandbox.painter import Painter, truth
 from refimg.sandbox.world import read_prompt
 from refimg.score import RawScore
@@ -289,6 +289,15 @@ async def test_an_image_that_cannot_be_read_is_an_error_before_anything_is_paid(
     assert not images.requests
 
 
+@pytest.mark.parametrize(("key", "goes"), [
+    ("style", True), ("Art Style", True), ("color_palette", True), ("colour palette", True),
+    ("medium", True), ("lighting", False), ("mood", False), ("composition", False),
+    ("subject_description", False), ("lifestyle", False), ("era", False)])
+def test_of_the_markers_only_those_of_style_go_into_a_sheet(key, goes):
+    alone = sheet_story(story(MARA, LAMP, consistency_markers={key: "as told"}), LAMP)
+    assert bool(alone.consistency_markers) == goes and len(alone.subjects) == 1
+
+
 NAMES = ["Mara", "mara lind", "Mara-Lind", "Mara_Lind", "Mara  Lind!", "Zoe", "Zoë", "真央", "真夫",
          "🦊", "..", "CON", "x", "a" * 300, "a" * 301, "Мара", "مارا", "v1", "Mara v1", "Mara.v1"]
 
@@ -301,7 +310,8 @@ def test_no_two_names_share_a_file_name_and_every_one_is_safe():
 
 
 async def test_names_in_every_script_are_drawn(draw):
-    told = story(Subject(name="真央", looks={"雨": "濡れた"}), Subject(name="Мара"), Subject(name="🦊"))
+    told = story(Subject(name="真央", looks={"雨": "濡れた"}), Subject(name="Мара"),
+                 Subject(name="🦊"))
     drawn = await draw(pipeline(), told)
     found = [path for subject in drawn.subjects
              for path in (*subject.images, *subject.look_images.values())]
