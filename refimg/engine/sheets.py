@@ -12,6 +12,7 @@ import time
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
@@ -21,24 +22,25 @@ from zlib import crc32
 from . import tasks
 from .candidates import CandidateGroup, SceneNotes, ScoringQueue
 from .costs import sum_known
+from .decisions import chain_of
 from .handover import Handover
 from .prompts import compose_prompt
 from .protocols import Call, ImageModel, ImageRequest, Scorer
 from .references import Chain, ReferencePlan
-from .results import threshold_warning
+from .results import Event, StoryResult, threshold_warning
 from .settings import Settings
 from .story import Scene, Story
-from .subjects import Subject, comparable
+from .subjects import Subject, comparable, find_named
 from refimg.engine.tasks import (
     GenerationCancelled,
     ProgressReporter,
     is_cancelled,
     run_until_cancelled,
 )
-from ..generate import GenerationFailed
+from ..generate import GenerationFailed, check_references
 
 # %% auto #0
-__all__ = ['sheet_story', 'sheet_stem', 'SubjectSheets']
+__all__ = ['sheet_story', 'sheet_stem', 'SubjectSheets', 'replace_image']
 
 # %% ../../nbs/engine/sheets.ipynb #a5000008
 _STYLE = {"style", "medium", "palette"}
@@ -230,3 +232,40 @@ class SubjectSheets:
 
     def _cost(self) -> float | None:
         return sum_known(chain(*(images.notes.bill for images in self.groups)))
+
+# %% ../../nbs/engine/sheets.ipynb #a5000022
+def replace_image(
+    result: StoryResult,  # is not changed
+    subject: str,  # by its name
+    image: str | Path,  # the file that is sent from now on
+    look: str | None = None,  # by its name; None: the usual one
+    *,
+    reason: str = "",  # kept in the history
+) -> StoryResult:
+    """Give a subject another image; scenes that show it become stale."""
+    if (story := result.story) is None:
+        raise ValueError("the result does not hold its story, so its subjects are not known")
+    named = {one.name: one for one in story.subjects}
+    old = named[find_named(subject, named, "subject")]
+    look = look and find_named(look, old.looks, f"look of {old.name!r}")
+    path, = check_references([image])
+    before = old.look_images.get(look) if look else next(iter(old.images), None)
+    new = {"look_images": old.look_images | {look: path}} if look else {
+        "images": [path, *(other for other in old.images[1:] if other != path)]}
+    named[old.name] = old.model_copy(update=new)
+    told = f"the image of {old.name} was changed after this scene was drawn"
+    chained = chain_of(result)
+    shown = [n for n, at in enumerate(chained.shown) if n and old.name in at
+             and look in (None, at[old.name])]
+    stale = {*shown, *(later for n in shown for later in chained.dependents(n))}
+    scenes = [
+        scene.model_copy(update={"stale": f"{scene.stale}; {told}" if scene.stale else told})
+        if scene.scene in stale and told not in (scene.stale or "") else scene
+        for scene in result.scenes]
+    what = {"subject": old.name, "look": look}
+    event = Event(kind="edit", at=datetime.now(UTC).isoformat(timespec="seconds"), reason=reason,
+                  before=what | {"image": before and before.name},
+                  after=what | {"image": path.name})
+    return result.model_copy(update={
+        "scenes": scenes, "history": [*result.history, event],
+        "story": story.model_copy(update={"subjects": list(named.values())})})
