@@ -357,7 +357,7 @@ STAGES = ("enhance", "generate", "score", "inspection", "engine.planning")  # ma
 SEES = ("cli", "fleet", "pipeline")
 GROUND = (*LAYERS[-1], "storage")
 READ = ("engine.results", "engine.settings", "engine.decisions", "engine.story", "engine.costs",
-        "engine.tasks",
+        "engine.tasks", "engine.sheets",
         "inspection", "enhance", "generate", "score", *GROUND)
 WINGS_KNOW = {  # beside their own rooms
     "adapters": GROUND,
