@@ -12,6 +12,7 @@ from refimg import Pipeline, Scene, Story, StoryResult, Subject
 from refimg.engine.sheets import replace_image
 from refimg.gallery import Gallery
 from refimg.storage.files import read_image
+from refimg.view.tables import history_table
 from tests.fakes import FakeImages, critic, director, picture
 
 MARA = Subject(name="Mara", looks={"wet": "soaked"})
@@ -58,6 +59,7 @@ def test_the_scenes_that_show_it_are_stale_and_no_others(drawn, tmp_path, subjec
     event = new.history[-1]
     assert event.kind == "edit" and event.reason == "nearer to the book"
     assert event.after["image"] == "own.png" and event.before["image"].startswith("x_subject_")
+    assert f"another image of {one.name}" in str(history_table(new))
     again = replace_image(new, subject, own(tmp_path), look)
     assert [s.stale for s in again.scenes] == [s.stale for s in new.scenes]
 
