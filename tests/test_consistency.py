@@ -176,7 +176,7 @@ def test_half_precision_changes_little_and_the_sum_is_made_in_32_bits():
 def test_the_maps(scorer, raw, mapped):
     assert scorer().to_100(raw) == pytest.approx(mapped)
     assert scorer().calibration == {
-        DinoConsistency: "dino-band-0-1", ClipConsistency: "clip-image-band-0.5-1"}[scorer]
+        DinoConsistency: "dino-band-0-1", ClipConsistency: "clip-image-band-0.5-1-tiles"}[scorer]
 
 
 # the whole frame
@@ -190,7 +190,7 @@ def test_the_outer_fifths_count(size):
         box = (start, 0, start + long // 5, size[1])
         changed.paste("red", box if wide else (box[1], box[0], size[0], box[2]))
     both = Batch((plain, changed), PROMPT, (picture(7), picture(8)))
-    whole, cut = values(dino(), both), values(clip(), both)
+    whole, cut = values(dino(), both), values(clip(view="center"), both)
     assert abs(whole[0] - whole[1]) > 1e-3
     assert cut[0] == pytest.approx(cut[1], abs=1e-6), "CLIP's own crop saw the sides"
     assert "whole frame" in dino().model and "whole" not in clip().model
