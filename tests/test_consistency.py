@@ -217,14 +217,14 @@ def test_a_strip_costs_no_memory(size):
 # references
 
 
-@pytest.mark.parametrize("make", [dino, clip])
-def test_references_pass_once_through_the_model_in_a_whole_run(make, passes):
+@pytest.mark.parametrize("make, tiles", [(dino, 1), (clip, 2)])
+def test_references_pass_once_through_the_model_in_a_whole_run(make, tiles, passes):
     scorer = make()
     first = values(scorer, batch(1, 2, references=(7, 8, 7)))
-    assert passes == [2, 2]
+    assert passes == [2 * tiles] * 2
     for seed in range(10, 16):
         scorer.score(batch(seed, references=(8, 7)))  # decoded anew: other objects, same pixels
-    assert passes == [2, 2] + [1] * 6
+    assert passes == [2 * tiles] * 2 + [tiles] * 6
     assert values(scorer, batch(1, 2, references=(7, 8, 7))) == pytest.approx(first, abs=1e-6)
 
 
@@ -276,7 +276,7 @@ def test_clips_consistency_reads_the_vectors_of_clip_score(scorers, passes):
     pair = scorers()
     assert pair[0].embedder() is pair[1].embedder()
     rows = raw_scores(batch(1, 2, 3), pair)
-    assert sorted(passes) == [2, 3], "three images and two references, each once"
+    assert sorted(passes) == [4, 6], "the tiles of three images and two references, each once"
     assert all(row[name].value is not None for row in rows for name in row)
 
 

@@ -125,8 +125,8 @@ def test_the_middle_is_a_square_for_models_that_cut_nothing(size):
 @pytest.mark.parametrize("size", [(320, 180), (180, 320), (420, 180)])
 def test_the_outer_fifths_move_every_scorer_and_not_the_center(make, size, head):  # noqa: F811
     moved = {view: np.ptp(values(make(view=view), with_red_ends(size))) for view in VIEWS}
-    assert moved["tiles"] > 1e-4 < moved["whole"]
-    assert moved["center"] == pytest.approx(0, abs=1e-6)
+    assert moved["tiles"] > 1e-4 and moved["whole"] > 3e-5
+    assert moved["center"] == pytest.approx(0, abs=1e-5)
 
 
 @pytest.mark.parametrize("make", [agree, dino])
@@ -134,15 +134,15 @@ def test_the_outer_fifths_move_consistency_and_not_its_center(make):
     shown = picture(7), picture(8)
     moved = {view: np.ptp(values(make(view=view), with_red_ends((320, 180)), shown))
              for view in VIEWS}
-    assert moved["tiles"] > 1e-4 < moved["whole"]
-    assert moved["center"] == pytest.approx(0, abs=1e-6)
+    assert moved["tiles"] > 1e-4 and moved["whole"] > 3e-5
+    assert moved["center"] == pytest.approx(0, abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", SANDBOX)
 def test_the_outer_fifths_move_the_sandbox_too(kind):
     moved = {view: np.ptp(values(kind(view=view), with_red_ends((320, 180)))) for view in VIEWS}
     assert moved["tiles"] > 1e-3 < moved["whole"]
-    assert moved["center"] == pytest.approx(0, abs=1e-6)
+    assert moved["center"] == pytest.approx(0, abs=1e-5)
 
 
 @pytest.mark.parametrize("size", [(320, 180), (180, 320), (420, 180), (256, 256)])

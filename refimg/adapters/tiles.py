@@ -47,8 +47,8 @@ def trim_strip(
     """Return the middle of an image that is longer than that; any other as it is."""
     longest = most * min(image.size)
     left, top = (max(0, length - longest) // 2 for length in image.size)
-    right, bottom = left + min(image.width, longest), top + min(image.height, longest)
-    return image.crop((left, top, right, bottom)) if max(image.size) > longest else image
+    box = (left, top, image.width - left, image.height - top)
+    return image.crop(box) if left or top else image
 
 
 def cut_frame(
@@ -61,7 +61,9 @@ def cut_frame(
     if view == "tiles":
         return tiles(image)
     if view == "center" and not cuts:
-        return [trim_strip(image, 1)]
+        short = min(image.size)
+        left, top = ((length - short) // 2 for length in image.size)
+        return [image.crop((left, top, left + short, top + short))]
     if view == "whole" and cuts:
         return [image.resize((side, side), Image.Resampling.BICUBIC)]
     return [image]

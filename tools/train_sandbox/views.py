@@ -25,18 +25,21 @@ def raws(scorer, images: list, texts: list[str]) -> np.ndarray:
                      for image, text in zip(images, texts, strict=True)])
 
 
-def constants(folder: Path, view: str, pairs: int = PAIRS) -> dict[str, dict[str, float]]:
-    """By card, the constants of that view: held-out images, their partners and unrelated ones."""
+def held_out(pairs: int) -> tuple[list, list[str]]:
+    """Images, partners next to each other, and for each a text that states what tells them."""
     specs = make_specs("held-out", pairs)
-    images = [paint_picture(spec.attributes, spec.seed, *SIZE) for spec in specs]
-    texts = [caption(np.random.default_rng(i), spec.attributes) for i, spec in enumerate(specs)]
-    kept = [i for i, text in enumerate(texts) if text]
-    n = np.arange(len(specs))
-    order = {"right": n, "wrong": n ^ 1, "other": (n + 2 * (pairs // 3)) % len(n)}
-    texts = [texts[i] for i in kept]
+    texts = [caption(np.random.default_rng(i), spec.attributes, spec.changed)
+             or spec.attributes["subject"] for i, spec in enumerate(specs)]
+    return [paint_picture(spec.attributes, spec.seed, *SIZE) for spec in specs], texts
+
+
+def constants(folder: Path, view: str, images: list, texts: list[str]) -> dict[str, dict]:
+    """By card, the constants of that view: from images, their partners and unrelated ones."""
+    n = np.arange(len(images))
+    order = {"right": n, "wrong": n ^ 1, "other": (n + 2 * (len(n) // 6)) % len(n)}
 
     def by_kind(scorer, *kinds: str) -> list[np.ndarray]:
-        return [raws(scorer, [images[order[kind][i]] for i in kept], texts) for kind in kinds]
+        return [raws(scorer, [images[i] for i in order[kind]], texts) for kind in kinds]
 
     clip = SandboxClipScore(folder / "sandbox-clip", view=view)
     pick = SandboxPickScore(folder / "sandbox-pickscore", view=view)
@@ -48,7 +51,8 @@ def constants(folder: Path, view: str, pairs: int = PAIRS) -> dict[str, dict[str
 
 def write(folder: Path, pairs: int = PAIRS) -> dict:
     """Adds the constants to the cards of a folder of weights; what was measured, by view."""
-    found = {view: constants(folder, view, pairs) for view in VIEWS}
+    held = held_out(pairs)
+    found = {view: constants(folder, view, *held) for view in VIEWS}
     for view, cards in found.items():
         for name, own in cards.items():
             card = json.loads((folder / name).read_text("utf-8"))
