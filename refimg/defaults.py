@@ -127,20 +127,20 @@ def real_scorers(
 
 def scorers(
     image_model: ImageModel | None = None,  # what draws the images; None: files of unknown origin
-    view: View | None = None,  # what they see of an image; None: REFIMG_VIEW, or what fits them
+    view: str | None = None,  # what they see of an image; None: REFIMG_VIEW, or what fits them
 ) -> list[Scorer]:
     """Make the scorers for that model's images: the sandbox's for its own, else the real ones."""
     from refimg.adapters.tiles import VIEWS, check_view
 
     asked = choice("REFIMG_VIEW", VIEWS) if view is None else view
-    view = None if asked is None else check_view(asked)
+    seen = None if asked is None else check_view(asked)
     origin = world() if image_model is None else image_model.name
     if not origin.startswith("sandbox"):
-        return [*real_scorers(view)]
+        return [*real_scorers(seen)]
     from refimg.sandbox.scorers import SandboxAesthetic, SandboxClipScore, SandboxPickScore
 
     kinds = SandboxPickScore, SandboxClipScore, SandboxAesthetic
-    return [kind(view=view or "whole") for kind in kinds]
+    return [kind(view=seen or "whole") for kind in kinds]
 
 # %% ../nbs/06_defaults.ipynb #115309a9
 def available() -> dict[str, str | None]:

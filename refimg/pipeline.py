@@ -84,7 +84,7 @@ class _Models(NamedTuple):
         if view is not None and not isinstance(scorers, _Chosen | None):
             raise ValueError(f"view must be None where scorers are given, got {view!r}")
         drawing = image_model or defaults.image_model()
-        if scorers is None or isinstance(scorers, _Chosen) and scorers.view != view:
+        if scorers is None or (isinstance(scorers, _Chosen) and scorers.view != view):
             scorers = _Chosen(defaults.scorers(drawing, view), view)
         models = cls(director or defaults.director(), critic or defaults.critic(), drawing, scorers)
         given = {"director": director, "critic": critic, "image_model": image_model}

@@ -180,7 +180,8 @@ def test_a_batch_of_many_shapes_is_one_by_one_in_order(make):
 @pytest.mark.parametrize("make", [agree, dino])
 @pytest.mark.parametrize("view", VIEWS)
 def test_an_image_agrees_with_itself_by_1(make, view):
-    assert values(make(view=view), [picture(3)], [picture(3).copy()])[0] == pytest.approx(1, abs=1e-5)
+    (found,) = values(make(view=view), [picture(3)], [picture(3).copy()])
+    assert found == pytest.approx(1, abs=1e-5)
 
 
 def test_the_whole_frame_is_open_clips_own_squash():
@@ -279,7 +280,7 @@ async def test_a_bad_view_is_refused_before_anything_is_paid(tmp_path, monkeypat
     with pytest.raises(ValueError, match="view must be one of tiles, center, whole, got 'crop'"):
         await pipeline(image_model=images, view="crop").run(STORY, output_dir=tmp_path / "out")
     monkeypatch.setenv("REFIMG_VIEW", "crop")
-    with pytest.raises(ValueError, match="REFIMG_VIEW must be one of tiles, .*, got 'crop'"):
+    with pytest.raises(ValueError, match=r"REFIMG_VIEW must be one of tiles, .*, got 'crop'"):
         await pipeline(image_model=images).run(STORY, output_dir=tmp_path / "out")
     assert not images.requests and not list(tmp_path.iterdir())
 

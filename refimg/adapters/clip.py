@@ -37,6 +37,7 @@ class _ClipScorer:
     band = (0.0, 1.0)  # the raw values of 0 and 100
     calibration = ""  # the id of its map; after it the view, unless that is the map's own
     mapped: ClassVar[View] = "center"  # the view whose values the map was made for
+    view: View
 
     def __init__(
         self, source: Checkpoint | Folder, load: Callable[..., Towers], device: str, dtype: str,

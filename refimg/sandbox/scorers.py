@@ -105,6 +105,7 @@ class _Trained:
     """Some weights with their card, and the model they belong to, shared by all who ask for it."""
 
     name: str  # of the scorer; every subclass has its own
+    view: View
     _name, _file, _load = "sandbox-clip", "refimg.json", staticmethod(load_open_clip)
 
     def __init__(
