@@ -236,7 +236,7 @@ class Pipeline:
             times_rerun=plan.times_rerun, spent=result.cost,
             planned=result.planned_markers, planner=result.planner,
             chain=result.settings.get("chain"))
-        return plan.finish(new, settings_of(self).model_dump())
+        return plan.finish(new)
 
     def _models(self) -> _Models:
         """Fill in every model that is missing, and return them all."""
