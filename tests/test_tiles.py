@@ -258,8 +258,7 @@ def test_what_is_no_view_is_refused(make, view):
 
 def test_the_default_scorers_of_both_worlds(monkeypatch):
     monkeypatch.delenv("REFIMG_VIEW", raising=False)
-    painter = FakeImages()
-    painter.name = "sandbox-painter"
+    painter = FakeImages(name="sandbox-painter")
     real = FakeImages()
     assert {s.view for s in defaults.scorers(real)} == {"tiles"}
     assert {s.view for s in defaults.scorers(painter)} == {"whole"}
@@ -294,7 +293,7 @@ async def test_a_view_beside_own_scorers_is_refused(scorers, tmp_path):
 
 
 async def test_a_run_is_scored_by_the_view_and_records_it(tmp_path):
-    made = pipeline(view="tiles", num_variations=2)
+    made = pipeline(view="tiles", num_variations=1, image_model=FakeImages(name="sandbox-fake"))
     result = await made.run(STORY, output_dir=tmp_path)
     said = result.scenes[0].variations[0].scores.calibrations
     assert said and all(name.endswith("-tiles") for name in said.values())
