@@ -59,6 +59,14 @@ _all_ = ["Event", "GenerationCancelled", "ManyProgress", "Progress", "Scene", "S
          "veto"]
 
 # %% ../nbs/03_pipeline.ipynb #d83a905b
+class _Chosen(list):
+    """Scorers that nobody gave, and the view they were made for."""
+
+    def __init__(self, scorers: Iterable[Scorer], view: Any):
+        super().__init__(scorers)
+        self.view = view
+
+
 class _Models(NamedTuple):
     """The models of a pipeline, none of them missing."""
 
@@ -70,14 +78,17 @@ class _Models(NamedTuple):
     @classmethod
     def filled(
         cls, director: ChatModel | None, critic: ChatModel | None, image_model: ImageModel | None,
-        scorers: list[Scorer] | None,
+        scorers: list[Scorer] | None, view: Any,
     ) -> _Models:
         """Fill in what is None, as the environment says, and announce it."""
         from refimg import defaults
 
+        if view is not None and not isinstance(scorers, _Chosen | None):
+            raise ValueError(f"view must be None where scorers are given, got {view!r}")
         drawing = image_model or defaults.image_model()
-        models = cls(director or defaults.director(), critic or defaults.critic(), drawing,
-                     defaults.scorers(drawing) if scorers is None else scorers)
+        if scorers is None or (isinstance(scorers, _Chosen) and scorers.view != view):
+            scorers = _Chosen(defaults.scorers(drawing, view), view)
+        models = cls(director or defaults.director(), critic or defaults.critic(), drawing, scorers)
         given = {"director": director, "critic": critic, "image_model": image_model}
         if chosen := {name: getattr(models, name).name for name in given if given[name] is None}:
             scored_by = ", ".join(scorer.model for scorer in models.scorers) or "none"
@@ -128,6 +139,7 @@ class Pipeline:
     image_model: ImageModel | None = None  # draws; None: see `06_defaults`
     scorers: list[Scorer] | None = None  # score the images; None: those that fit the image model
     weights: dict[str, float] | None = None  # scorer's name -> weight; None: see `02_score`
+    view: Literal["tiles", "center", "whole"] | None = None  # what default scorers see of an image
     num_variations: int = 4  # images per scene, 1–20
     max_enhancement_iterations: int = 4  # of the agents, 0–10; 0: prompts stay as they are
     score_threshold: float = 85.0  # 0–100; the agents stop when a prompt reaches it
@@ -269,7 +281,8 @@ class Pipeline:
 
     def _models(self) -> _Models:
         """Fill in every model that is missing, and return them all."""
-        models = _Models.filled(self.director, self.critic, self.image_model, self.scorers)
+        models = _Models.filled(self.director, self.critic, self.image_model, self.scorers,
+                                self.view)
         self.director, self.critic, self.image_model, self.scorers = models
         return models
 
