@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -33,6 +34,7 @@ from refimg.engine.run import (
     load_models,
 )
 from .engine.settings import CHAINS, Settings, check_folder, check_story, settings_of
+from .engine.sheets import SubjectSheets
 from .engine.story import Scene, Story
 from .engine.subjects import Subject
 from .engine.tasks import GenerationCancelled, Progress, ProgressReporter, run_blocking
@@ -57,6 +59,14 @@ _all_ = ["Event", "GenerationCancelled", "ManyProgress", "Progress", "Scene", "S
          "veto"]
 
 # %% ../nbs/03_pipeline.ipynb #d83a905b
+class _Chosen(list):
+    """Scorers that nobody gave, and the view they were made for."""
+
+    def __init__(self, scorers: Iterable[Scorer], view: Any):
+        super().__init__(scorers)
+        self.view = view
+
+
 class _Models(NamedTuple):
     """The models of a pipeline, none of them missing."""
 
@@ -68,14 +78,17 @@ class _Models(NamedTuple):
     @classmethod
     def filled(
         cls, director: ChatModel | None, critic: ChatModel | None, image_model: ImageModel | None,
-        scorers: list[Scorer] | None,
+        scorers: list[Scorer] | None, view: Any,
     ) -> _Models:
         """Fill in what is None, as the environment says, and announce it."""
         from refimg import defaults
 
+        if view is not None and not isinstance(scorers, _Chosen | None):
+            raise ValueError(f"view must be None where scorers are given, got {view!r}")
         drawing = image_model or defaults.image_model()
-        models = cls(director or defaults.director(), critic or defaults.critic(), drawing,
-                     defaults.scorers(drawing) if scorers is None else scorers)
+        if scorers is None or (isinstance(scorers, _Chosen) and scorers.view != view):
+            scorers = _Chosen(defaults.scorers(drawing, view), view)
+        models = cls(director or defaults.director(), critic or defaults.critic(), drawing, scorers)
         given = {"director": director, "critic": critic, "image_model": image_model}
         if chosen := {name: getattr(models, name).name for name in given if given[name] is None}:
             scored_by = ", ".join(scorer.model for scorer in models.scorers) or "none"
@@ -88,6 +101,26 @@ class _Models(NamedTuple):
         if budget is None:
             return director, critic, image_model
         return budget.chat(director), budget.chat(critic), budget.images(image_model)
+
+    @asynccontextmanager
+    async def opened(
+        self, limit_usd: float | None, journal: Any, within: Budget | None = None, **run: Any
+    ) -> AsyncGenerator[tuple[ChatModel, ChatModel, ImageModel]]:
+        """Yield the three as a run pays them; images are looked up in the journal first."""
+        budget = _budget(limit_usd, within=within, journal=journal, **run)
+        director, critic, images = self.paid(budget)
+        if journal is not None:
+            await journal.check()
+            images = journal.images(images, **run)
+        try:
+            yield director, critic, images
+        finally:
+            if budget:
+                await budget.write_down()
+
+
+def _run_id(generation_id: str | None) -> str:
+    return check_id(secrets.token_hex(6) if generation_id is None else generation_id)
 
 
 def _budget(limit_usd: float | None, **more: Any) -> Budget | None:
@@ -106,6 +139,7 @@ class Pipeline:
     image_model: ImageModel | None = None  # draws; None: see `06_defaults`
     scorers: list[Scorer] | None = None  # score the images; None: those that fit the image model
     weights: dict[str, float] | None = None  # scorer's name -> weight; None: see `02_score`
+    view: Literal["tiles", "center", "whole"] | None = None  # what default scorers see of an image
     num_variations: int = 4  # images per scene, 1–20
     max_enhancement_iterations: int = 4  # of the agents, 0–10; 0: prompts stay as they are
     score_threshold: float = 85.0  # 0–100; the agents stop when a prompt reaches it
@@ -155,6 +189,25 @@ class Pipeline:
         expected = expected_calls(story, settings, negative=model.takes_negative_prompt)
         return defaults.estimate(**expected, image_model=price_name(model))
 
+    async def draw_subjects(
+        self,
+        story: Story,  # its subjects may have images, and looks
+        *,
+        output_dir: str | Path,  # where the images go
+        generation_id: str | None = None,  # names the files, as for `run`; None: random
+        on_progress: Callable[[Progress], Any] | None = None,  # sync or async
+        cancellation_check: Callable[[], Any] | None = None,  # sync or async; true: stop
+    ) -> Story:
+        """Return the story with a sheet of each subject, and look, that has no image yet."""
+        models = self._models()
+        await load_capabilities(models.image_model, cancellation_check)
+        place = {"output_dir": check_folder(output_dir), "generation_id": _run_id(generation_id)}
+        settings = await asyncio.to_thread(self._checked, story)
+        async with models.opened(self.budget_usd, self.journal, **place) as (*_, images):
+            sheets = SubjectSheets(settings, images, models.scorers, story, **place,
+                                   journaled=self.journal is not None, call=self._call(story))
+            return await sheets.draw(on_progress, cancellation_check)
+
     async def enhance(
         self,
         story: Story,  # as for `run`
@@ -199,7 +252,7 @@ class Pipeline:
         cancellation_check: Callable[[], Any] | None = None,  # sync or async; true: stop
     ) -> AsyncGenerator[StoryResult | StoryFailure, None]:
         """Run any number of stories and yield each as it finishes; `index` says which it was."""
-        name = check_id(secrets.token_hex(6) if generation_id is None else generation_id)
+        name = _run_id(generation_id)
         check_many(stories, concurrency, name)
         folder, models = check_folder(output_dir), self._models()
         settings_of(self)
@@ -228,7 +281,8 @@ class Pipeline:
 
     def _models(self) -> _Models:
         """Fill in every model that is missing, and return them all."""
-        models = _Models.filled(self.director, self.critic, self.image_model, self.scorers)
+        models = _Models.filled(self.director, self.critic, self.image_model, self.scorers,
+                                self.view)
         self.director, self.critic, self.image_model, self.scorers = models
         return models
 
@@ -256,8 +310,7 @@ class Pipeline:
     ) -> StoryResult:
         models = self._models()
         await load_capabilities(models.image_model, check)
-        name = check_id(secrets.token_hex(6) if generation_id is None else generation_id)
-        folder = check_folder(output_dir)
+        name, folder = _run_id(generation_id), check_folder(output_dir)
         settings = await asyncio.to_thread(self._checked, story, enhancements)
         warnings = []
         if self.chain is None:
@@ -266,25 +319,19 @@ class Pipeline:
                 warnings = [f"{settings.image_model} takes no reference images: "
                             "each scene is drawn on its own"]
         limit = within.limit if within and self.budget_usd is None else self.budget_usd
-        budget = _budget(limit, within=within, journal=self.journal, output_dir=folder,
-                         generation_id=name)
-        director, critic, images = models.paid(budget)
-        if self.journal is not None:
-            await self.journal.check()
-            images = self.journal.images(images, output_dir=folder, generation_id=name)
-        traces = TraceTree.open(Path(output_dir), name)
-        try:
-            kept, scenes = rerun.get("kept", {}), len(story.scenes)
-            reporter = ProgressReporter(scenes, scenes - len(kept), on_progress)
-            run = StoryRun(
-                settings, director, critic, images, models.scorers, story.normalized(), name,
-                folder, traces, reporter, self.journal, self._call(story),
-                given=enhancements or (), warnings=warnings, **rerun)
-            return await run.run(check)
-        finally:
-            traces.close(keep=self.keep_traces)
-            if budget:
-                await budget.write_down()
+        place = {"output_dir": folder, "generation_id": name}
+        async with models.opened(limit, self.journal, within, **place) as paid:
+            traces = TraceTree.open(Path(output_dir), name)
+            try:
+                kept, scenes = rerun.get("kept", {}), len(story.scenes)
+                reporter = ProgressReporter(scenes, scenes - len(kept), on_progress)
+                run = StoryRun(
+                    settings, *paid, models.scorers, story.normalized(), name, folder, traces,
+                    reporter, self.journal, self._call(story),
+                    given=enhancements or (), warnings=warnings, **rerun)
+                return await run.run(check)
+            finally:
+                traces.close(keep=self.keep_traces)
 
 # %% ../nbs/03_pipeline.ipynb #8ad036a2
 def _padded(name: str, values: list[str | None] | None, length: int) -> list[str | None]:

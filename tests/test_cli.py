@@ -54,7 +54,7 @@ def world(monkeypatch):
     made = {"director": director(), "critic": critic(90), "image_model": FakeImages()}
     for role, model in made.items():
         monkeypatch.setattr(defaults, role, lambda model=model: model)
-    monkeypatch.setattr(defaults, "scorers", lambda image_model=None: [FakeScorer()])
+    monkeypatch.setattr(defaults, "scorers", lambda image_model=None, view=None: [FakeScorer()])
     return made
 
 
@@ -205,7 +205,7 @@ def test_no_score_at_all_is_exit_3_for_score_and_a_warning_for_run(
     world, story, tmp_path, monkeypatch
 ):
     blind = FakeScorer(value=lambda image, prompt: ValueError("no weights"))
-    monkeypatch.setattr(defaults, "scorers", lambda image_model=None: [blind])
+    monkeypatch.setattr(defaults, "scorers", lambda image_model=None, view=None: [blind])
     run = refimg("run", story, "-n", 1, "-o", tmp_path)
     assert run.exit_code == 0 and run.stdout.count("unscored") == 2 and "WARNING" in run.stderr
     image = next(tmp_path.glob("*.png"))

@@ -249,7 +249,7 @@ async def test_a_tilde_is_the_home_folder(home):
 
 def test_a_tilde_is_the_home_folder_for_commands_and_files(home, monkeypatch):
     monkeypatch.setenv("REFIMG_SANDBOX", "1")
-    monkeypatch.setattr(defaults, "scorers", lambda image_model=None: [FakeScorer()])
+    monkeypatch.setattr(defaults, "scorers", lambda image_model=None, view=None: [FakeScorer()])
     written(home / "s.yaml", "scenes: [{prompt: a red fox}]\n")
     words = ["run", "~/s.yaml", "--output-dir", "~/refs", "--generation-id", "x", "-n", "1"]
     done = CliRunner().invoke(cli.app, [*words, "-i", "0", "--json"])

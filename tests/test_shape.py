@@ -345,7 +345,7 @@ LAYERS = (
     ("__main__", "cli", "fleet", "view.gallery", "gallery"),
     ("pipeline",),
     ("engine.run", "engine.agents", "engine.attempts", "engine.candidates", "engine.handover",
-     "engine.many", "engine.decisions"),
+     "engine.many", "engine.decisions", "engine.sheets"),
     ("engine.results", "engine.settings", "engine.planning", "engine.usage", "engine.defects",
      "engine.outliers"),
     ("enhance", "generate", "score", "inspection"),
@@ -359,11 +359,11 @@ STAGES = ("enhance", "generate", "score", "inspection", "engine.planning",
 SEES = ("cli", "fleet", "pipeline")
 GROUND = (*LAYERS[-1], "storage")
 READ = ("engine.results", "engine.settings", "engine.decisions", "engine.story", "engine.costs",
-        "engine.tasks",
+        "engine.tasks", "engine.sheets",
         "inspection", "enhance", "generate", "score", *GROUND)
 WINGS_KNOW = {  # beside their own rooms
     "adapters": GROUND,
-    "sandbox": (*GROUND, "adapters.towers"),
+    "sandbox": (*GROUND, "adapters.towers", "adapters.tiles"),
     "defaults": ("adapters", "sandbox", "engine.costs", *GROUND),
     "view": READ,
     "validate": (*READ, "view"),

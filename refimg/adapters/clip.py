@@ -11,8 +11,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
+from .tiles import View, check_view
 from .towers import Embedder, Towers, check_placement, free_memory
 from .towers import import_open_clip, load_open_clip, load_transformers
 from .towers import resolve_placement
@@ -34,22 +35,25 @@ class _ClipScorer:
 
     name = ""
     band = (0.0, 1.0)  # the raw values of 0 and 100
-    view: Literal["crop", "whole"]
+    calibration = ""  # the id of its map; after it the view, unless that is the map's own
+    mapped: ClassVar[View] = "center"  # the view whose values the map was made for
+    view: View
 
     def __init__(
         self, source: Checkpoint | Folder, load: Callable[..., Towers], device: str, dtype: str,
-        view: Literal["crop", "whole"],
+        view: View,
     ):
         check_placement(device, dtype)
-        if view not in ("crop", "whole"):
-            raise ValueError(f"view must be crop or whole, got {view!r}")
+        check_view(view)
         self.source, self.view, self._load = source, view, load
+        if view != self.mapped:
+            self.calibration += f"-{view}"
         self._placement, self._embedder = (device, dtype), None
 
     @property
     def model(self) -> str:
         """Checkpoint and revision, and the view where it is not the authors'."""
-        frame = ", whole frame" if self.view == "whole" else ""
+        frame = {"tiles": ", tiles", "center": "", "whole": ", whole frame"}[self.view]
         return f"{self.source.name}@{self.source.version()}{frame}"
 
     def parts(self) -> tuple[Checkpoint | Folder | WebFile, ...]:
@@ -136,7 +140,7 @@ class PickScore(_ClipScorer):
         *,
         device: str = "auto",  # "auto", "cpu", "cuda", "cuda:N" or "mps"
         dtype: str = "auto",  # "auto", "float32", "bfloat16" or "float16"
-        view: Literal["crop", "whole"] = "crop",  # the authors' crop, or the whole frame
+        view: View = "tiles",  # what is seen of an image: "tiles", "center" or "whole"
     ):
         own = None if folder is None else Path(folder).expanduser()
         source = Folder(own, PICKSCORE.needs) if own else PICKSCORE
@@ -209,7 +213,7 @@ class ClipScore(_ClipScorer):
         *,
         device: str = "auto",  # "auto", "cpu", "cuda", "cuda:N" or "mps"
         dtype: str = "auto",  # "auto", "float32", "bfloat16" or "float16"
-        view: Literal["crop", "whole"] = "crop",  # the authors' crop, or the whole frame
+        view: View = "tiles",  # what is seen of an image: "tiles", "center" or "whole"
     ):
         source, load = _open_clip_source(model, pretrained)
         super().__init__(source, load, device, dtype, view)
@@ -252,7 +256,7 @@ class Aesthetic(_ClipScorer):
         folder: str | Path | None = None,  # ViT-L/14 by OpenAI in a folder; None: the hub's
         device: str = "auto",  # "auto", "cpu", "cuda", "cuda:N" or "mps"
         dtype: str = "auto",  # "auto", "float32", "bfloat16" or "float16"
-        view: Literal["crop", "whole"] = "crop",  # the authors' crop, or the whole frame
+        view: View = "tiles",  # what is seen of an image: "tiles", "center" or "whole"
     ):
         if head not in HEADS:
             raise ValueError(f"head must be {' or '.join(HEADS)}, got {head!r}")
@@ -308,7 +312,7 @@ class Consistency(_ClipScorer):
         load: Callable[..., Towers],  # what loads them
         device: str = "auto",  # "auto", "cpu", "cuda", "cuda:N" or "mps"
         dtype: str = "auto",  # "auto", "float32", "bfloat16" or "float16"
-        view: Literal["crop", "whole"] = "crop",  # as the model itself cuts, or the whole frame
+        view: View = "tiles",  # what is seen of an image: "tiles", "center" or "whole"
     ):
         super().__init__(source, load, device, dtype, view)
         self._known: OrderedDict[Hashable, torch.Tensor] = OrderedDict()
@@ -334,10 +338,16 @@ class Consistency(_ClipScorer):
             return [RawScore(None, reason, applicable=False)] * len(batch.images)
         if reason := self.missing():
             return [RawScore(None, reason)] * len(batch.images)
-        own = self.embedder().images(batch, self.view)
+        own = self._embed(batch)
         self._known.update(zip(map(_pixels, batch.images), own, strict=True))
         cosines = own @ self.vectors(batch.references).T
         return [RawScore(value) for value in cosines.mean(dim=1).tolist()]
+
+    def _embed(self, batch: Batch) -> torch.Tensor:
+        """Return one unit vector an image, whatever it was cut into."""
+        import torch
+
+        return torch.nn.functional.normalize(self.embedder().images(batch, self.view), dim=-1)
 
     def vectors(
         self,
@@ -349,7 +359,7 @@ class Consistency(_ClipScorer):
         known, keys = self._known, [_pixels(image) for image in images]
         new = {key: image for key, image in zip(keys, images, strict=True) if key not in known}
         if new:
-            made = self.embedder().images(Batch(tuple(new.values()), ""), self.view)
+            made = self._embed(Batch(tuple(new.values()), ""))
             known.update(zip(new, made, strict=True))
         found = torch.stack([known[key] for key in keys])
         for key in keys:
@@ -372,7 +382,7 @@ class ClipConsistency(Consistency):
         *,
         device: str = "auto",  # "auto", "cpu", "cuda", "cuda:N" or "mps"
         dtype: str = "auto",  # "auto", "float32", "bfloat16" or "float16"
-        view: Literal["crop", "whole"] = "crop",  # as CLIP-Score has it, to share its vectors
+        view: View = "tiles",  # as CLIP-Score has it, to share its vectors
     ):
         source, load = _open_clip_source(model, pretrained)
         super().__init__(source, load, device, dtype, view)
