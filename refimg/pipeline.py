@@ -259,8 +259,12 @@ class Pipeline:
         name = check_id(secrets.token_hex(6) if generation_id is None else generation_id)
         folder = check_folder(output_dir)
         settings = await asyncio.to_thread(self._checked, story, enhancements)
-        warnings = []
+        warnings, legacy = [], False
+        if self.journal is not None:
+            await self.journal.check()
+            legacy = await self.journal.begin(output_dir=folder, generation_id=name) == 1
         if self.chain is None:
+            chain = chain or ("previous" if legacy and settings.chain != "none" else None)
             settings = settings.model_copy(update={"chain": chain or settings.chain})
             if len(story.scenes) > 1 and not models.image_model.max_references:
                 warnings = [f"{settings.image_model} takes no reference images: "
@@ -270,7 +274,6 @@ class Pipeline:
                          generation_id=name)
         director, critic, images = models.paid(budget)
         if self.journal is not None:
-            await self.journal.check()
             images = self.journal.images(images, output_dir=folder, generation_id=name)
         traces = TraceTree.open(Path(output_dir), name)
         try:
@@ -279,7 +282,7 @@ class Pipeline:
             run = StoryRun(
                 settings, director, critic, images, models.scorers, story.normalized(), name,
                 folder, traces, reporter, self.journal, self._call(story),
-                given=enhancements or (), warnings=warnings, **rerun)
+                given=enhancements or (), warnings=warnings, legacy=legacy, **rerun)
             return await run.run(check)
         finally:
             traces.close(keep=self.keep_traces)
