@@ -107,7 +107,8 @@ _INSTEAD = {  # what is not there, and how that is said without a negation
     "hat hats cap helmet": "bareheaded|bare head|bare headed",
     "shoes shoe socks boots sandals": "barefoot|barefooted|bare feet",
     "clothes clothing shirt": "naked|nude|bare|shirtless",
-    "text words word writing letters lettering watermark logo captions": "blank|unmarked|plain",
+    "text words word writing letters lettering watermark logo logos captions brand brands":
+    "blank|unmarked|unbranded|plain",
     "beard moustache mustache hair": "clean shaven|bald|smooth",
     "leaves leaf foliage": "bare",
     "colour color colours colors": "monochrome|black and white|greyscale|grayscale|sepia",
@@ -124,6 +125,7 @@ _NOT = {"no", "without", "not", "free", "lacking", "lacks", "devoid", "nor", "ne
 _NOT |= {"none", "absent", "absence", "empty"}
 _ENDS = _NO_NAMES | {"visible", "around", "present", "anywhere", "nearby", "is", "are", "be", "left"}
 _ENDS |= {"was", "were", "can", "who", "which", "than", "whatsoever", "into", "onto", "through"}
+_ENDS |= {"yet", "beyond", "between", "beside", "across"}
 _IDIOMS = {"longer", "matter", "more", "less", "doubt", "sooner", "other", "fewer", "different"}
 
 
