@@ -675,7 +675,8 @@ async def test_an_agent_that_does_not_answer_with_a_reply_has_failed(run, role, 
 
 async def test_a_failed_enhancement_leaves_the_other_scenes_alone(run):
     def write(messages, schema, number):
-        return BOOM if "view b" in messages[1].content else "a better prompt"
+        original = read_fences(messages[1].content)["original"]
+        return BOOM if "view b" in original else "a better prompt"
 
     images = FakeImages()
     result = await run(a_pipeline(images, director=FakeChat(write)), a_story(3))

@@ -32,7 +32,7 @@ _LARGE |= {"ninety": 90, "hundred": 100, "thousand": 1000, "dozen": 12}
 _SAME = {word: str(n) for n, word in enumerate(_COUNTED)} | {w: str(n) for w, n in _LARGE.items()}
 _SAME |= {"gray": "grey"}
 _MEANT = {"pair": "2", "couple": "2", "both": "2", "duo": "2", "twin": "2", "twins": "2"}
-_MEANT |= {"trio": "3", "triplets": "3", "quartet": "4", "single": "1", "lone": "1", "solitary": "1"}
+_MEANT |= {"trio": "3", "triplets": "3", "quartet": "4", "single": "1", "lone": "1"}
 
 _NO_NAMES = {
     "a", "an", "the", "i", "in", "on", "at", "of", "and", "or", "but", "with", "by", "for",
@@ -73,18 +73,16 @@ def _inner_capital(word: str) -> bool:
     return any(a.isalpha() and b.isupper() for a, b in zip(word, word[1:], strict=False))
 
 
-def _is_name(word: str) -> bool:
-    """Tell whether a word is written as a name."""
-    bare = re.split(r"['\u2019]", word.casefold())[0]
-    return (word[0].isupper() or _inner_capital(word)) and bare not in _NO_NAMES
-
-
 def _names(text: str) -> list[str]:
     """List the names in a text, those of several words in one piece."""
+    def is_name(word: str) -> bool:
+        bare = re.split(r"['\u2019]", word.casefold())[0]
+        return (word[0].isupper() or _inner_capital(word)) and bare not in _NO_NAMES
+
     names: list[str] = []
     for sentence in re.split(r"(?<=[.!?…])\s+|\n+", text):
         words = _CAPITALISED.findall(re.sub(r"^\W+", "", sentence))
-        for named, run in groupby(range(len(words)), key=lambda at: _is_name(words[at])):
+        for named, run in groupby(range(len(words)), key=lambda at: is_name(words[at])):
             places = list(run)
             first = words[0].casefold()
             counted = _SAME.get(first, "").isdigit()  # "Two Dalmatians"
@@ -123,9 +121,9 @@ _INSTEAD = {  # what is not there, and how that is said without a negation
 _FOR_NOUN = {noun: words for nouns, words in _INSTEAD.items() for noun in nouns.split()}
 _NOT = {"no", "without", "not", "free", "lacking", "lacks", "devoid", "nor", "neither", "never"}
 _NOT |= {"none", "absent", "absence", "empty"}
-_ENDS = _NO_NAMES | {"visible", "around", "present", "anywhere", "nearby", "is", "are", "be", "left"}
+_ENDS = _NO_NAMES | {"visible", "around", "present", "anywhere", "nearby", "is", "are", "be"}
 _ENDS |= {"was", "were", "can", "who", "which", "than", "whatsoever", "into", "onto", "through"}
-_ENDS |= {"yet", "beyond", "between", "beside", "across"}
+_ENDS |= {"left", "yet", "beyond", "between", "beside", "across"}
 _IDIOMS = {"longer", "matter", "more", "less", "doubt", "sooner", "other", "fewer", "different"}
 
 

@@ -67,8 +67,9 @@ def expected_calls(
     """Return what a run will ask for, as `costs.estimate` takes it: usages, calls and images."""
     model, guidance = settings.image_model, guidance_for(settings.image_model)
     plan = ReferencePlan(Chain(story, settings.chain), settings.max_references)
-    scenes = [(scene.prompt, scene_context(story, n, references=plan.expected(n), image_model=model))
-              for n, scene in enumerate(story.scenes, start=1)]
+    told = [scene_context(story, n, references=plan.expected(n), image_model=model)
+            for n in range(1, len(story.scenes) + 1)]
+    scenes = [(scene.prompt, context) for scene, context in zip(story.scenes, told, strict=True)]
     most, planned = settings.max_enhancement_iterations, settings.plans(story)
     planning = [(_total([plan_messages(story)], _EXPECTED_PLAN), _total([], ""))] * planned
     low, high = (planning + [expected_usage(*scene, n, negative=negative, guidance=guidance)
