@@ -230,7 +230,8 @@ async def test_the_format_outlives_the_database(tmp_path):
 
 def models_of_0_1() -> tuple[FakeChat, FakeChat, FakeImages]:
     """The models that a run of 0.1 had."""
-    director, critic = FakeChat(write, name="fake-director"), FakeChat(criticise, name="fake-critic")
+    director = FakeChat(write, name="fake-director")
+    critic = FakeChat(criticise, name="fake-critic")
     return director, critic, FakeImages(draw, name="fake-images", takes_negative_prompt=True)
 
 

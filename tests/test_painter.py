@@ -37,8 +37,10 @@ STATED = {
     "relation": "left of",
 }  # fmt: skip
 VALUES = [(a, v) for a, values in VOCABULARY.items() for v in values]
-REFERENCE = ("The reference image is the scene before: keep the look of the subject, the style and the "
-             "medium; place, light and framing are those described here.")
+REFERENCE = (
+    "The reference image is the scene before: keep the look of the subject, the style and the "
+    "medium; place, light and framing are those described here."
+)
 PROMPT = "Watercolour of a woman in a red coat in a harbour at night, a lantern to her left"
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from itertools import groupby
+from itertools import groupby, pairwise
 
 # %% auto #0
 __all__ = ['lost_intent']
@@ -70,7 +70,7 @@ _CAPITALISED = re.compile(rf"[{_EAST}]+|[^\W\d_{_EAST}](?:[^\W{_EAST}]|['\u2019-
 
 def _inner_capital(word: str) -> bool:
     """Tell whether a letter behind another one is a capital: IKEA, iPhone."""
-    return any(a.isalpha() and b.isupper() for a, b in zip(word, word[1:], strict=False))
+    return any(a.isalpha() and b.isupper() for a, b in pairwise(word))
 
 
 def _names(text: str) -> list[str]:
@@ -153,21 +153,21 @@ def _is_left_out(noun: str, kept: list[str]) -> bool:
     places = [at for at, word in enumerate(kept) if word.rstrip("es") == stem]
     if noun == "people":
         places += [at for at, word in enumerate(kept) if word == "1"]
-    return "nobody" in kept and noun == "people" or any(
+    return (noun == "people" and "nobody" in kept) or any(
         not _NOT.isdisjoint(kept[max(0, at - 5) : at]) or kept[at + 1 : at + 2] == ["free"]
         for at in places)
 
 # %% ../../nbs/engine/intent.ipynb #2f8969f4
-def _is_said(phrase: list[str], kept: list[str]) -> bool:
+def _is_said(phrase: list[str], kept: list[str], text: str, east: str) -> bool:
     """Tell whether a phrase, as words, stands in a text; Russian names are declined."""
     if not phrase:
         return True
     if re.search(f"[{_EAST}]", "".join(phrase)):
-        return "".join(phrase) in "".join(kept)
+        return "".join(phrase) in east
     if all(re.fullmatch("[\u0400-\u04ff]{4,}", word) for word in phrase):
         stems = [word[: max(3, len(word) - 2)] for word in phrase]
         return all(any(word.startswith(stem) for word in kept) for stem in stems)
-    return f" {' '.join(phrase)} " in f" {' '.join(kept)} "
+    return f" {' '.join(phrase)} " in text
 
 
 def lost_intent(
@@ -178,11 +178,12 @@ def lost_intent(
     original = unicodedata.normalize("NFKC", original)
     words, kept = _words(original), _words(final)
     meant = {*kept, *(_MEANT[w] for w in kept if w in _MEANT)}
-    numbers = [w for before, w in zip(["", *words], words, strict=False)
+    numbers = [w for before, w in pairwise(["", *words])
                if w[0].isdigit() and (before, w) != ("no", "1")]
     lost = {w: "number" for w in numbers if w not in meant}
     lost |= {w: "colour" for w in words if w in _COLOURS and w not in meant}
+    text, east = f" {' '.join(kept)} ", "".join(kept)
     for kind, phrases in (("name", _names(original)), ("quotation", _quotes(original))):
-        lost |= {p: kind for p in phrases if not _is_said(_words(p), kept)}
+        lost |= {p: kind for p in phrases if not _is_said(_words(p), kept, text, east)}
     lost |= {p: "negation" for p, noun in _negations(original) if not _is_left_out(noun, kept)}
     return [f"{kind} lost from the original prompt: {what}" for what, kind in lost.items()]
