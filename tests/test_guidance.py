@@ -271,3 +271,12 @@ def test_nothing_of_a_path_is_in_a_context():
     plan = ReferencePlan(Chain(story, "anchored"), 3)
     assert plan.expected(1) and not any("secret" in text for text in plan.expected(1))
     assert all("scene 1" not in text for number in (2, 3) for text in plan.expected(number))
+
+
+async def test_a_run_whose_subjects_were_drawn_before_is_a_new_one(tmp_path):
+    run = {"output_dir": tmp_path / "images", "generation_id": "x"}
+    pipeline = Pipeline(FakeChat(["better"]), FakeChat([critique(90)]), FakeImages(),
+                        [FakeScorer()], num_variations=1, journal=Journal(tmp_path / "journal"))
+    story = await pipeline.draw_subjects(STORY, **run)
+    result = await pipeline.run(story, **run)
+    assert "Brand: Acme." in result.scenes[0].sent_prompt
