@@ -105,15 +105,17 @@ class _Models(NamedTuple):
     @asynccontextmanager
     async def opened(
         self, limit_usd: float | None, journal: Any, within: Budget | None = None, **run: Any
-    ) -> AsyncGenerator[tuple[ChatModel, ChatModel, ImageModel]]:
-        """Yield the three as a run pays them; images are looked up in the journal first."""
+    ) -> AsyncGenerator[tuple[ChatModel, ChatModel, ImageModel, bool]]:
+        """Yield the three as a run pays them, and whether refimg 0.1 began it."""
         budget = _budget(limit_usd, within=within, journal=journal, **run)
         director, critic, images = self.paid(budget)
+        legacy = False
         if journal is not None:
             await journal.check()
+            legacy = await journal.begin(**run) == 1
             images = journal.images(images, **run)
         try:
-            yield director, critic, images
+            yield director, critic, images, legacy
         finally:
             if budget:
                 await budget.write_down()
@@ -203,7 +205,7 @@ class Pipeline:
         await load_capabilities(models.image_model, cancellation_check)
         place = {"output_dir": check_folder(output_dir), "generation_id": _run_id(generation_id)}
         settings = await asyncio.to_thread(self._checked, story)
-        async with models.opened(self.budget_usd, self.journal, **place) as (*_, images):
+        async with models.opened(self.budget_usd, self.journal, **place) as (_, _, images, _):
             sheets = SubjectSheets(settings, images, models.scorers, story, **place,
                                    journaled=self.journal is not None, call=self._call(story))
             return await sheets.draw(on_progress, cancellation_check)
@@ -320,7 +322,9 @@ class Pipeline:
                             "each scene is drawn on its own"]
         limit = within.limit if within and self.budget_usd is None else self.budget_usd
         place = {"output_dir": folder, "generation_id": name}
-        async with models.opened(limit, self.journal, within, **place) as paid:
+        async with models.opened(limit, self.journal, within, **place) as (*paid, legacy):
+            if legacy and not self.chain and not chain and settings.chain != "none":
+                settings = settings.model_copy(update={"chain": "previous"})
             traces = TraceTree.open(Path(output_dir), name)
             try:
                 kept, scenes = rerun.get("kept", {}), len(story.scenes)
@@ -328,7 +332,7 @@ class Pipeline:
                 run = StoryRun(
                     settings, *paid, models.scorers, story.normalized(), name, folder, traces,
                     reporter, self.journal, self._call(story),
-                    given=enhancements or (), warnings=warnings, **rerun)
+                    given=enhancements or (), warnings=warnings, legacy=legacy, **rerun)
                 return await run.run(check)
             finally:
                 traces.close(keep=self.keep_traces)

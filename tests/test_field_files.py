@@ -97,7 +97,7 @@ def test_a_plain_value_is_the_text_as_written(tmp_path, value):
     story = Story.load(written(tmp_path / "s.yaml", text))
     assert (story.title, story.brand, story.scenes[0].prompt) == (value,) * 3
     assert story.consistency_markers == {"style": value, "lens": [value], value: "x"}
-    assert f"Style: {value.rstrip('.')}." in compose_prompt("p", story, 1, has_reference=False)
+    assert f"Style: {value.rstrip('.')}." in compose_prompt("p", story, 1)
 
 
 @pytest.mark.parametrize("value, meant", [("no", False), ("off", False), ("false", False),

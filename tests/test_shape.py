@@ -352,7 +352,7 @@ LAYERS = (
     ("engine.story", "engine.references", "engine.prompts", "engine.tasks", "engine.costs"),
     ("storage",),
     ("engine.protocols", "engine.calibration", "engine.subjects", "engine.fence",
-     "engine.instructions", "engine.answers", "engine.intent"),
+     "engine.instructions", "engine.guidance", "engine.answers", "engine.intent"),
 )  # from the top; arrows point down, or to a neighbour of the same layer
 STAGES = ("enhance", "generate", "score", "inspection", "engine.planning",
           "validate.drift")  # may ask `defaults`
