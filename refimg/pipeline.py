@@ -105,7 +105,7 @@ class _Models(NamedTuple):
     @asynccontextmanager
     async def opened(
         self, limit_usd: float | None, journal: Any, within: Budget | None = None, **run: Any
-    ) -> AsyncGenerator[tuple[ChatModel, ChatModel, ImageModel, bool]]:
+    ) -> AsyncGenerator[tuple[tuple[ChatModel, ChatModel, ImageModel], bool]]:
         """Yield the three as a run pays them, and whether refimg 0.1 began it."""
         budget = _budget(limit_usd, within=within, journal=journal, **run)
         director, critic, images = self.paid(budget)
@@ -115,10 +115,13 @@ class _Models(NamedTuple):
             legacy = await journal.begin(**run) == 1
             images = journal.images(images, **run)
         try:
-            yield director, critic, images, legacy
+            yield (director, critic, images), legacy
         finally:
             if budget:
                 await budget.write_down()
+
+
+_ALONE = "no reference image can go along: each scene is drawn on its own"
 
 
 def _run_id(generation_id: str | None) -> str:
@@ -205,7 +208,7 @@ class Pipeline:
         await load_capabilities(models.image_model, cancellation_check)
         place = {"output_dir": check_folder(output_dir), "generation_id": _run_id(generation_id)}
         settings = await asyncio.to_thread(self._checked, story)
-        async with models.opened(self.budget_usd, self.journal, **place) as (_, _, images, _):
+        async with models.opened(self.budget_usd, self.journal, **place) as ((*_, images), _):
             sheets = SubjectSheets(settings, images, models.scorers, story, **place,
                                    journaled=self.journal is not None, call=self._call(story))
             return await sheets.draw(on_progress, cancellation_check)
@@ -314,17 +317,13 @@ class Pipeline:
         await load_capabilities(models.image_model, check)
         name, folder = _run_id(generation_id), check_folder(output_dir)
         settings = await asyncio.to_thread(self._checked, story, enhancements)
-        warnings = []
-        if self.chain is None:
-            settings = settings.model_copy(update={"chain": chain or settings.chain})
-            if len(story.scenes) > 1 and not models.image_model.max_references:
-                warnings = [f"{settings.image_model} takes no reference images: "
-                            "each scene is drawn on its own"]
+        alone = not (self.chain or chain) and settings.chain == "none" and len(story.scenes) > 1
         limit = within.limit if within and self.budget_usd is None else self.budget_usd
         place = {"output_dir": folder, "generation_id": name}
-        async with models.opened(limit, self.journal, within, **place) as (*paid, legacy):
-            if legacy and not self.chain and not chain and settings.chain != "none":
-                settings = settings.model_copy(update={"chain": "previous"})
+        async with models.opened(limit, self.journal, within, **place) as (paid, legacy):
+            if self.chain is None and settings.chain != "none":
+                kind = chain or ("previous" if legacy else settings.chain)
+                settings = settings.model_copy(update={"chain": kind})
             traces = TraceTree.open(Path(output_dir), name)
             try:
                 kept, scenes = rerun.get("kept", {}), len(story.scenes)
@@ -332,7 +331,7 @@ class Pipeline:
                 run = StoryRun(
                     settings, *paid, models.scorers, story.normalized(), name, folder, traces,
                     reporter, self.journal, self._call(story),
-                    given=enhancements or (), warnings=warnings, legacy=legacy, **rerun)
+                    given=enhancements or (), warnings=[_ALONE] * alone, legacy=legacy, **rerun)
                 return await run.run(check)
             finally:
                 traces.close(keep=self.keep_traces)

@@ -1181,7 +1181,7 @@ async def test_a_chain_that_cannot_be_is_named_as_the_chain(run):
 async def test_the_chain_is_the_best_that_the_model_can_do(run, caplog, most, asked, chain):
     result = await run(a_pipeline(FakeImages(max_references=most), chain=asked), a_story(3))
     assert result.settings["chain"] == chain
-    told = "fake-images takes no reference images: each scene is drawn on its own"
+    told = "no reference image can go along: each scene is drawn on its own"
     assert [told in scene.warnings for scene in result.scenes] == [not most] * 3
     assert caplog.text.count(told) == (not most)
 
