@@ -4,18 +4,19 @@
     python bench/drift.py --stories 100 --arms all   the whole study (hours)
     python bench/drift.py --report                   the tables of what is there, nothing is run
 
-Every arm runs the whole pipeline: the sandbox's agents (one iteration: the plan needs them, and a
-second one adds words that the painter does not read), the painter, the trained scorers, four
-variations. The same story has the same seed in all arms (common random numbers), so arms differ
-only by what they do, and differences are paired by story. No story has markers: scene 1 states
-subject, colour and style, later scenes the subject, a place and one thing more. The first four
-scenes of a story of twelve are a story of four.
+Every arm runs the whole pipeline: the sandbox's agents (one iteration: the plan needs them, and
+further ones state more framings and hours, but no subject, colour or style), the painter, the
+trained scorers, four variations. The same story has the same seed in all arms (common random
+numbers), so arms differ only by what they do, and differences are paired by story. No story has
+markers: scene 1 states subject, colour and style, later scenes the subject, a place and one thing
+more. The first four scenes of a story of twelve are a story of four.
 
 An image is *kept* if its subject, colour and style are those of the image selected for scene 1.
 *Carried* is the share of those three, over scenes 2 to 12. *Fidelity* is the share of what the
 scene's own prompt states that was drawn. Selection: the default scorers (PickScore .5, CLIP-Score
 .25, aesthetic .1) and consistency at a weight beside them; "oracle" is a consistency scorer that
-reads the truth, at weight .6. Killed and started again it goes on (output/drift/).
+reads the truth, at weight .6; "tower" is consistency without its head, the plain cosine of
+clip_score's vectors. Killed and started again it goes on (output/drift/).
 """
 
 import argparse
@@ -25,7 +26,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import sys
 import tempfile
 import time
@@ -74,13 +74,15 @@ class Arm(NamedTuple):
     oracle: bool = False  # consistency reads the truth
     plan: bool = False
     subjects: str = ""  # "given": with image and description, "sheet": with the image alone
+    tower: bool = False  # consistency is the plain cosine of clip_score's vectors
     rule: str = ""  # of the painter: "" p = .8, "p=.6", "first preferred"
     gap: str = ""  # stories of three: "gap" scene 2 lacks the subject, "no gap" it has it
 
     @property
     def select(self) -> str:
         """How the image is selected, for the tables."""
-        return "oracle" if self.oracle else f"c {self.weight:g}" if self.weight else "score"
+        weight = f"c {self.weight:g}" + " tower" * self.tower
+        return "oracle" if self.oracle else weight if self.weight else "score"
 
     @property
     def name(self) -> str:
@@ -98,7 +100,9 @@ TABLE = [Arm(chain, weight, oracle) for chain in ("previous", "none", "first", "
          for weight, oracle in SELECTIONS]
 MORE = [arm._replace(plan=plan, subjects=subjects) for arm in (TODAY, Arm("anchored"), DEFAULT)
         for plan, subjects in ((True, ""), (False, "given"), (True, "given"))]
-MORE += [DEFAULT._replace(subjects="sheet"), BOUND._replace(plan=True)]
+MORE += [DEFAULT._replace(subjects="sheet"), Arm("first", 0.25, plan=True),
+         BOUND._replace(plan=True)]
+TOWER = [DEFAULT._replace(tower=True), Arm("first", 0.25, tower=True)]
 RULES = [arm._replace(rule=rule) for rule in ("p=.6", "first preferred")
          for arm in (TODAY, Arm("first", 0.25), Arm("anchored"), DEFAULT)]
 GAPS = [arm._replace(gap=gap) for arm in (TODAY, Arm("first", 0.25), Arm("anchored"), DEFAULT)
@@ -109,7 +113,7 @@ FEW = [*MAIN, DEFAULT._replace(plan=True), Arm("anchored")._replace(subjects="gi
 
 def arms_of(which: str) -> list[Arm]:
     """The arms of stories of twelve scenes, each once."""
-    return list(dict.fromkeys([*MAIN, *MORE, *TABLE, *RULES] if which == "all" else FEW))
+    return list(dict.fromkeys([*MAIN, *MORE, *TABLE, *TOWER, *RULES] if which == "all" else FEW))
 
 
 # stories
@@ -227,9 +231,28 @@ class OracleConsistency:
                 for a in drawn]
 
 
+class TowerConsistency(SandboxConsistency):
+    """Consistency without its head."""
+
+    low, high = -0.2759, 0.7874  # the same quantiles of the same pairs
+
+    def __init__(self):
+        super().__init__()
+        self.calibration = "plain-cosine-band"
+
+    def embed_images(self, batch):
+        """The vectors of clip_score."""
+        return self.embedder.images(batch)
+
+    def to_100(self, raw):
+        """The place in the band of its own."""
+        return 100 * (raw - self.low) / (self.high - self.low)
+
+
 def scorers_of(arm: Arm) -> list:
     """The scorers of an arm; consistency is always asked, whatever its weight."""
-    last = OracleConsistency() if arm.oracle else SandboxConsistency()
+    kind = TowerConsistency if arm.tower else SandboxConsistency
+    last = OracleConsistency() if arm.oracle else kind()
     return [SandboxPickScore(), SandboxClipScore(), SandboxAesthetic(), last]
 
 
@@ -307,7 +330,7 @@ def make(stories: int, gaps: int, arms: list[Arm], folder: Path) -> list[Path]:
 def with_kept(table: pd.DataFrame) -> pd.DataFrame:
     """The rows with `kept`, `kept_colour` and `carried`, against the selected image of scene 1."""
     first = table[table.selected & (table.scene == 1)].set_index(["arm", "story"])[list(CARRIED)]
-    rows = table.join(first, on=["arm", "story"], rsuffix="_1")
+    rows = table.join(first.add_suffix("_1"), on=["arm", "story"])
     same = pd.DataFrame({n: rows[n] == rows[f"{n}_1"] for n in CARRIED})
     return rows.assign(kept=same.all(axis=1), kept_colour=same.colour, carried=same.mean(axis=1))
 
@@ -400,7 +423,8 @@ def show_gaps(found: dict) -> dict[str, list[float]]:
         lines.append([plain.name, *(text for n in ("colour3", "kept3") for text in (
             share(a[n]), share(b[n]), gap(b[n], a[n])))])
         d = paired_interval((b["colour3"] - a["colour3"]).to_numpy())
-        result[plain.name] = [round(float(v), 4) for v in (b["colour3"].mean(), *d[:3])]
+        result[plain.name] = [None if np.isnan(v) else round(float(v), 4)
+                              for v in (b["colour3"].mean(), *d[:3])]
     show("Scene 3 after a scene without the subject", lines)
     return result
 
@@ -432,7 +456,7 @@ def report(table: pd.DataFrame, arms: list[Arm]) -> dict:
     found = {name: by_story(rows) for name, rows in table.groupby("arm")}
     stories = len(found[TODAY.name]["kept12"])
     print(f"{stories} stories of {SCENES} scenes in each arm, 95 % intervals, by story")
-    in_table = [arm for arm in TABLE if arm in arms]
+    in_table = [arm for arm in [*TABLE, *TOWER] if arm in arms]
     show_arms("Chain and selection, no plan, no subjects", in_table, found, TODAY)
     kinds = [arm for arm in [*MAIN, *MORE, *FEW] if arm in arms]
     show_arms("Plan and subjects", list(dict.fromkeys(kinds)), found, DEFAULT)
@@ -441,11 +465,12 @@ def report(table: pd.DataFrame, arms: list[Arm]) -> dict:
         if own:
             show_arms(f"The painter's merge rule: {rule}", own, found, own[0])
     for chain in ("first", "anchored"):
-        curve = [arm for arm in in_table if arm.chain == chain and not arm.oracle]
+        curve = [arm for arm in in_table if arm.chain == chain and not (arm.oracle or arm.tower)]
         if Arm(chain) in curve:
             show_arms(f"The weight of consistency, chain {chain}", curve, found, Arm(chain))
     result: dict = {"stories": stories}
-    result |= show_auc(table, [arm for arm in (Arm("anchored"), DEFAULT) if arm in arms])
+    result |= show_auc(table, [arm for arm in (Arm("anchored"), DEFAULT, *TOWER[:1])
+                               if arm in arms])
     if GAPS[0].name in found:
         result["gap"] = show_gaps(found)
     result["width"] = show_width()
@@ -464,7 +489,7 @@ def main() -> None:
     """Makes what is missing, prints the tables and, as the last line, a JSON object."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--stories", type=int, default=3, help="of twelve scenes")
-    parser.add_argument("--gaps", type=int, help="stories of three scenes; twice as many if left out")
+    parser.add_argument("--gaps", type=int, help="stories of three; left out: twice as many")
     parser.add_argument("--arms", choices=("main", "all"), default="main")
     parser.add_argument("--folder", type=Path, default=ROOT / "output" / "drift")
     parser.add_argument("--report", action="store_true", help="only the tables of what is there")

@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from refimg.adapters.clip import Aesthetic, ClipScore, PickScore
+    from refimg.adapters.clip import Aesthetic, ClipScore, Consistency, PickScore
     from refimg.adapters.prices import PriceTable
     from refimg.adapters.retry import RunLimits
     from refimg.engine.costs import Budget, Estimate
@@ -115,11 +115,14 @@ def image_model() -> ImageModel:
     return Painter()
 
 # %% ../nbs/06_defaults.ipynb #158b0da0
-def real_scorers() -> list[PickScore | ClipScore | Aesthetic]:
+def real_scorers() -> list[PickScore | ClipScore | Aesthetic | Consistency]:
     """Make the scorers on public checkpoints that are used by default, present or not."""
-    from refimg.adapters.clip import Aesthetic, ClipScore, PickScore
+    from refimg.adapters.clip import Aesthetic, ClipConsistency, ClipScore, PickScore
+    from refimg.adapters.dino import DinoConsistency
 
-    return [PickScore(), ClipScore(), Aesthetic()]
+    dino = DinoConsistency()
+    consistency = ClipConsistency() if dino.missing() else dino
+    return [PickScore(), ClipScore(), Aesthetic(), consistency]
 
 
 def scorers(
@@ -129,9 +132,10 @@ def scorers(
     origin = world() if image_model is None else image_model.name
     if not origin.startswith("sandbox"):
         return [*real_scorers()]
-    from refimg.sandbox.scorers import SandboxAesthetic, SandboxClipScore, SandboxPickScore
+    from refimg.sandbox import scorers as own
 
-    return [SandboxPickScore(), SandboxClipScore(), SandboxAesthetic()]
+    return [own.SandboxPickScore(), own.SandboxClipScore(), own.SandboxAesthetic(),
+            own.SandboxConsistency()]
 
 # %% ../nbs/06_defaults.ipynb #115309a9
 def available() -> dict[str, str | None]:

@@ -218,7 +218,10 @@ class SandboxAesthetic(_Trained):
 
 # %% ../../nbs/sandbox/scorers.ipynb #c5b00003
 class SandboxConsistency(Comparison, _Trained):
-    """How much images of the sandbox look like their references: a mean cosine by the tiny tower."""
+    """How much images of the sandbox look like their references, by a head on clip_score's tower.
+
+    It sees subject, colour and style. It does not tell one fox from another.
+    """
 
     name, _file = "consistency", "consistency.json"
 
@@ -233,8 +236,11 @@ class SandboxConsistency(Comparison, _Trained):
         self,
         batch: Batch,  # one to some dozens of images
     ) -> torch.Tensor:
-        """Return their unit vectors, (n, d), which `clip_score` reads too."""
-        return self.embedder.images(batch)
+        """Return the unit vectors of their looks, (n, d)."""
+        import torch
+
+        seen = self.embedder.images(batch) - torch.tensor(self._card["mean"])
+        return torch.nn.functional.normalize(seen @ torch.tensor(self._card["head"]), dim=-1)
 
     def to_100(
         self,

@@ -1,4 +1,9 @@
-"""The band of `consistency`: pairs of pictures that share nothing, and pairs that share a look."""
+"""The head of `consistency`: what the tower's vectors say of a look, whatever the scene; its band.
+
+Three pictures belong together: one, another of the same subject, colour and style in a scene of
+its own, and one that shares none of the three. What differs between the first two is not the look,
+so the head counts it less (linear discriminant analysis). The band is measured on others.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +18,13 @@ from refimg.sandbox.scorers import SandboxClipScore
 from .models import seal
 from .pictures import SIZE, attributes_by_chance
 
-FIRST, TRIPLES = 70_000_000, 600  # seeds that no other split uses
+FIRST, TRIPLES, HELD_OUT = 70_000_000, 600, 300  # seeds that no other split uses
 CARRIED = ("subject", "colour", "style")  # what the painter hands on from a reference
+DIMENSIONS, SHRINK = 32, 0.3
 
 
 def attributes_of(seed: int) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
-    """A picture, one of the same look in a scene of its own, one that shares nothing of the look."""
+    """A picture, one of the same look in another scene, one that shares nothing of the look."""
     rng = np.random.default_rng(seed)
     first = attributes_by_chance(rng)
     same = attributes_by_chance(rng) | {name: first[name] for name in CARRIED}
@@ -28,26 +34,50 @@ def attributes_of(seed: int) -> tuple[dict[str, str], dict[str, str], dict[str, 
     return first, same, other
 
 
-def cosines(count: int, size: tuple[int, int] = SIZE) -> np.ndarray:
-    """The cosines of `count` pairs of the same look (row 0) and of pairs that share nothing."""
+def vectors(numbers: range) -> np.ndarray:
+    """The tower's unit vectors of triples, (n, 3, d)."""
     embedder, found = SandboxClipScore().embedder, []
-    for seed in range(FIRST, FIRST + 10 * count, 10):
-        first, same, other = attributes_of(seed)
-        painted = (paint_picture(first, seed, *size, look=seed),
-                   paint_picture(same, seed + 1, *size, look=seed),
-                   paint_picture(other, seed + 2, *size))
-        vectors = embedder.images(Batch(painted, "")).numpy()
-        found.append(vectors[1:] @ vectors[0])
-    return np.array(found).T
+    for seed in (FIRST + 10 * n for n in numbers):
+        looks = (seed, seed, seed + 2)
+        painted = tuple(paint_picture(attributes, seed + k, *SIZE, look=look) for k, (
+            attributes, look) in enumerate(zip(attributes_of(seed), looks, strict=True)))
+        found.append(embedder.images(Batch(painted, "")).numpy())
+    return np.array(found)
 
 
-def measure(folder: Path, count: int = TRIPLES) -> dict:
-    """Writes the card beside the tower's weights; what was measured."""
-    same, other = cosines(count)
+def fit(seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The mean, (d,), and the head, (d, k): directions in which looks differ and scenes do not."""
+    flat, size = seen.reshape(-1, seen.shape[-1]), seen.shape[-1]
+    scene = (seen[:, 0] - seen[:, 1]) / 2**0.5
+    within = scene.T @ scene / len(scene)
+    within += SHRINK * np.trace(within) / size * np.eye(size)
+    root = np.linalg.cholesky(np.linalg.inv(within))
+    _, directions = np.linalg.eigh(root.T @ np.cov(flat.T) @ root)
+    head = root @ directions[:, ::-1][:, :DIMENSIONS]
+    return flat.mean(0).round(4), (head / np.abs(head).max()).round(3)
+
+
+def cosines(seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Those of pictures of the same look, and of pictures that share nothing."""
+    unit = seen / np.linalg.norm(seen, axis=-1, keepdims=True)
+    return (unit[:, 0] * unit[:, 1]).sum(-1), (unit[:, 0] * unit[:, 2]).sum(-1)
+
+
+def auc(same: np.ndarray, other: np.ndarray) -> float:
+    """How often a pair of the same look has the higher cosine."""
+    return round(float((same[:, None] > other).mean()), 3)
+
+
+def measure(folder: Path) -> dict:
+    """Writes the card beside the tower's weights; what was measured, with and without the head."""
+    mean, head = fit(vectors(range(TRIPLES)))
+    held = vectors(range(TRIPLES, TRIPLES + HELD_OUT))
+    same, other = cosines((held - mean) @ head)
     low, high = np.quantile(other, 0.01), np.quantile(same, 0.99)
     seal(folder / "consistency.json", {
-        "calibration": "sandbox-clip-image-band-1",
-        "low": round(float(low), 4), "high": round(float(high), 4)})
+        "calibration": "sandbox-consistency-band-1",
+        "low": round(float(low), 4), "high": round(float(high), 4),
+        "mean": mean.tolist(), "head": head.tolist()})
     return {"same": np.quantile(same, [0.05, 0.5, 0.95]).round(3).tolist(),
             "other": np.quantile(other, [0.05, 0.5, 0.95]).round(3).tolist(),
-            "auc": round(float((same[:, None] > other).mean()), 3)}
+            "auc": auc(same, other), "auc_without_head": auc(*cosines(held))}
