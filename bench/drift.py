@@ -102,6 +102,7 @@ MORE = [arm._replace(plan=plan, subjects=subjects) for arm in (TODAY, Arm("ancho
         for plan, subjects in ((True, ""), (False, "given"), (True, "given"))]
 MORE += [DEFAULT._replace(subjects="sheet"), Arm("first", 0.25, plan=True),
          BOUND._replace(plan=True)]
+TABLE += [Arm("first", 1.0), Arm("anchored", 1.0)]
 TOWER = [DEFAULT._replace(tower=True), Arm("first", 0.25, tower=True)]
 RULES = [arm._replace(rule=rule) for rule in ("p=.6", "first preferred")
          for arm in (TODAY, Arm("first", 0.25), Arm("anchored"), DEFAULT)]
@@ -234,19 +235,19 @@ class OracleConsistency:
 class TowerConsistency(SandboxConsistency):
     """Consistency without its head."""
 
-    low, high = -0.2759, 0.7874  # the same quantiles of the same pairs
+    middle, width = 0.311, 0.2181  # the curve fitted to the same pairs
 
     def __init__(self):
         super().__init__()
-        self.calibration = "plain-cosine-band"
+        self.calibration = "plain-cosine-logistic"
 
     def embed_images(self, batch):
         """The vectors of clip_score."""
         return self.embedder.images(batch)
 
     def to_100(self, raw):
-        """The place in the band of its own."""
-        return 100 * (raw - self.low) / (self.high - self.low)
+        """A logistic curve of its own."""
+        return 100 / (1 + np.exp((self.middle - raw) / self.width))
 
 
 def scorers_of(arm: Arm) -> list:

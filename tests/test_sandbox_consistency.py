@@ -83,13 +83,12 @@ def test_references_pass_the_tower_once_and_images_share_a_pass_with_clip_score(
     assert len({id(batch) for batch in passed}) == 4, "three batches, and the reference once"
 
 
-def test_the_map_has_its_band_and_its_id():
+def test_the_map_has_its_middle_and_its_id():
     scorer, card = SandboxConsistency(), json.loads(CARD.read_text("utf-8"))
-    assert scorer.to_100(card["low"]) == pytest.approx(0)
-    assert scorer.to_100(card["high"]) == pytest.approx(100)
+    assert scorer.to_100(card["middle"]) == pytest.approx(50)
+    assert 0 <= scorer.to_100(-1) < 1 and 95 < scorer.to_100(1) <= 100
     assert scorer.model == f"sandbox-consistency@painter-{PAINTER_VERSION}"
-    assert scorer.calibration == card["calibration"] == "sandbox-consistency-band-1"
-    assert -1 < card["low"] < 0 < card["high"] < 1
+    assert scorer.calibration == card["calibration"] == "sandbox-consistency-logistic-1"
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", None])

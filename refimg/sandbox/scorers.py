@@ -246,5 +246,5 @@ class SandboxConsistency(Comparison, _Trained):
         self,
         raw: float,  # a cosine, -1..1
     ) -> float:
-        """Return the place in the band of pairs that share nothing and pairs that share a look."""
-        return band(raw, self._card)
+        """Return 100 times the chance that image and references share a look."""
+        return logistic(raw, self._card)

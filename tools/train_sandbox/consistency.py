@@ -1,8 +1,9 @@
-"""The head of `consistency`: what the tower's vectors say of a look, whatever the scene; its band.
+"""The head of `consistency`: what the tower's vectors say of a look, whatever the scene; its map.
 
 Three pictures belong together: one, another of the same subject, colour and style in a scene of
 its own, and one that shares none of the three. What differs between the first two is not the look,
-so the head counts it less (linear discriminant analysis). The band is measured on others.
+so the head counts it less (linear discriminant analysis). The map is fitted on others, which are
+harder: the third picture differs from the first in one of the three.
 """
 
 from __future__ import annotations
@@ -15,32 +16,38 @@ from refimg.engine.protocols import Batch
 from refimg.sandbox.painter import paint_picture
 from refimg.sandbox.scorers import SandboxClipScore
 
+from .measure import fit_logistic
 from .models import seal
-from .pictures import SIZE, attributes_by_chance
+from .pictures import SIZE, attributes_by_chance, change_one
 
 FIRST, TRIPLES, HELD_OUT = 70_000_000, 600, 300  # seeds that no other split uses
 CARRIED = ("subject", "colour", "style")  # what the painter hands on from a reference
 DIMENSIONS, SHRINK = 32, 0.3
 
 
-def attributes_of(seed: int) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
-    """A picture, one of the same look in another scene, one that shares nothing of the look."""
+def attributes_of(seed: int, near: bool) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
+    """A picture, one of the same look in another scene, and one of another look.
+
+    `near`: one thing is another in the last; else all three are.
+    """
     rng = np.random.default_rng(seed)
     first = attributes_by_chance(rng)
     same = attributes_by_chance(rng) | {name: first[name] for name in CARRIED}
+    if near:
+        return first, same, change_one(same, CARRIED[rng.integers(3)], rng)
     other = attributes_by_chance(rng)
     while any(other[name] == first[name] for name in CARRIED):
         other = attributes_by_chance(rng)
     return first, same, other
 
 
-def vectors(numbers: range) -> np.ndarray:
+def vectors(numbers: range, near: bool = False) -> np.ndarray:
     """The tower's unit vectors of triples, (n, 3, d)."""
     embedder, found = SandboxClipScore().embedder, []
     for seed in (FIRST + 10 * n for n in numbers):
         looks = (seed, seed, seed + 2)
         painted = tuple(paint_picture(attributes, seed + k, *SIZE, look=look) for k, (
-            attributes, look) in enumerate(zip(attributes_of(seed), looks, strict=True)))
+            attributes, look) in enumerate(zip(attributes_of(seed, near), looks, strict=True)))
         found.append(embedder.images(Batch(painted, "")).numpy())
     return np.array(found)
 
@@ -58,7 +65,7 @@ def fit(seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def cosines(seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Those of pictures of the same look, and of pictures that share nothing."""
+    """Those of the first picture with the second, and with the third."""
     unit = seen / np.linalg.norm(seen, axis=-1, keepdims=True)
     return (unit[:, 0] * unit[:, 1]).sum(-1), (unit[:, 0] * unit[:, 2]).sum(-1)
 
@@ -71,12 +78,10 @@ def auc(same: np.ndarray, other: np.ndarray) -> float:
 def measure(folder: Path) -> dict:
     """Writes the card beside the tower's weights; what was measured, with and without the head."""
     mean, head = fit(vectors(range(TRIPLES)))
-    held = vectors(range(TRIPLES, TRIPLES + HELD_OUT))
+    held = vectors(range(TRIPLES, TRIPLES + HELD_OUT), near=True)
     same, other = cosines((held - mean) @ head)
-    low, high = np.quantile(other, 0.01), np.quantile(same, 0.99)
     seal(folder / "consistency.json", {
-        "calibration": "sandbox-consistency-band-1",
-        "low": round(float(low), 4), "high": round(float(high), 4),
+        "calibration": "sandbox-consistency-logistic-1", **fit_logistic(same, other),
         "mean": mean.tolist(), "head": head.tolist()})
     return {"same": np.quantile(same, [0.05, 0.5, 0.95]).round(3).tolist(),
             "other": np.quantile(other, [0.05, 0.5, 0.95]).round(3).tolist(),
