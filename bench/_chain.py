@@ -12,6 +12,7 @@ from refimg import Pipeline, Scene, Story, enhance_prompt_iterative, generate_im
 from tests.fakes import FakeChat, FakeImages, FakeScorer, critique
 
 OVERALL = (60, 65, 70, 75)
+MARKERS = {"style": "ink drawing"}
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ def agents(figures: Figures) -> tuple[FakeChat, FakeChat]:
     """A director that numbers its versions, and a critic that scores by that number."""
 
     def write(messages, schema, number):
+        if schema is not None:
+            return json.dumps(MARKERS)
         last = re.findall(r"prompt, version (\d)", messages[-1].content)
         return f"A better prompt, version {int(last[-1]) + 1 if last else 1}"
 
@@ -61,9 +64,10 @@ def agents(figures: Figures) -> tuple[FakeChat, FakeChat]:
     return make(write, name="director"), make(judge, name="critic")
 
 
-def story(scenes: int) -> Story:
-    """A story of so many scenes."""
-    return Story(scenes=[Scene(prompt=f"a keeper, scene {n}") for n in range(1, scenes + 1)])
+def story(scenes: int, markers: dict[str, str] = MARKERS) -> Story:
+    """A story of so many scenes; without markers it is planned."""
+    told = [Scene(prompt=f"a keeper, scene {n}") for n in range(1, scenes + 1)]
+    return Story(scenes=told, consistency_markers=markers)
 
 
 def pipeline(figures: Figures) -> Pipeline:
@@ -93,12 +97,15 @@ async def timed(p: Pipeline, told: Story, folder: Path) -> tuple[float, float]:
     return seconds, longest[0]
 
 
-async def chained(figures: Figures, folder: Path) -> tuple[float, float]:
+async def chained(
+    figures: Figures, folder: Path, markers: dict[str, str] = MARKERS
+) -> tuple[float, float]:
     """Seconds of one run of a new pipeline and the longest hold of the loop; its calls counted."""
     p = pipeline(figures)
-    measured = await timed(p, story(figures.scenes), folder)
-    images = figures.variations * figures.scenes
-    assert len(p.director.calls) + len(p.critic.calls) == 2 * figures.rounds * figures.scenes
+    measured = await timed(p, story(figures.scenes, markers), folder)
+    images, plans = figures.variations * figures.scenes, int(not markers)
+    calls = len(p.director.calls) + len(p.critic.calls)
+    assert calls == plans + 2 * figures.rounds * figures.scenes
     assert len(p.image_model.requests) == images
     assert sum(len(batch.images) for batch in p.scorers[0].batches) == images
     return measured

@@ -140,7 +140,8 @@ def live(job: dict[str, Any]) -> dict[str, Any]:
             director=Chat("director", bill), critic=Chat("critic", bill), image_model=Images(bill),
             scorers=[FakeScorer()], num_variations=VARIATIONS, quality_threshold=0, seed=11,
             max_enhancement_iterations=ITERATIONS, journal=journal)
-        result = asyncio.run(pipeline.run(Story(scenes=told), **where))
+        story = Story(scenes=told, consistency_markers={"mood": "calm"})
+        result = asyncio.run(pipeline.run(story, **where))
         found |= {"end": "finished", "references": [str(path) for path in result.references],
                   "record": result.model_dump_json()}
         if where := job.get("save"):

@@ -2,6 +2,7 @@
 
 Fakes with fixed latencies stand for the models. `sequential_s` is the same story done one scene
 after another and one stage after another, really run, with the package's own stage functions.
+A story without markers is planned first, which is one call more before all others.
 """
 
 import asyncio
@@ -22,8 +23,11 @@ def main() -> None:
         folder = Path(name)
         asyncio.run(chained(FIGURES, folder / "warm"))
         wall, block = asyncio.run(chained(FIGURES, folder / "run"))
+        planned, _ = asyncio.run(chained(FIGURES, folder / "planned", {}))
         one_by_one = asyncio.run(
             sequential(pipeline(FIGURES), story(FIGURES.scenes), folder / "sequential"))
+    bound = FIGURES.bound + FIGURES.llm
+    print(f"with a plan        {planned:6.2f} s  {planned / bound:5.2f} x {bound:.2f} s")
     report(wall, FIGURES.bound, one_by_one, block, "1.05 x bound + 0.3 s")
 
 

@@ -174,7 +174,7 @@ def pipeline(arm: Arm, number: int) -> Pipeline:
         image_model=Painter(width=WIDTH, error=ERROR, restated_error=restated_error(arm)),
         scorers=[OneByOne(scorer) for scorer in scorers],
         num_variations=arm.variations, max_enhancement_iterations=arm.iterations,
-        chain="previous" if arm.part == "stories" else "none",
+        chain="previous" if arm.part == "stories" else "none", plan=False,
         seed=run_seed(arm, number), max_concurrency=1,
     )
 

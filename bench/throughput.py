@@ -79,7 +79,7 @@ def stories() -> Iterator[Story]:
     """One story after another."""
     for number in range(STORIES):
         scenes = [Scene(prompt=f"a keeper, scene {n}") for n in range(1, SCENES + 1)]
-        yield Story(title=f"story {number}", scenes=scenes)
+        yield Story(title=f"story {number}", scenes=scenes, consistency_markers={"mood": "calm"})
 
 
 def pipeline() -> Pipeline:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -33,6 +34,7 @@ from refimg.engine.run import (
     load_models,
 )
 from .engine.settings import CHAINS, Settings, check_folder, check_story, settings_of
+from .engine.sheets import SubjectSheets
 from .engine.story import Scene, Story
 from .engine.subjects import Subject
 from .engine.tasks import GenerationCancelled, Progress, ProgressReporter, run_blocking
@@ -88,6 +90,26 @@ class _Models(NamedTuple):
         if budget is None:
             return director, critic, image_model
         return budget.chat(director), budget.chat(critic), budget.images(image_model)
+
+    @asynccontextmanager
+    async def opened(
+        self, limit_usd: float | None, journal: Any, within: Budget | None = None, **run: Any
+    ) -> AsyncGenerator[tuple[ChatModel, ChatModel, ImageModel]]:
+        """Yield the three as a run pays them; images are looked up in the journal first."""
+        budget = _budget(limit_usd, within=within, journal=journal, **run)
+        director, critic, images = self.paid(budget)
+        if journal is not None:
+            await journal.check()
+            images = journal.images(images, **run)
+        try:
+            yield director, critic, images
+        finally:
+            if budget:
+                await budget.write_down()
+
+
+def _run_id(generation_id: str | None) -> str:
+    return check_id(secrets.token_hex(6) if generation_id is None else generation_id)
 
 
 def _budget(limit_usd: float | None, **more: Any) -> Budget | None:
@@ -155,6 +177,25 @@ class Pipeline:
         expected = expected_calls(story, settings, negative=model.takes_negative_prompt)
         return defaults.estimate(**expected, image_model=price_name(model))
 
+    async def draw_subjects(
+        self,
+        story: Story,  # its subjects may have images, and looks
+        *,
+        output_dir: str | Path,  # where the images go
+        generation_id: str | None = None,  # names the files, as for `run`; None: random
+        on_progress: Callable[[Progress], Any] | None = None,  # sync or async
+        cancellation_check: Callable[[], Any] | None = None,  # sync or async; true: stop
+    ) -> Story:
+        """Return the story with a sheet of each subject, and look, that has no image yet."""
+        models = self._models()
+        await load_capabilities(models.image_model, cancellation_check)
+        place = {"output_dir": check_folder(output_dir), "generation_id": _run_id(generation_id)}
+        settings = await asyncio.to_thread(self._checked, story)
+        async with models.opened(self.budget_usd, self.journal, **place) as (*_, images):
+            sheets = SubjectSheets(settings, images, models.scorers, story, **place,
+                                   journaled=self.journal is not None, call=self._call(story))
+            return await sheets.draw(on_progress, cancellation_check)
+
     async def enhance(
         self,
         story: Story,  # as for `run`
@@ -199,7 +240,7 @@ class Pipeline:
         cancellation_check: Callable[[], Any] | None = None,  # sync or async; true: stop
     ) -> AsyncGenerator[StoryResult | StoryFailure, None]:
         """Run any number of stories and yield each as it finishes; `index` says which it was."""
-        name = check_id(secrets.token_hex(6) if generation_id is None else generation_id)
+        name = _run_id(generation_id)
         check_many(stories, concurrency, name)
         folder, models = check_folder(output_dir), self._models()
         settings_of(self)
@@ -224,7 +265,7 @@ class Pipeline:
             times_rerun=plan.times_rerun, spent=result.cost,
             planned=result.planned_markers, planner=result.planner,
             chain=result.settings.get("chain"))
-        return plan.finish(new, settings_of(self).model_dump())
+        return plan.finish(new)
 
     def _models(self) -> _Models:
         """Fill in every model that is missing, and return them all."""
@@ -256,8 +297,7 @@ class Pipeline:
     ) -> StoryResult:
         models = self._models()
         await load_capabilities(models.image_model, check)
-        name = check_id(secrets.token_hex(6) if generation_id is None else generation_id)
-        folder = check_folder(output_dir)
+        name, folder = _run_id(generation_id), check_folder(output_dir)
         settings = await asyncio.to_thread(self._checked, story, enhancements)
         warnings = []
         if self.chain is None:
@@ -266,25 +306,19 @@ class Pipeline:
                 warnings = [f"{settings.image_model} takes no reference images: "
                             "each scene is drawn on its own"]
         limit = within.limit if within and self.budget_usd is None else self.budget_usd
-        budget = _budget(limit, within=within, journal=self.journal, output_dir=folder,
-                         generation_id=name)
-        director, critic, images = models.paid(budget)
-        if self.journal is not None:
-            await self.journal.check()
-            images = self.journal.images(images, output_dir=folder, generation_id=name)
-        traces = TraceTree.open(Path(output_dir), name)
-        try:
-            kept, scenes = rerun.get("kept", {}), len(story.scenes)
-            reporter = ProgressReporter(scenes, scenes - len(kept), on_progress)
-            run = StoryRun(
-                settings, director, critic, images, models.scorers, story.normalized(), name,
-                folder, traces, reporter, self.journal, self._call(story),
-                given=enhancements or (), warnings=warnings, **rerun)
-            return await run.run(check)
-        finally:
-            traces.close(keep=self.keep_traces)
-            if budget:
-                await budget.write_down()
+        place = {"output_dir": folder, "generation_id": name}
+        async with models.opened(limit, self.journal, within, **place) as paid:
+            traces = TraceTree.open(Path(output_dir), name)
+            try:
+                kept, scenes = rerun.get("kept", {}), len(story.scenes)
+                reporter = ProgressReporter(scenes, scenes - len(kept), on_progress)
+                run = StoryRun(
+                    settings, *paid, models.scorers, story.normalized(), name, folder, traces,
+                    reporter, self.journal, self._call(story),
+                    given=enhancements or (), warnings=warnings, **rerun)
+                return await run.run(check)
+            finally:
+                traces.close(keep=self.keep_traces)
 
 # %% ../nbs/03_pipeline.ipynb #8ad036a2
 def _padded(name: str, values: list[str | None] | None, length: int) -> list[str | None]:

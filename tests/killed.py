@@ -75,7 +75,8 @@ def main() -> None:
         director=chat, critic=chat, image_model=images, scorers=[], num_variations=VARIATIONS,
         max_enhancement_iterations=ROUNDS, seed=11, journal=journal.Journal(folder / "journal"),
     )  # fmt: skip
-    story = Story(scenes=[Scene(prompt=f"a keeper on stair {n}") for n in range(1, SCENES + 1)])
+    scenes = [Scene(prompt=f"a keeper on stair {n}") for n in range(1, SCENES + 1)]
+    story = Story(scenes=scenes, consistency_markers={"mood": "calm"})
     result = asyncio.run(pipeline.run(story, generation_id="story", output_dir=folder / "images"))
     print(json.dumps({"references": [str(path) for path in result.references],
                       "steps": next(steps) - 1}))

@@ -195,7 +195,7 @@ async def test_a_cutaway_follows_what_it_is_told_to(run):
     story = Story(scenes=[Scene(prompt="a"), Scene(prompt="b", follows="none"),
                           Scene(prompt="c"), Scene(prompt="d", follows=1)])
     images = shades({})
-    result = await run(pipeline(images), story)
+    result = await run(pipeline(images, chain="previous"), story)
     sent = {at(r)[0]: r.references for r in images.requests}
     refs = result.references
     assert sent == {1: (), 2: (), 3: (refs[1],), 4: (refs[0],)}

@@ -42,7 +42,8 @@ def drawn(rule, **settings) -> FakeImages:
 def a_pipeline(images: FakeImages | None = None, **settings) -> Pipeline:
     """Two variations, one round, red wins, no threshold; whatever `settings` do not say."""
     models = {"director": director(), "critic": critic(), "image_model": images or FakeImages()}
-    rest = {"num_variations": 2, "max_enhancement_iterations": 1, "quality_threshold": 0.0}
+    rest = {"num_variations": 2, "max_enhancement_iterations": 1, "quality_threshold": 0.0,
+            "plan": False}
     return Pipeline(**models | {"scorers": [FakeScorer()]} | rest | settings)
 
 
@@ -1170,7 +1171,28 @@ async def test_a_scorer_that_stands_in_no_list_is_refused(run):
 
 async def test_a_chain_that_cannot_be_is_named_as_the_chain(run):
     with pytest.raises(ValueError, match=r"chain must be 'none'.* got 'previous'"):
-        await run(a_pipeline(FakeImages(max_references=0)))
+        await run(a_pipeline(FakeImages(max_references=0), chain="previous"))
+
+
+@pytest.mark.parametrize("most, asked, chain", [
+    (0, None, "none"), (1, None, "previous"), (2, None, "anchored"), (14, None, "anchored"),
+    (14, "none", "none"), (1, "first", "first"),
+])
+async def test_the_chain_is_the_best_that_the_model_can_do(run, caplog, most, asked, chain):
+    result = await run(a_pipeline(FakeImages(max_references=most), chain=asked), a_story(3))
+    assert result.settings["chain"] == chain
+    told = "fake-images takes no reference images: each scene is drawn on its own"
+    assert [told in scene.warnings for scene in result.scenes] == [not most] * 3
+    assert caplog.text.count(told) == (not most)
+
+
+async def test_a_rerun_keeps_the_chain_of_its_run(run):
+    images = FakeImages(max_references=3)
+    result = await run(a_pipeline(images, chain="first"), a_story(3))
+    images.requests.clear()
+    again = await a_pipeline(images).rerun(result, 3)
+    assert {r.references for r in images.requests} == {(result.references[0],)}
+    assert again.settings_of(3)["chain"] == "first"
 
 
 async def test_a_pipeline_without_models_finds_them_once(caplog):

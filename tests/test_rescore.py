@@ -31,7 +31,8 @@ async def made(
     folder: Path, scenes: int = 3, images: FakeImages | None = None, **over
 ) -> StoryResult:
     """A run in which the last variation of each scene is the brightest."""
-    options = {"scorers": [FakeScorer()], "num_variations": 3, "quality_threshold": 1.0} | over
+    options = {"scorers": [FakeScorer()], "num_variations": 3, "quality_threshold": 1.0,
+               "plan": False} | over
     p = Pipeline(director(), critic(), images or FakeImages(), **options)
     story = Story(scenes=[Scene(prompt=f"scene {n}") for n in range(1, scenes + 1)])
     return await p.run(story, output_dir=folder, generation_id="run")

@@ -345,7 +345,7 @@ LAYERS = (
     ("__main__", "cli", "fleet", "view.gallery", "gallery"),
     ("pipeline",),
     ("engine.run", "engine.agents", "engine.attempts", "engine.candidates", "engine.handover",
-     "engine.many", "engine.decisions"),
+     "engine.many", "engine.decisions", "engine.sheets"),
     ("engine.results", "engine.settings", "engine.planning", "engine.usage"),
     ("enhance", "generate", "score", "inspection"),
     ("engine.story", "engine.references", "engine.prompts", "engine.tasks", "engine.costs"),
@@ -357,7 +357,7 @@ STAGES = ("enhance", "generate", "score", "inspection", "engine.planning")  # ma
 SEES = ("cli", "fleet", "pipeline")
 GROUND = (*LAYERS[-1], "storage")
 READ = ("engine.results", "engine.settings", "engine.decisions", "engine.story", "engine.costs",
-        "engine.tasks",
+        "engine.tasks", "engine.sheets",
         "inspection", "enhance", "generate", "score", *GROUND)
 WINGS_KNOW = {  # beside their own rooms
     "adapters": GROUND,

@@ -499,7 +499,6 @@ async def test_a_number_beyond_all_floats_is_refused_like_any_other(refused, fie
     "field, value, allowed",
     [
         ("chain", "last", "previous, first, none"),
-        ("chain", None, "previous, first, none"),
         ("score_text", "sent", "original, enhanced"),
         ("seed", True, "whole number"),
         ("seed", 1.5, "whole number"),

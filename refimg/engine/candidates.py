@@ -40,6 +40,10 @@ class SceneNotes:
     causes: list[BaseException] = field(default_factory=list)  # of what failed
     bill: list[float | None] = field(default_factory=list)  # USD of each call of the image model
     timings: dict[str, float] = field(default_factory=dict)  # seconds
+    label: str = ""  # what the log calls it; "": "scene" and its number
+
+    def __post_init__(self) -> None:
+        self.label = self.label or f"scene {self.number}"
 
     def warn(
         self,
@@ -48,7 +52,7 @@ class SceneNotes:
         """Log a warning and keep it."""
         for text in texts:
             self.warnings.append(text)
-            _logger.warning("scene %d: %s", self.number, text)
+            _logger.warning("%s: %s", self.label, text)
 
     def fall_back(
         self,
@@ -58,7 +62,7 @@ class SceneNotes:
         """Log a fallback and keep it as a warning."""
         if isinstance(cause, BaseException):
             self.causes.append(cause)
-        _logger.error("fallback: scene %d, %s: %r", self.number, step, cause)
+        _logger.error("fallback: %s, %s: %r", self.label, step, cause)
         self.warnings.append(f"{step}: {cause}")
 
     def log_selection(
@@ -71,9 +75,9 @@ class SceneNotes:
         scores, t = winner.scores, self.timings
         short = {k: v and round(v, 1) for k, v in {"": scores.overall, **scores.metrics}.items()}
         _logger.info(
-            "scene %d: overall %s, metrics %s, %s (%s); enhance %.2f s, generate %.2f s, "
+            "%s: overall %s, metrics %s, %s (%s); enhance %.2f s, generate %.2f s, "
             "score %.2f s, wait %.2f s",
-            self.number, short.pop(""), short, winner.image.image_path, source,
+            self.label, short.pop(""), short, winner.image.image_path, source,
             t["enhance"], t["generate"], t["score"], t["wait"])
         if warning := threshold_warning(scores, threshold):
             self.warn(warning)

@@ -303,7 +303,6 @@ class Rerun:
     def finish(
         self,
         new: StoryResult,  # what the run of these scenes returned
-        settings: dict[str, Any],  # of the pipeline that drew them
     ) -> StoryResult:
         """Return the new result with the history of the old one and this rerun."""
         old, prompt = self.result, self.story.scenes[self.scene - 1].prompt
@@ -311,7 +310,7 @@ class Rerun:
         event = Event(
             kind="rerun", at=_now(), scene=self.scene,
             before={"prompt": old.scenes[self.scene - 1].prompt, "preferences": rows},
-            after={"prompt": prompt, "scenes": self.again, "settings": settings})
+            after={"prompt": prompt, "scenes": self.again, "settings": new.settings})
         stale = {"stale": self.source.stale if self.source else None}
         scenes = [scene.model_copy(update=stale) if scene.scene in self.again else scene
                   for scene in new.scenes]

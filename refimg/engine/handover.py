@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from hashlib import file_digest
 from pathlib import Path
 
 from PIL import Image
 
-from .references import ReferencePlan, References
+from .references import Reference, ReferencePlan, References
+from .results import SentReference
 from ..storage.images import read_image
 
 # %% auto #0
@@ -30,7 +32,9 @@ class Handover:
         compares: bool,  # True: a scorer compares images with what they must agree with
     ):
         self.plan, self.compares = plan, compares
+        self.sent: dict[int, list[SentReference]] = {}  # by scene, the record of what goes along
         self._own: dict[int, asyncio.Future[Path | None]] = {}
+        self._hashes: dict[Path, asyncio.Future[str | None]] = {}  # each file is read once
 
     def _future(self, number: int) -> asyncio.Future[Path | None]:
         return self._own.setdefault(number, asyncio.get_running_loop().create_future())
@@ -55,7 +59,23 @@ class Handover:
         """Wait for the scenes that this one is drawn from; return all that goes along."""
         for earlier in self.plan.chain.predecessors(number, compared=self.compares):
             await self._future(earlier)
-        return self.plan.references(number, self._made)
+        found = self.plan.references(number, self._made)
+        self.sent[number] = await asyncio.gather(*map(self._record, found.sent))
+        return found
+
+    async def _record(self, reference: Reference) -> SentReference:
+        def sha256() -> str | None:
+            try:
+                with reference.path.open("rb") as file:
+                    return file_digest(file, "sha256").hexdigest()
+            except OSError:  # the request says what is wrong with it
+                return None
+
+        if reference.path not in self._hashes:
+            self._hashes[reference.path] = asyncio.ensure_future(asyncio.to_thread(sha256))
+        known = await asyncio.shield(self._hashes[reference.path])
+        fields = reference.model_dump(include={"path", "role", "scene", "subjects"})
+        return SentReference(sha256=known, **fields)
 
     async def standards(
         self,

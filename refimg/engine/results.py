@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['Variation', 'SceneResult', 'threshold_warning', 'Event', 'StoryResult']
+__all__ = ['Variation', 'SentReference', 'SceneResult', 'threshold_warning', 'Event', 'StoryResult']
 
 # %% ../../nbs/engine/results.ipynb #e4564a32
 _logger = logging.getLogger(__name__)
@@ -44,6 +44,16 @@ class Variation(BaseModel, frozen=True):
     selected: bool = False  # True: this image is the scene's reference
 
 # %% ../../nbs/engine/results.ipynb #2c7f7936
+class SentReference(BaseModel, frozen=True):
+    """One image that went along with a scene's requests."""
+
+    path: Path  # the file
+    sha256: str | None = None  # of the file when it was sent; None: it could not be read
+    role: Literal["initial", "previous", "anchor", "follows", "subject"]  # why it went along
+    scene: int | None = None  # whose reference it was, from 1; None: no scene's
+    subjects: list[CleanText] = []  # what it showed of the scene; "*": the only subject
+
+
 class SceneResult(BaseModel, frozen=True):
     """The result of one scene."""
 
@@ -51,6 +61,7 @@ class SceneResult(BaseModel, frozen=True):
     prompt: str  # the scene's own, as given
     enhancement: ImagePromptEnhancementResult  # what the agents made of it
     sent_prompt: str  # what the image model was sent
+    sent_references: list[SentReference] = []  # what went along, image 1 first
     variations: list[Variation]  # in generation order; empty where nothing could be drawn
     reference: Path  # the image that stands for this scene
     reference_from: Literal["ranked", "first", "fallback", "carried", "human"]

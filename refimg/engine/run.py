@@ -188,6 +188,7 @@ class SceneRun:
         return SceneResult(
             scene=self.number, prompt=self.scene.prompt, enhancement=self.enhancement,
             sent_prompt=self.sent_prompt, variations=self.images.variations(self.winner),
+            sent_references=self.run.handover.sent.get(self.number, []) if self.sent_prompt else [],
             reference=reference, reference_from=self.source if self.winner else "carried",
             below_threshold=None if overall is None else overall < threshold,
             warnings=self.notes.warnings, timings=stages | self.notes.timings)

@@ -51,7 +51,7 @@ class Progress(BaseModel, frozen=True):
 
     stage: _Stage  # the stage that begins
     message: str  # the same in words for a person
-    scene: int  # from 1
+    scene: int  # from 1; of `draw_subjects`: the sheet
     scenes: int  # how many there are
     percent: float  # 0–100; share of all stages that are finished
     cost: float | None = None  # USD of the run so far; None: the price of a call is not known
@@ -116,9 +116,11 @@ class ProgressReporter(Notifier):
         scenes: int,  # of the story
         todo: int,  # scenes that this run makes
         callback: Callable[[Progress], Any] | None,  # sync or async; None: nobody listens
+        stages: int = 3,  # of each scene
+        unit: str = "scene",  # what the log calls one
     ):
         super().__init__(callback)
-        self.scenes, self.stages, self.finished = scenes, 3 * todo, 0
+        self.scenes, self.stages, self.finished, self.unit = scenes, stages * todo, 0, unit
 
     def begin(
         self,
@@ -131,7 +133,8 @@ class ProgressReporter(Notifier):
         percent = 100.0 * self.finished / self.stages
         step = Progress(stage=stage, message=_MESSAGES[stage], scene=scene, scenes=self.scenes,
                         percent=percent, cost=cost)
-        _logger.info("%s (scene %d of %d, %.0f %%)", step.message, scene, self.scenes, percent)
+        _logger.info("%s (%s %d of %d, %.0f %%)", step.message, self.unit, scene, self.scenes,
+                     percent)
         self.report(step)
 
     def finish(self) -> None:

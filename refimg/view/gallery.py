@@ -18,6 +18,7 @@ from ..engine.story import Story
 from ..pipeline import Pipeline
 from ..storage.files import check_id
 from .gallery_state import GalleryPage, GalleryState
+from .gallery_subjects import subject_cards
 from .html import Html, counted, diff_html, element, note_text, root_html
 from .tables import metric_names, text_html
 
@@ -136,7 +137,7 @@ class GalleryWidgets:
         """Show what the gallery holds."""
         g = self.gallery
         most = max((len(s.variations) for s in g.result.scenes), default=0) if g.result else 0
-        face = (g.result is not None, g.enhancements is not None, most)
+        face = (g.result is not None, g.enhancements is not None, most, g.page.subjects)
         if face != self.face:
             self.buttons, self.face = [], face
             self.body.children = self._result_face(most) if g.result else self._prompts_face()
@@ -218,9 +219,9 @@ class GalleryWidgets:
         grid = GridBox([card.box for card in self.cards], layout=Layout(
             grid_template_columns="repeat(auto-fill, minmax(220px, 1fr))", grid_gap="12px"))
         wrap = Layout(flex_flow="row wrap")
-        return [self.scene, HBox([self.sort, self.blind], layout=wrap), self.prompt,
-                HBox([self.reasons, self.why], layout=wrap), grid, self.closer, self.decided,
-                self.editor, self.price, self.again]
+        return [*subject_cards(self), self.scene, HBox([self.sort, self.blind], layout=wrap),
+                self.prompt, HBox([self.reasons, self.why], layout=wrap), grid, self.closer,
+                self.decided, self.editor, self.price, self.again]
 
     def _draw_again(self) -> None:
         scene, text = self.gallery.scene, self.editor.value

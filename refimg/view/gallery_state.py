@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -23,9 +24,11 @@ from refimg.engine.decisions import (
 )
 from ..engine.protocols import visible_text
 from ..engine.results import SceneResult, StoryResult
+from ..engine.sheets import replace_image, sheet_stem
 from ..engine.story import Story
+from ..engine.subjects import Subject
 from ..enhance import ImagePromptEnhancementResult
-from ..storage.files import check_id
+from ..storage.files import check_id, decode_image, encode_png, save_numbered
 from refimg.view.html import (
     BADGE,
     QUIET,
@@ -78,6 +81,13 @@ def _forgets(new: StoryResult, old: StoryResult) -> bool:
     return any(row not in known for row in preference_rows(old) if row["scene"] in again)
 
 # %% ../../nbs/view/gallery_state.ipynb #5a120011
+def _bare(story: Story | None) -> Story | None:
+    """Return the story without the images of its subjects, which a person may change."""
+    none = {"images": [], "look_images": {}}
+    return story and story.model_copy(update={
+        "subjects": [subject.model_copy(update=none) for subject in story.subjects]})
+
+
 class GalleryState:
     """A story and its result, the file that keeps them, and what is shown of them."""
 
@@ -107,7 +117,8 @@ class GalleryState:
         seen, path = self._checksum(), str(self.path)
         given = StoryResult.load(source) if isinstance(source, (str, Path)) else source
         kept = StoryResult.load(self.path) if self.path and seen else None
-        same = kept is None or (kept.story == given.normalized() if isinstance(given, Story)
+        same = kept is None or (_bare(kept.story) == _bare(given.normalized())
+                                if isinstance(given, Story)
                                 else kept.generation_id == given.generation_id)
         if not same:
             raise ValueError(f"path must be a new file, got {path!r}, the result of another story")
@@ -186,6 +197,32 @@ class GalleryState:
         """Rule that image out as a reference, and save the result."""
         self._decide(veto, scene, variation, reason)
 
+    def sheets(
+        self,
+        subject: str,  # by its name
+        look: str | None = None,  # by its name; None: the usual one
+    ) -> list[Path]:
+        """List the images that were drawn of a subject, or of a look of it, in their order."""
+        stem = sheet_stem(self.drawn.generation_id, subject, look)
+        found = {path: re.fullmatch(rf"{re.escape(stem)}_v(\d+)\.png", path.name)
+                 for path in self._place(self.drawn).parent.glob("*_subject_*.png")}
+        numbers = {path: int(match[1]) for path, match in found.items() if match}
+        return [path.absolute() for path in sorted(numbers, key=lambda path: numbers[path])]
+
+    def replace_image(
+        self,
+        subject: str,  # by its name
+        image: Path | bytes,  # a file, or what is in one: it is saved beside the others
+        look: str | None = None,  # by its name; None: the usual one
+    ) -> None:
+        """Give a subject another image, and save the result."""
+        self._check_free()
+        if isinstance(image, bytes):
+            stem = sheet_stem(self.drawn.generation_id, subject, look)
+            png = encode_png(decode_image(image), {})
+            image = save_numbered(png, self._place(self.drawn).parent, stem)
+        self.keep(replace_image(self.drawn, subject, image, look))
+
     def with_prompt(
         self,
         scene: int,  # from 1
@@ -240,10 +277,13 @@ class GalleryState:
         folders = (v.image.image_path.parent for s in result.scenes for v in s.variations)
         return next(folders, Path()) / f"{check_id(result.generation_id)}.json"
 
-    def _decide(self, decision: Callable, scene: int, variation: int, reason: str) -> None:
+    def _check_free(self) -> None:
         if self.busy:
             raise ValueError("images are being drawn; decide when they are there")
         self.check_file()
+
+    def _decide(self, decision: Callable, scene: int, variation: int, reason: str) -> None:
+        self._check_free()
         self.keep(decision(self.drawn, scene, variation, reason, blind=self.blind))
 
     def _edited(
@@ -319,6 +359,23 @@ class GalleryPage:
         reason = text_html(out[number].reason, 200)
         return element("div", figure, element("div", "✕ vetoed:", Html(" "), reason))
 
+    @property
+    def subjects(self) -> list[Subject]:
+        """The story's, with their images."""
+        return self.state.story.subjects if self.state.story else []
+
+    def subject(
+        self,
+        subject: Subject,  # of the story
+        look: str | None = None,  # by its name; None: the usual one
+    ) -> Html:
+        """Show the image of a subject, or of a look of it."""
+        name = f"{subject.name}, {look}" if look else subject.name
+        own = subject.look_images.get(look) if look else next(iter(subject.images), None)
+        image = image_html(own, f"Image of {name}", 192) if own else None
+        told = element("figcaption", text_html(name, 80), "" if own else ": no image")
+        return element("figure", image, told, style="margin:0")
+
     def closer(self) -> Html:
         """Show the images that somebody looks at closely, at most two, large and side by side."""
         made, style = self.state.shown.variations, "margin:0;flex:1 1 20em;max-width:1280px"
@@ -351,4 +408,6 @@ class GalleryPage:
             return root_html(self.head(), self.prompts())
         row = element("div", *(self.image(k) for k in self.state.order()), style=ROW)
         closer = self.closer() if self.state.closer else None
-        return root_html(self.head(), self.scene(), row, closer, self.decided())
+        shown = [self.subject(one, look) for one in self.subjects for look in (None, *one.looks)]
+        subjects = element("div", *shown, style=ROW) if shown else None
+        return root_html(self.head(), subjects, self.scene(), row, closer, self.decided())

@@ -114,6 +114,17 @@ def _provenance(result: StoryResult) -> list[Html]:
     return [*made, table_html("Images", head, rows)]
 
 # %% ../../nbs/view/report.ipynb #ebb62de9
+def _sent_references(scene: SceneResult) -> Html | None:
+    """Say of each image that went along what it was, one line each."""
+    lines = []
+    for number, image in enumerate(scene.sent_references, start=1):
+        shown = ", ".join(image.subjects) if image.role == "subject" else "the story's image"
+        source = shown if image.scene is None else f"scene {image.scene}"
+        file = f"{image.path.name}, SHA-256 {image.sha256 or 'unknown'}"
+        lines.append(visible(f"Image {number}: {source} ({image.role}); {file}"))
+    return lines_html("\n".join(lines)) if lines else None
+
+
 def _scene(scene: SceneResult, width: int) -> list[Html | None]:
     """Show everything that is known of one scene; its images are so many pixels wide."""
     made, steps = scene.enhancement, []
@@ -135,7 +146,7 @@ def _scene(scene: SceneResult, width: int) -> list[Html | None]:
         folded_html(taken, *steps) if steps
         else element("p", f"Not enhanced: {made.stop_reason}."),
         folded_html("the prompt that was sent", lines_html(sent)) if sent
-        else element("p", "Nothing was sent."),
+        else element("p", "Nothing was sent."), _sent_references(scene),
         element("h3", "Variations"), figures_html(scene, width),
         element("h3", "Warnings") if warnings_of(scene) else None, warnings_html(scene),
     ]

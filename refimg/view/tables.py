@@ -327,7 +327,8 @@ def history_table(
     for number, event in enumerate(result.history, start=1):
         after, told = event.after, []
         for name, words in (("variation", "selected: v"), ("scenes", "drawn again: scene "),
-                            ("changed", "another reference: scene ")):
+                            ("changed", "another reference: scene "),
+                            ("subject", "another image of "), ("look", "its look: ")):
             told += [words + numbers(after[name])] if after.get(name) else []
         if after.get("prompt") not in (None, event.before.get("prompt")):
             told.append(f"new prompt: {after['prompt']}")

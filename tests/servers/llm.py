@@ -108,8 +108,10 @@ def material(body: dict[str, Any]) -> dict[str, str]:
 
 
 def role_of(body: dict[str, Any]) -> str:
-    """Which agent is asked: "critic", "director", or "other"."""
+    """Which agent is asked: "critic", "director", "planner", or "other"."""
     given = material(body)
+    if "story" in given:
+        return "planner"
     if "original" not in given:
         return "other"
     return "critic" if "prompt" in given else "director"
@@ -129,7 +131,7 @@ def good(body: dict[str, Any]) -> str:
     if role == "critic":
         scores = dict.fromkeys(DIMENSIONS, min(100, 60 + 6 * version(given["prompt"])))
         return json.dumps(scores | {"critique": "Clear.", "improvements": ["name the lens"]})
-    return "blur, watermark"
+    return json.dumps({"style": "ink drawing"}) if role == "planner" else "blur, watermark"
 
 
 WORDS = ("keeper", "under", "the", "lamp", "in", "pale", "light", "as", "red", "boats", "come home")
