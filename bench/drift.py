@@ -112,9 +112,16 @@ FEW = [*MAIN, DEFAULT._replace(plan=True), Arm("anchored")._replace(subjects="gi
        DEFAULT._replace(subjects="given")]
 
 
-def arms_of(which: str) -> list[Arm]:
-    """The arms of stories of twelve scenes, each once."""
-    return list(dict.fromkeys([*MAIN, *MORE, *TABLE, *TOWER, *RULES] if which == "all" else FEW))
+FIRST = [*MAIN, *(Arm("anchored", weight) for weight in (0.1, 0.4, 0.6, 1.0)), Arm("none"),
+         Arm("first"), Arm("first", 0.6), Arm("first", ORACLE, oracle=True), *FEW,
+         *(arm._replace(plan=True) for arm in MAIN)]  # of a whole study
+
+
+def arms_of(which: str) -> list[list[Arm]]:
+    """The arms of stories of twelve scenes in groups: all stories of a group before the next."""
+    first = list(dict.fromkeys(FIRST))
+    rest = dict.fromkeys([*MORE, *TABLE, *TOWER, *RULES])
+    return [first, [arm for arm in rest if arm not in first]] if which == "all" else [FEW]
 
 
 # stories
@@ -311,15 +318,15 @@ def make_part(path: Path, number: int, arms: list[Arm]) -> Path:
     return path
 
 
-def make(stories: int, gaps: int, arms: list[Arm], folder: Path) -> list[Path]:
-    """All parts, by two processes: the stories of twelve, and those with a gap between them."""
+def make(stories: int, gaps: int, groups: list[list[Arm]], folder: Path) -> list[Path]:
+    """All parts, by two processes."""
     folder.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256("\n".join(arm.name for arm in arms).encode()).hexdigest()[:6]
-    long = [(folder / f"{digest}-{n:03d}.parquet", n, arms) for n in range(stories)]
-    short = [(folder / f"gap-{n:03d}.parquet", 1000 + n, GAPS) for n in range(gaps)]
-    each = -(-len(short) // max(1, len(long)))
-    todo = [job for i in range(max(len(long), 1))
-            for job in [*long[i : i + 1], *short[each * i : each * (i + 1)]]]
+    todo = []
+    for arms in groups:
+        name = hashlib.sha256("\n".join(arm.name for arm in arms).encode()).hexdigest()[:6]
+        todo += [(folder / f"{name}-{n:03d}.parquet", n, arms) for n in range(stories)]
+    todo[stories:stories] = [
+        (folder / f"gap-{n:03d}.parquet", 1000 + n, GAPS) for n in range(gaps)]
     os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
     with ProcessPoolExecutor(2, mp_context=get_context("spawn"), initializer=prepare) as pool:
         return list(pool.map(make_part, *zip(*todo, strict=True)))
@@ -496,13 +503,13 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="only the tables of what is there")
     given, started = parser.parse_args(), time.time()
     gaps = 2 * given.stories if given.gaps is None else given.gaps
-    arms = arms_of(given.arms)
+    groups = arms_of(given.arms)
     if given.report:
         paths = sorted(given.folder.glob("*.parquet"))
     else:
-        paths = make(given.stories, gaps, arms, given.folder)
+        paths = make(given.stories, gaps, groups, given.folder)
     table = pd.concat([pd.read_parquet(path) for path in paths], ignore_index=True)
-    result = report(table, arms)
+    result = report(table, [arm for arms in groups for arm in arms])
     result["minutes"] = round((time.time() - started) / 60, 1)
     print(json.dumps(result))
 
