@@ -250,7 +250,7 @@ class TowerConsistency(SandboxConsistency):
 
     def embed_images(self, batch):
         """The vectors of clip_score."""
-        return self.embedder.images(batch)
+        return self.embedder.images(batch, self.view)
 
     def to_100(self, raw):
         """A logistic curve of its own."""

@@ -3,7 +3,8 @@
 ViT-H and ViT-L with random weights, on the CPU in 32 bits. naive: each image alone, ViT-H image and
 text, ViT-L image and text, ViT-L image again for the aesthetic score. bare: the two image towers at
 batch 4 and one text pass each, on pixels and tokens that are ready. `--small` is a try with tiny
-models, `--gpu` adds the towers in half precision on a GPU. The weights take 5.7 GB of disk.
+models, `--gpu` adds the towers in half precision on a GPU. The weights take 5.7 GB of disk. All
+ways see the center of each image, one pass; by tiles an image at 16:9 is two.
 """
 
 import hashlib
@@ -79,6 +80,7 @@ def scorers(folder: Path, **options: str) -> list:
     head = weights.WebFile(url, hashlib.sha256(data).hexdigest(), len(data))
     clip.HEADS["v2"] = head
     head.fetch()
+    options["view"] = "center"
     return [clip.PickScore(folder / "h", **options), clip.ClipScore(folder / "l", **options),
             clip.Aesthetic(folder=folder / "l", **options)]
 

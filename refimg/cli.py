@@ -164,6 +164,8 @@ _Iterations = Annotated[int, typer.Option(
     "--iterations", "-i", help="Iterations of the two agents at most, 0 to 10.")]
 _Seed = Annotated[int | None, typer.Option(help="Makes images repeatable where the model is.")]
 _Aspect = Annotated[str, typer.Option("--aspect-ratio", help="Of the images, width:height.")]
+_View = Annotated[str | None, typer.Option(
+    help="What scorers see of an image: tiles, center or whole.")]
 
 
 def _examples(*lines: str) -> str:
@@ -216,11 +218,12 @@ def score(
         exists=True, dir_okay=False, help="PNG, JPEG, WebP, AVIF or GIF files.")],  # of one prompt
     prompt: Annotated[str, typer.Option(
         help='What they should show; "-" reads it from standard input.')],  # their text
+    view: _View = None,  # None: REFIMG_VIEW, or what fits the scorers
     json_value: _Json = False,  # True: the records as JSON
 ) -> None:
     """Score and rank images of one prompt."""
     text = _prompt_of(prompt)
-    scored = _wait_for(lambda: score_images(images, text))
+    scored = _wait_for(lambda: score_images(images, text, scorers=defaults.scorers(view=view)))
     ranked = [(path, scores, None if scores.overall is None else rank) for path, scores, rank
               in rank_images_by_quality(list(zip(images, scored, strict=True)))]
     rows = [{"image": path, "rank": rank} | dict(scores) for path, scores, rank in ranked]
@@ -318,6 +321,7 @@ def run(
     seed: _Seed = None,  # None: none is sent
     chain: Annotated[str | None, typer.Option(
         help="What scenes hand on: anchored, previous, first or none.")] = None,  # None: default
+    view: _View = None,  # None: REFIMG_VIEW, or what fits the scorers
     budget_usd: Annotated[float | None, typer.Option(
         help="What the run may spend at most.")] = None,  # None: no limit
     json_value: _Json = False,  # True: the whole record as JSON
@@ -330,7 +334,7 @@ def run(
     async def work() -> StoryResult:
         pipeline = Pipeline.from_env(
             num_variations=variations, max_enhancement_iterations=iterations,
-            aspect_ratio=aspect_ratio, seed=seed, chain=chain, budget_usd=budget_usd)
+            aspect_ratio=aspect_ratio, seed=seed, chain=chain, view=view, budget_usd=budget_usd)
         _tell(f"generation {name}, images in {output_dir}")
         return await pipeline.run(
             tale, generation_id=name, output_dir=output_dir, on_progress=lambda step: _tell(

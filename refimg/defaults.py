@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from refimg.adapters.clip import Aesthetic, ClipScore, Consistency, PickScore
     from refimg.adapters.prices import PriceTable
     from refimg.adapters.retry import RunLimits
+    from refimg.adapters.tiles import View
     from refimg.engine.costs import Budget, Estimate
     from refimg.engine.protocols import ChatModel, ImageModel, Scorer
     from refimg.storage.journal import Journal
@@ -115,27 +116,35 @@ def image_model() -> ImageModel:
     return Painter()
 
 # %% ../nbs/06_defaults.ipynb #158b0da0
-def real_scorers() -> list[PickScore | ClipScore | Aesthetic | Consistency]:
+def real_scorers(
+    view: View | None = None,  # what they see of an image; None: what fits them
+) -> list[PickScore | ClipScore | Aesthetic | Consistency]:
     """Make the scorers on public checkpoints that are used by default, present or not."""
     from refimg.adapters.clip import Aesthetic, ClipConsistency, ClipScore, PickScore
     from refimg.adapters.dino import DinoConsistency
 
-    dino = DinoConsistency()
-    consistency = ClipConsistency() if dino.missing() else dino
-    return [PickScore(), ClipScore(), Aesthetic(), consistency]
+    tiled = [kind(view=view or "tiles") for kind in (PickScore, ClipScore, Aesthetic)]
+    dino = DinoConsistency(view=view or "whole")
+    return [*tiled, ClipConsistency(view=view or "tiles") if dino.missing() else dino]
 
 
 def scorers(
     image_model: ImageModel | None = None,  # what draws the images; None: files of unknown origin
+    view: str | None = None,  # what they see of an image; None: REFIMG_VIEW, or what fits them
 ) -> list[Scorer]:
     """Make the scorers for that model's images: the sandbox's for its own, else the real ones."""
+    from refimg.adapters.tiles import VIEWS, check_view
+
+    asked = choice("REFIMG_VIEW", VIEWS) if view is None else view
+    seen = None if asked is None else check_view(asked)
     origin = world() if image_model is None else image_model.name
     if not origin.startswith("sandbox"):
-        return [*real_scorers()]
+        return [*real_scorers(seen)]
     from refimg.sandbox import scorers as own
 
-    return [own.SandboxPickScore(), own.SandboxClipScore(), own.SandboxAesthetic(),
-            own.SandboxConsistency()]
+    kinds = (own.SandboxPickScore, own.SandboxClipScore, own.SandboxAesthetic,
+             own.SandboxConsistency)
+    return [kind(view=seen or "whole") for kind in kinds]
 
 # %% ../nbs/06_defaults.ipynb #115309a9
 def available() -> dict[str, str | None]:

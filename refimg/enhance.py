@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -28,7 +28,8 @@ from pydantic import (
 
 from .engine.answers import flat_object, last_object, parse_prompt, plain_text, read_number
 from .engine.fence import fence, read_fences
-from .engine.instructions import CRITIC, DIMENSIONS, DIRECTOR, NEGATIVE
+from .engine.guidance import DEFAULT, Guidance
+from .engine.instructions import CRITIC, DIMENSIONS, NEGATIVE
 from .engine.intent import lost_intent
 from .engine.costs import sum_known
 from .engine.protocols import ChatModel, CleanText, Message, Reply, Usage, visible_text
@@ -147,13 +148,17 @@ def director_messages(
     original: str,  # the user's prompt
     last: Iteration | None = None,  # the iteration before; None in the first
     context: dict[str, str] | str | None = None,  # markers, notes and brand of the scene
+    *,
+    instruction: str = DEFAULT.instruction,  # what it is told before everything else
+    lost: Sequence[str] = (),  # what the last version lost of the original
 ) -> list[Message]:
     """Write what the director is asked in one iteration."""
     material = {"original": original, "context": _context_text(context)}
+    material["lost"] = "\n".join(lost)
     if last:
         material["last_version"] = last.enhanced_prompt
         material["critique"] = json.dumps(last.critique.model_dump(), ensure_ascii=False)
-    return _talk(DIRECTOR, **material)
+    return _talk(instruction, **material)
 
 
 def critic_messages(
@@ -308,14 +313,19 @@ class Enhancement:
     director: ChatModel
     critic: ChatModel
     trace: EnhancementTrace
+    guidance: Guidance = DEFAULT  # how to write for the image model
     bill: list[Reply | None] = field(default_factory=list)  # None: a call that raised
     iterations: list[Iteration] = field(default_factory=list)
+    lost: list[list[str]] = field(default_factory=list)  # of the original, by each iteration
     warnings: list[str] = field(default_factory=list)
 
     @property
     def best(self) -> Iteration | None:
-        """The iteration of the highest overall so far, the earlier of two that are equal."""
-        return max(self.iterations, key=lambda done: done.critique.overall, default=None)
+        """The iteration of the highest overall; of equal ones what lost least, then the first."""
+        if not self.iterations:
+            return None
+        found = zip(self.iterations, self.lost, strict=True)
+        return max(found, key=lambda done: (done[0].critique.overall, -len(done[1])))[0]
 
     async def _ask(self, role: str, messages: list[Message], read: Callable, **shape: Any) -> Any:
         try:
@@ -329,13 +339,17 @@ class Enhancement:
         """Make one version and the critique of it."""
         number, started, paid = len(self.iterations) + 1, time.monotonic(), len(self.bill)
         last = self.iterations[-1] if self.iterations else None
-        asked = director_messages(self.original, last, self.context)
+        asked = director_messages(
+            self.original, last, self.context, instruction=self.guidance.instruction,
+            lost=self.lost[-1] if last else ())
         read = partial(parse_prompt, original=self.original)
         prompt = await self._ask("director", asked, read)
         self.trace.add(number, prompt)
         asked = critic_messages(prompt, self.original, self.context)
         critique = await self._ask("critic", asked, parse_critique, schema=Critique)
         self.trace.add(number, critique)
+        self.lost.append([] if self.guidance.legacy else
+                         await asyncio.to_thread(lost_intent, self.original, prompt))
         used = [reply and reply.usage for reply in self.bill[paid:]]
         told = [usage for usage in used if usage is not None]
         usage = Usage(input_tokens=sum(u.input_tokens for u in told),
@@ -403,6 +417,7 @@ async def enhance_prompt_iterative(
     critic: ChatModel | None = None,  # who criticises; None: `defaults.critic()`
     context: dict[str, str] | str | None = None,  # markers, notes and brand of the scene
     negative: bool = False,  # also ask for a negative prompt, one call more
+    guidance: Guidance | None = None,  # how to write for the image model; None: for any
     trace_dir: Path | str | None = None,  # a folder for the trace; None: none is written
 ) -> ImagePromptEnhancementResult:
     """Enhance a prompt: return its best version, and every iteration that led there."""
@@ -421,7 +436,7 @@ async def enhance_prompt_iterative(
 
         director, critic = director or defaults.director(), critic or defaults.critic()
     trace = EnhancementTrace(trace_dir, text)
-    going = Enhancement(text, notes, director, critic, trace)
+    going = Enhancement(text, notes, director, critic, trace, guidance or DEFAULT)
     started = time.monotonic()
     reason = await going.run(max_iterations, score_threshold)
     unwanted = await going.negative_prompt() if negative and going.best else None

@@ -117,6 +117,7 @@ class Candidate:
     raw: dict[str, RawScore] = field(default_factory=dict)  # by scorer
     scores: ImageScores | None = None  # None: not graded yet
     rank: int | None = None  # in its group, from 1
+    defects: list[str] = field(default_factory=list)  # what is seen to be wrong with it
     image: ImageGenerationResult | None = None  # None: not on disk (yet)
     _decoding: asyncio.Task | None = field(default=None, init=False, repr=False)
     _saving: asyncio.Task | None = field(default=None, init=False, repr=False)

@@ -59,6 +59,14 @@ _all_ = ["Event", "GenerationCancelled", "ManyProgress", "Progress", "Scene", "S
          "veto"]
 
 # %% ../nbs/03_pipeline.ipynb #d83a905b
+class _Chosen(list):
+    """Scorers that nobody gave, and the view they were made for."""
+
+    def __init__(self, scorers: Iterable[Scorer], view: Any):
+        super().__init__(scorers)
+        self.view = view
+
+
 class _Models(NamedTuple):
     """The models of a pipeline, none of them missing."""
 
@@ -70,14 +78,17 @@ class _Models(NamedTuple):
     @classmethod
     def filled(
         cls, director: ChatModel | None, critic: ChatModel | None, image_model: ImageModel | None,
-        scorers: list[Scorer] | None,
+        scorers: list[Scorer] | None, view: Any,
     ) -> _Models:
         """Fill in what is None, as the environment says, and announce it."""
         from refimg import defaults
 
+        if view is not None and not isinstance(scorers, _Chosen | None):
+            raise ValueError(f"view must be None where scorers are given, got {view!r}")
         drawing = image_model or defaults.image_model()
-        models = cls(director or defaults.director(), critic or defaults.critic(), drawing,
-                     defaults.scorers(drawing) if scorers is None else scorers)
+        if scorers is None or (isinstance(scorers, _Chosen) and scorers.view != view):
+            scorers = _Chosen(defaults.scorers(drawing, view), view)
+        models = cls(director or defaults.director(), critic or defaults.critic(), drawing, scorers)
         given = {"director": director, "critic": critic, "image_model": image_model}
         if chosen := {name: getattr(models, name).name for name in given if given[name] is None}:
             scored_by = ", ".join(scorer.model for scorer in models.scorers) or "none"
@@ -94,18 +105,23 @@ class _Models(NamedTuple):
     @asynccontextmanager
     async def opened(
         self, limit_usd: float | None, journal: Any, within: Budget | None = None, **run: Any
-    ) -> AsyncGenerator[tuple[ChatModel, ChatModel, ImageModel]]:
-        """Yield the three as a run pays them; images are looked up in the journal first."""
+    ) -> AsyncGenerator[tuple[tuple[ChatModel, ChatModel, ImageModel], bool]]:
+        """Yield the three as a run pays them, and whether refimg 0.1 began it."""
         budget = _budget(limit_usd, within=within, journal=journal, **run)
         director, critic, images = self.paid(budget)
+        legacy = False
         if journal is not None:
             await journal.check()
+            legacy = await journal.begin(**run) == 1
             images = journal.images(images, **run)
         try:
-            yield director, critic, images
+            yield (director, critic, images), legacy
         finally:
             if budget:
                 await budget.write_down()
+
+
+_ALONE = "no reference image can go along: each scene is drawn on its own"
 
 
 def _run_id(generation_id: str | None) -> str:
@@ -128,6 +144,7 @@ class Pipeline:
     image_model: ImageModel | None = None  # draws; None: see `06_defaults`
     scorers: list[Scorer] | None = None  # score the images; None: those that fit the image model
     weights: dict[str, float] | None = None  # scorer's name -> weight; None: see `02_score`
+    view: Literal["tiles", "center", "whole"] | None = None  # what default scorers see of an image
     num_variations: int = 4  # images per scene, 1–20
     max_enhancement_iterations: int = 4  # of the agents, 0–10; 0: prompts stay as they are
     score_threshold: float = 85.0  # 0–100; the agents stop when a prompt reaches it
@@ -191,7 +208,7 @@ class Pipeline:
         await load_capabilities(models.image_model, cancellation_check)
         place = {"output_dir": check_folder(output_dir), "generation_id": _run_id(generation_id)}
         settings = await asyncio.to_thread(self._checked, story)
-        async with models.opened(self.budget_usd, self.journal, **place) as (*_, images):
+        async with models.opened(self.budget_usd, self.journal, **place) as ((*_, images), _):
             sheets = SubjectSheets(settings, images, models.scorers, story, **place,
                                    journaled=self.journal is not None, call=self._call(story))
             return await sheets.draw(on_progress, cancellation_check)
@@ -269,7 +286,8 @@ class Pipeline:
 
     def _models(self) -> _Models:
         """Fill in every model that is missing, and return them all."""
-        models = _Models.filled(self.director, self.critic, self.image_model, self.scorers)
+        models = _Models.filled(self.director, self.critic, self.image_model, self.scorers,
+                                self.view)
         self.director, self.critic, self.image_model, self.scorers = models
         return models
 
@@ -299,15 +317,13 @@ class Pipeline:
         await load_capabilities(models.image_model, check)
         name, folder = _run_id(generation_id), check_folder(output_dir)
         settings = await asyncio.to_thread(self._checked, story, enhancements)
-        warnings = []
-        if self.chain is None:
-            settings = settings.model_copy(update={"chain": chain or settings.chain})
-            if len(story.scenes) > 1 and not models.image_model.max_references:
-                warnings = [f"{settings.image_model} takes no reference images: "
-                            "each scene is drawn on its own"]
+        alone = not (self.chain or chain) and settings.chain == "none" and len(story.scenes) > 1
         limit = within.limit if within and self.budget_usd is None else self.budget_usd
         place = {"output_dir": folder, "generation_id": name}
-        async with models.opened(limit, self.journal, within, **place) as paid:
+        async with models.opened(limit, self.journal, within, **place) as (paid, legacy):
+            if self.chain is None and settings.chain != "none":
+                kind = chain or ("previous" if legacy else settings.chain)
+                settings = settings.model_copy(update={"chain": kind})
             traces = TraceTree.open(Path(output_dir), name)
             try:
                 kept, scenes = rerun.get("kept", {}), len(story.scenes)
@@ -315,7 +331,7 @@ class Pipeline:
                 run = StoryRun(
                     settings, *paid, models.scorers, story.normalized(), name, folder, traces,
                     reporter, self.journal, self._call(story),
-                    given=enhancements or (), warnings=warnings, **rerun)
+                    given=enhancements or (), warnings=[_ALONE] * alone, legacy=legacy, **rerun)
                 return await run.run(check)
             finally:
                 traces.close(keep=self.keep_traces)

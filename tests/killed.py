@@ -23,6 +23,8 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
+from refimg.storage.database import FORMAT
+
 ROOT = Path(__file__).resolve().parent.parent
 SCENES, VARIATIONS, ROUNDS = 2, 2, 2
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)
@@ -108,7 +110,7 @@ class Life:
         copies = (json.loads(path.read_bytes())["row"] for path in folder.glob("rows/*.json"))
         rows += [(copy["entry"]["slot"], copy["done"], None) for copy in copies]
         known = {slot for slot, done, begun in rows
-                 if done or (begun and slot.startswith("story_"))}
+                 if slot != FORMAT and (done or (begun and slot.startswith("story_")))}
         images = sum(slot.startswith("story_") for slot in known)
         return len(known) - images, images
 

@@ -111,8 +111,8 @@ async def test_a_scene_without_the_subject_neither_breaks_the_chain_nor_is_compa
     sent = {at(r)[0]: r for r in images.requests}
     assert sent[3].references == (result.references[0],) == sent[2].references
     assert [v.scores.consistency for v in result.scenes[1].variations] == [None, None]
-    assert "keep its style and colours" in sent[2].prompt
-    assert "keep its subject, style and colours" in sent[3].prompt
+    assert "keep only the style and the medium; what is shown, place" in sent[2].prompt
+    assert "keep the look of the subject, the style and the medium" in sent[3].prompt
 
 
 async def test_subjects_go_along_are_described_and_numbered(run, tmp_path):

@@ -19,6 +19,7 @@ from examples.backend.app import create_app
 from examples.backend.generations import Generations, Order, Record
 from refimg import StoryResult
 from refimg.enhance import Reply
+from refimg.storage.database import FORMAT
 from tests.backends import ENDED, FAKES, FROM_ENV, Backend, fake_pipeline, order
 from tests.fakes import FakeChat, picture, until
 from tests.servers.images import start_image_server
@@ -114,7 +115,8 @@ def paid(folder: Path) -> tuple[int, int]:
     with closing(sqlite3.connect(folder / "journal" / "journal.db")) as database:
         rows = database.execute("SELECT slot, done, prediction FROM calls").fetchall()
     chats = [done for slot, done, _ in rows if slot.startswith("scene ")]
-    images = [done or begun for slot, done, begun in rows if not slot.startswith("scene ")]
+    images = [done or begun for slot, done, begun in rows
+              if not slot.startswith("scene ") and slot != FORMAT]
     return sum(map(bool, chats)), sum(map(bool, images))
 
 

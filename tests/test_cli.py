@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from refimg import Story, StoryResult, defaults, draft_story
 from refimg.cli import app
 from refimg.engine.results import Event
+from refimg.enhance import read_fences
 from refimg.pipeline import choose, veto
 from refimg.sandbox.agents import Director
 
@@ -54,7 +55,7 @@ def world(monkeypatch):
     made = {"director": director(), "critic": critic(90), "image_model": FakeImages()}
     for role, model in made.items():
         monkeypatch.setattr(defaults, role, lambda model=model: model)
-    monkeypatch.setattr(defaults, "scorers", lambda image_model=None: [FakeScorer()])
+    monkeypatch.setattr(defaults, "scorers", lambda image_model=None, view=None: [FakeScorer()])
     return made
 
 
@@ -194,7 +195,11 @@ def test_a_carried_reference_is_exit_3(world, story, tmp_path):
     def draw(request, number):
         return ValueError("no") if "night" in request.prompt else picture(number)
 
-    world["director"].script = lambda m, s, n: "At night." if "night" in str(m) else "At dawn."
+    def write(messages, schema, number):
+        original = read_fences(messages[1].content).get("original", "")
+        return "At night." if "night" in original else "At dawn."
+
+    world["director"].script = write
     world["image_model"].script = draw
     done = refimg("run", story, "-n", 1, "-o", tmp_path, "--json")
     assert [scene["reference_from"] for scene in value(done)["scenes"]] == ["ranked", "carried"]
@@ -205,7 +210,7 @@ def test_no_score_at_all_is_exit_3_for_score_and_a_warning_for_run(
     world, story, tmp_path, monkeypatch
 ):
     blind = FakeScorer(value=lambda image, prompt: ValueError("no weights"))
-    monkeypatch.setattr(defaults, "scorers", lambda image_model=None: [blind])
+    monkeypatch.setattr(defaults, "scorers", lambda image_model=None, view=None: [blind])
     run = refimg("run", story, "-n", 1, "-o", tmp_path)
     assert run.exit_code == 0 and run.stdout.count("unscored") == 2 and "WARNING" in run.stderr
     image = next(tmp_path.glob("*.png"))

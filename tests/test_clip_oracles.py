@@ -82,7 +82,7 @@ def test_the_folded_v2_head_is_its_five_layers():
 def test_a_scorer_reads_the_real_head(version, heads):
     scorer = Aesthetic(version, folder=tiny_open_clip(), device="cpu")
     found = scorer.score(Batch((picture(),), "any"))[0].value
-    vector = scorer.embedder().images(Batch((picture(),), ""))[0]
+    vector = scorer.embedder().images(Batch((picture(),), ""), scorer.view)[0]
     weight, bias = _head(HEADS[version])
     assert found == pytest.approx(float(vector @ weight + bias), abs=1e-5)
 

@@ -21,10 +21,10 @@ from PIL import Image
 from refimg.adapters import clip as module
 from refimg.adapters import towers
 from refimg.adapters.clip import Aesthetic, ClipScore, PickScore, fold, open_clip_checkpoint
+from refimg.adapters.tiles import trim_strip
 from refimg.adapters.towers import (
     Embedder,
     Towers,
-    apply_view,
     import_open_clip,
     import_transformers,
     load_open_clip,
@@ -142,7 +142,8 @@ def open_clips_cosine(given: Batch) -> list[float]:
 @pytest.mark.parametrize("prompt", TEXTS)
 def test_pickscore_is_its_authors_formula(prompt):
     given = batch(prompt, SIZES)
-    ours, scale = values(pick(), given), 100  # one part in 10^7 of a cosine is 1e-5 here
+    ours = values(pick(view="center"), given)
+    scale = 100  # one part in 10^7 of a cosine is 1e-5 here
     assert np.divide(ours, scale) == pytest.approx(
         np.divide(authors_pickscore(given), scale), abs=1e-6)
     assert np.ptp(ours) > 0.1, "all alike: nothing was compared"
@@ -151,7 +152,7 @@ def test_pickscore_is_its_authors_formula(prompt):
 @pytest.mark.parametrize("prompt", TEXTS)
 def test_clip_score_is_open_clips_cosine(prompt):
     given = batch(prompt, SIZES)
-    ours = values(clip(), given)
+    ours = values(clip(view="center"), given)
     assert ours == pytest.approx(open_clips_cosine(given), abs=1e-5)
     assert np.ptp(ours) > 0.001
 
@@ -205,7 +206,7 @@ def test_the_folded_head_is_the_layers(head):
 def test_the_aesthetic_score_is_the_head_on_clip_scores_vectors(head):
     import torch
 
-    found = values(Aesthetic(folder=tiny_open_clip(), device="cpu"), batch())
+    found = values(Aesthetic(folder=tiny_open_clip(), device="cpu", view="center"), batch())
     with torch.inference_mode():
         wanted = head(load_open_clip(tiny_open_clip()).images(batch().images))[:, 0]
     assert found == pytest.approx(wanted.tolist(), abs=1e-5)
@@ -255,26 +256,15 @@ def test_the_authors_crop_does_not_see_the_sides_and_the_whole_frame_does():
     changed.paste("red", (270, 0, 320, 180))
     both = Batch((plain, changed), PROMPT)
     for make in (pick, clip):
-        crop, whole = values(make(), both), values(make(view="whole"), both)
-        assert crop[0] == pytest.approx(crop[1], abs=1e-6)
+        center, whole = values(make(view="center"), both), values(make(view="whole"), both)
+        assert center[0] == pytest.approx(center[1], abs=1e-6)
         assert abs(whole[0] - whole[1]) > 1e-4
-        assert make(view="whole").model == f"{make().model}, whole frame"
-
-
-def test_the_whole_frame_is_open_clips_own_longest_mode():
-    import torch
-
-    library = import_open_clip()
-    look = library.transform.PreprocessCfg(resize_mode="longest")
-    theirs = library.transform.image_transform_v2(look, is_train=False)
-    same = library.transform.image_transform_v2(library.transform.PreprocessCfg(), is_train=False)
-    ours = same(apply_view(picture(5, (320, 160)), "whole", 224))
-    assert torch.equal(ours, theirs(picture(5, (320, 160))))
+        assert make(view="whole").model == f"{make(view='center').model}, whole frame"
 
 
 @pytest.mark.parametrize("size", [(16000, 10), (10, 16000), (16384, 1), (1, 1), (9, 1)])
 def test_a_strip_costs_no_memory(size):
-    middle = towers._trim_strip(picture(2, size))
+    middle = trim_strip(picture(2, size))
     assert max(middle.size) <= 8 * min(middle.size) + 1
     found = values(pick(), Batch((picture(2, size),), PROMPT))
     assert np.isfinite(found).all()
@@ -286,7 +276,7 @@ def test_a_strip_without_its_ends_looks_like_the_strip(size):
 
     process = towers._clip_parts(tiny_transformers())[1]
     whole, middle = (process(images=[p], return_tensors="pt")["pixel_values"]
-                     for p in (picture(2, size), towers._trim_strip(picture(2, size))))
+                     for p in (picture(2, size), trim_strip(picture(2, size))))
     assert (whole - middle).abs().mean() < 0.02 * torch.std(whole)
 
 
@@ -345,11 +335,11 @@ def test_a_record_can_be_made_where_no_package_is_installed(monkeypatch):
 
 
 def test_the_public_scorers_say_what_they_are(head):
-    assert PickScore().model == (
+    assert PickScore(view="center").model == (
         "yuvalkirstain/PickScore_v1@a4e4367c6dfa7288a00c550414478f865b875800")
     assert [s.name for s in (PickScore(), ClipScore(), Aesthetic())] == [
         "pickscore", "clip_score", "aesthetic"]
-    ids = [PickScore().calibration, ClipScore().calibration, Aesthetic().calibration]
+    ids = [made(view="center").calibration for made in (PickScore, ClipScore, Aesthetic)]
     assert ids == ["pickscore-logistic-21.5", "clip-band-0.15-0.35", "laion-v2-band-3-7.5"]
     local = pick().model
     assert local.startswith(f"{tiny_transformers().name}@sha256:") and len(local) > 20

@@ -176,7 +176,7 @@ def test_half_precision_changes_little_and_the_sum_is_made_in_32_bits():
 def test_the_maps(scorer, raw, mapped):
     assert scorer().to_100(raw) == pytest.approx(mapped)
     assert scorer().calibration == {
-        DinoConsistency: "dino-band-0-1", ClipConsistency: "clip-image-band-0.5-1"}[scorer]
+        DinoConsistency: "dino-band-0-1", ClipConsistency: "clip-image-band-0.5-1-tiles"}[scorer]
 
 
 # the whole frame
@@ -190,7 +190,7 @@ def test_the_outer_fifths_count(size):
         box = (start, 0, start + long // 5, size[1])
         changed.paste("red", box if wide else (box[1], box[0], size[0], box[2]))
     both = Batch((plain, changed), PROMPT, (picture(7), picture(8)))
-    whole, cut = values(dino(), both), values(clip(), both)
+    whole, cut = values(dino(), both), values(clip(view="center"), both)
     assert abs(whole[0] - whole[1]) > 1e-3
     assert cut[0] == pytest.approx(cut[1], abs=1e-6), "CLIP's own crop saw the sides"
     assert "whole frame" in dino().model and "whole" not in clip().model
@@ -217,14 +217,14 @@ def test_a_strip_costs_no_memory(size):
 # references
 
 
-@pytest.mark.parametrize("make", [dino, clip])
-def test_references_pass_once_through_the_model_in_a_whole_run(make, passes):
+@pytest.mark.parametrize("make, tiles", [(dino, 1), (clip, 2)])
+def test_references_pass_once_through_the_model_in_a_whole_run(make, tiles, passes):
     scorer = make()
     first = values(scorer, batch(1, 2, references=(7, 8, 7)))
-    assert passes == [2, 2]
+    assert passes == [2 * tiles] * 2
     for seed in range(10, 16):
         scorer.score(batch(seed, references=(8, 7)))  # decoded anew: other objects, same pixels
-    assert passes == [2, 2] + [1] * 6
+    assert passes == [2 * tiles] * 2 + [tiles] * 6
     assert values(scorer, batch(1, 2, references=(7, 8, 7))) == pytest.approx(first, abs=1e-6)
 
 
@@ -276,7 +276,7 @@ def test_clips_consistency_reads_the_vectors_of_clip_score(scorers, passes):
     pair = scorers()
     assert pair[0].embedder() is pair[1].embedder()
     rows = raw_scores(batch(1, 2, 3), pair)
-    assert sorted(passes) == [2, 3], "three images and two references, each once"
+    assert sorted(passes) == [4, 6], "the tiles of three images and two references, each once"
     assert all(row[name].value is not None for row in rows for name in row)
 
 

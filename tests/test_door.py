@@ -51,7 +51,7 @@ class Models:
         monkeypatch.setattr(defaults, "director", lambda: self.director)
         monkeypatch.setattr(defaults, "critic", lambda: self.critic)
         monkeypatch.setattr(defaults, "image_model", lambda: self.images)
-        monkeypatch.setattr(defaults, "scorers", lambda image_model=None: [self.scorer])
+        monkeypatch.setattr(defaults, "scorers", lambda image_model=None, view=None: [self.scorer])
 
     def sent(self, scene: int) -> str:
         """The prompt that the image model got for a scene, the same for all its variations."""

@@ -97,7 +97,7 @@ def test_a_plain_value_is_the_text_as_written(tmp_path, value):
     story = Story.load(written(tmp_path / "s.yaml", text))
     assert (story.title, story.brand, story.scenes[0].prompt) == (value,) * 3
     assert story.consistency_markers == {"style": value, "lens": [value], value: "x"}
-    assert f"Style: {value.rstrip('.')}." in compose_prompt("p", story, 1, has_reference=False)
+    assert f"Style: {value.rstrip('.')}." in compose_prompt("p", story, 1)
 
 
 @pytest.mark.parametrize("value, meant", [("no", False), ("off", False), ("false", False),
@@ -249,7 +249,7 @@ async def test_a_tilde_is_the_home_folder(home):
 
 def test_a_tilde_is_the_home_folder_for_commands_and_files(home, monkeypatch):
     monkeypatch.setenv("REFIMG_SANDBOX", "1")
-    monkeypatch.setattr(defaults, "scorers", lambda image_model=None: [FakeScorer()])
+    monkeypatch.setattr(defaults, "scorers", lambda image_model=None, view=None: [FakeScorer()])
     written(home / "s.yaml", "scenes: [{prompt: a red fox}]\n")
     words = ["run", "~/s.yaml", "--output-dir", "~/refs", "--generation-id", "x", "-n", "1"]
     done = CliRunner().invoke(cli.app, [*words, "-i", "0", "--json"])

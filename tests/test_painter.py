@@ -37,6 +37,10 @@ STATED = {
     "relation": "left of",
 }  # fmt: skip
 VALUES = [(a, v) for a, values in VOCABULARY.items() for v in values]
+REFERENCE = (
+    "The reference image is the scene before: keep the look of the subject, the style and the "
+    "medium; place, light and framing are those described here."
+)
 PROMPT = "Watercolour of a woman in a red coat in a harbour at night, a lantern to her left"
 
 
@@ -396,6 +400,6 @@ def test_the_shipped_story_is_understood():
     for number, scene in enumerate(story.scenes, 1):
         stated = read_prompt(scene.prompt)
         assert 4 <= len(stated) <= 7
-        sent = read_prompt(compose_prompt(scene.prompt, story, number, has_reference=True))
+        sent = read_prompt(compose_prompt(scene.prompt, story, number, references=[REFERENCE]))
         added = {"style": "watercolour"} | ({"colour": "red"} if number == 3 else {})
         assert sent == stated | added

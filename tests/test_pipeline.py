@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from refimg import GenerationFailed, Pipeline, Scene, Story
+from refimg.enhance import read_fences
 from refimg.generate import Candidate, GeneratedImage
 from refimg.score import RawScore
 from refimg.storage.journal import Journal
@@ -364,7 +365,7 @@ async def test_the_enhanced_prompt_is_sent_with_markers_and_is_in_the_record(run
         assert scene.sent_prompt.startswith(scene.enhancement.final_prompt)
         assert "Style: watercolour." in scene.sent_prompt
     assert "reference" not in result.scenes[0].sent_prompt
-    assert "Match the reference image" in result.scenes[1].sent_prompt
+    assert "The reference image is the scene before" in result.scenes[1].sent_prompt
 
 
 async def test_the_agents_get_markers_notes_and_brand_as_context(run):
@@ -376,12 +377,10 @@ async def test_the_agents_get_markers_notes_and_brand_as_context(run):
     pipeline = a_pipeline()
     await run(pipeline, story)
     for agent in (pipeline.director, pipeline.critic):
-        heard = {
-            name: "".join(m.content for m in messages)
-            for messages, _ in agent.calls
-            for name in ("calm harbour", "calm sea")
-            if any(name in m.content for m in messages)
-        }
+        given = [read_fences(messages[1].content) for messages, _ in agent.calls]
+        heard = {each["original"].removeprefix("a "): each["context"] for each in given
+                 if "original" in each}
+        assert set(heard) == {"calm harbour", "calm sea"}
         for text in heard.values():
             assert "Mood: hopeful" in text and "Acme Sails" in text
         assert "same hat" in heard["calm harbour"] and "unheard" not in heard["calm harbour"]
@@ -677,7 +676,8 @@ async def test_an_agent_that_does_not_answer_with_a_reply_has_failed(run, role, 
 
 async def test_a_failed_enhancement_leaves_the_other_scenes_alone(run):
     def write(messages, schema, number):
-        return BOOM if "view b" in messages[1].content else "a better prompt"
+        original = read_fences(messages[1].content)["original"]
+        return BOOM if "view b" in original else "a better prompt"
 
     images = FakeImages()
     result = await run(a_pipeline(images, director=FakeChat(write)), a_story(3))
@@ -765,10 +765,10 @@ async def test_an_unscored_fallback_is_still_a_fallback(run):
 
 
 @pytest.mark.parametrize("number", [1, 2])
-async def test_the_fallback_prompt_matches_the_reference_where_one_is_sent(run, number):
+async def test_the_fallback_prompt_speaks_of_the_reference_where_one_is_sent(run, number):
     images = drawn(lambda s, v, attempt: BOOM if s == number and attempt < 3 else picture(v))
     result = await run(a_pipeline(images), a_story(2))
-    assert ("Match the reference" in result.scenes[number - 1].sent_prompt) == (number == 2)
+    assert ("The reference image is" in result.scenes[number - 1].sent_prompt) == (number == 2)
 
 
 CARRIED = [
@@ -1181,7 +1181,7 @@ async def test_a_chain_that_cannot_be_is_named_as_the_chain(run):
 async def test_the_chain_is_the_best_that_the_model_can_do(run, caplog, most, asked, chain):
     result = await run(a_pipeline(FakeImages(max_references=most), chain=asked), a_story(3))
     assert result.settings["chain"] == chain
-    told = "fake-images takes no reference images: each scene is drawn on its own"
+    told = "no reference image can go along: each scene is drawn on its own"
     assert [told in scene.warnings for scene in result.scenes] == [not most] * 3
     assert caplog.text.count(told) == (not most)
 

@@ -38,7 +38,7 @@ def values(images, references) -> list[float]:
 def test_it_is_the_mean_cosine_of_the_heads_vectors():
     card = json.loads(CARD.read_text("utf-8"))
     shown = [painting(k, **KEEPER, **COAST) for k in range(4)]
-    tower = SandboxClipScore().embedder.images(Batch(tuple(shown), "")).double().numpy()
+    tower = SandboxClipScore().embedder.images(Batch(tuple(shown), ""), "whole").double().numpy()
     looks = (tower - card["mean"]) @ np.array(card["head"])
     looks /= np.linalg.norm(looks, axis=1, keepdims=True)
     wanted = (looks[:2] @ looks[2:].T).mean(1)
@@ -89,6 +89,16 @@ def test_the_map_has_its_middle_and_its_id():
     assert 0 <= scorer.to_100(-1) < 1 and 95 < scorer.to_100(1) <= 100
     assert scorer.model == f"sandbox-consistency@painter-{PAINTER_VERSION}"
     assert scorer.calibration == card["calibration"] == "sandbox-consistency-logistic-1"
+
+
+@pytest.mark.parametrize("view", ["tiles", "center"])
+def test_another_view_has_a_curve_of_its_own(view):
+    scorer, card = SandboxConsistency(view=view), json.loads(CARD.read_text("utf-8"))
+    assert scorer.to_100(card[view]["middle"]) == pytest.approx(50)
+    assert scorer.calibration.endswith(f"-{view}") and card[view]["middle"] != card["middle"]
+    reference, same = painting(1, **KEEPER, **COAST), painting(2, **KEEPER, **CITY)
+    seen = Batch((same,), "", (reference,))
+    assert scorer.score(seen)[0].value != SandboxConsistency().score(seen)[0].value
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", None])

@@ -346,14 +346,16 @@ LAYERS = (
     ("pipeline",),
     ("engine.run", "engine.agents", "engine.attempts", "engine.candidates", "engine.handover",
      "engine.many", "engine.decisions", "engine.sheets"),
-    ("engine.results", "engine.settings", "engine.planning", "engine.usage"),
+    ("engine.results", "engine.settings", "engine.planning", "engine.usage", "engine.defects",
+     "engine.outliers"),
     ("enhance", "generate", "score", "inspection"),
     ("engine.story", "engine.references", "engine.prompts", "engine.tasks", "engine.costs"),
     ("storage",),
     ("engine.protocols", "engine.calibration", "engine.subjects", "engine.fence",
-     "engine.instructions", "engine.answers", "engine.intent"),
+     "engine.instructions", "engine.guidance", "engine.answers", "engine.intent"),
 )  # from the top; arrows point down, or to a neighbour of the same layer
-STAGES = ("enhance", "generate", "score", "inspection", "engine.planning")  # may ask `defaults`
+STAGES = ("enhance", "generate", "score", "inspection", "engine.planning",
+          "validate.drift")  # may ask `defaults`
 SEES = ("cli", "fleet", "pipeline")
 GROUND = (*LAYERS[-1], "storage")
 READ = ("engine.results", "engine.settings", "engine.decisions", "engine.story", "engine.costs",
@@ -361,7 +363,7 @@ READ = ("engine.results", "engine.settings", "engine.decisions", "engine.story",
         "inspection", "enhance", "generate", "score", *GROUND)
 WINGS_KNOW = {  # beside their own rooms
     "adapters": GROUND,
-    "sandbox": (*GROUND, "adapters.towers", "adapters.consistency"),
+    "sandbox": (*GROUND, "adapters.towers", "adapters.tiles", "adapters.consistency"),
     "defaults": ("adapters", "sandbox", "engine.costs", *GROUND),
     "view": READ,
     "validate": (*READ, "view"),

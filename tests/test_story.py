@@ -39,12 +39,16 @@ def user_image(tmp_path) -> Path:
 # the prompt that is sent
 
 
+SAID = "The reference image is the scene before: keep its look."
+
+
 def sent(
-    number: int = 1, has_reference: bool = False, story: Story | None = None, **markers
+    number: int = 1, references: tuple = (), story: Story | None = None, legacy: bool = False,
+    **markers,
 ) -> str:
     """What `compose_prompt` adds to "text"."""
     story = story or a_story(3, consistency_markers=markers)
-    whole = compose_prompt("text", story, number, has_reference=has_reference)
+    whole = compose_prompt("text", story, number, references=references, legacy=legacy)
     assert whole.startswith("text")
     return whole.removeprefix("text").strip()
 
@@ -100,22 +104,36 @@ def test_the_subject_is_described_only_where_it_is_present():
     markers = {"style": "ink", "subject_description": "a keeper", "Subject": "keeper"}
     scenes = [Scene(prompt="p", subject_present=here) for here in (True, False)]
     story = Story(scenes=scenes, consistency_markers=markers)
-    there, away = (sent(n, True, story=story) for n in (1, 2))
-    assert "a keeper" in there and "keep its subject" in there
+    there, away = (sent(n, story=story) for n in (1, 2))
+    assert "a keeper" in there
     assert "keeper" not in away and "subject" not in away.lower() and "Style: ink" in away
+    there, away = (sent(n, (SAID,), story, legacy=True) for n in (1, 2))
+    assert "keep its subject" in there and "subject" not in away.lower()
 
 
-@pytest.mark.parametrize("has_reference", [False, True])
-def test_the_reference_is_spoken_of_only_where_one_is_sent(has_reference):
+@pytest.mark.parametrize("legacy", [False, True])
+def test_the_reference_is_spoken_of_only_where_one_is_sent(legacy):
     for number in (1, 2):
-        assert ("Match the reference" in sent(number, has_reference)) == has_reference
+        assert sent(number, (), legacy=legacy) == ""
+        said = sent(number, (SAID,), legacy=legacy)
+        old = "Match the reference image: keep its subject, style and colours."
+        assert said == (old if legacy else SAID)
+
+
+def test_the_brand_reaches_the_image_model_but_not_in_the_words_of_0_1():
+    scenes = [Scene(prompt="p", consistency_guideline="one light")]
+    story = Story(scenes=scenes, consistency_markers={"mood": "calm"}, brand="Acme, plain.")
+    assert sent(story=story) == "Mood: calm. Brand: Acme, plain. Keep consistent: one light."
+    assert sent(story=story, legacy=True) == "Mood: calm. Keep consistent: one light."
 
 
 def test_the_agents_context_says_what_the_prompt_will_say_and_the_brand():
     scenes = [Scene(prompt="p", continuity_note="same coat", subject_present=False)] * 2
     markers = {"mood": "calm", "style": "ink", "subject_description": "a keeper"}
     story = Story(scenes=scenes, consistency_markers=markers, brand="Acme", title="secret")
-    assert scene_context(story, 1) == "Style: ink\nMood: calm\nBrand: Acme"
+    told = "Style: ink\nMood: calm\nBrand: Acme"
+    assert scene_context(story, 1) == f"{told}\nNext scene, do not draw it: p"
+    assert scene_context(story, 1, legacy=True) == told
     assert "same coat" in scene_context(story, 2)
 
 

@@ -253,8 +253,8 @@ def test_the_shipped_table_is_of_this_painter_these_weights_and_these_texts(ship
         for row in rows.itertuples():
             assert row.text == unit.scenes[row.scene - 1].prompt
             if row.arm != "enhanced":
-                reference = row.scene > 1
-                sent = compose_prompt(row.text, unit, row.scene, has_reference=reference)
+                said = ("the words of 0.1, in which the table was drawn",) * (row.scene > 1)
+                sent = compose_prompt(row.text, unit, row.scene, references=said, legacy=True)
                 assert row.sent_prompt == sent
 
 

@@ -146,6 +146,9 @@ SHORT = "Wide shot of two women in teal coats on the quay at dusk in the rain, a
     "\n\nStyle: oil painting. Colour palette: amber, white and red. Lighting: bright midday sun. "
     "Mood: calm as a lake. Subject: an old man in a pink coat. Continuity with the previous scene:"
     " The fox is gone. Snow falls on the desert. Match the reference image: keep its subject.",
+    "\n\nStyle: oil painting. Mood: calm. Brand: Red Fox, a bakery in the snow at noon. Keep "
+    "consistent: a black horse. The reference image is the scene before: keep the look of the "
+    "subject, the style and the medium; place, light and framing are those described here.",
     "\nCamera: close-up lens\nPalette: green and gold\nNote: no boats\nPreviously: a horse at dawn",
     " The picture is seen through a 40 mm lens. The palette stays cool, in slate, navy and pink. "
     "In the previous scene a cat sat in the forest at night.",

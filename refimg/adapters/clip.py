@@ -9,9 +9,10 @@ import math
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from .consistency import Comparison
+from .tiles import View, check_view
 from .towers import Embedder, Towers, check_placement, free_memory
 from .towers import import_open_clip, load_open_clip, load_transformers
 from .towers import resolve_placement
@@ -32,22 +33,25 @@ class _ClipScorer:
 
     name = ""
     band = (0.0, 1.0)  # the raw values of 0 and 100
-    view: Literal["crop", "whole"]
+    calibration = ""  # the id of its map; after it the view, unless that is the map's own
+    mapped: ClassVar[View] = "center"  # the view whose values the map was made for
+    view: View
 
     def __init__(
         self, source: Checkpoint | Folder, load: Callable[..., Towers], device: str, dtype: str,
-        view: Literal["crop", "whole"],
+        view: View,
     ):
         check_placement(device, dtype)
-        if view not in ("crop", "whole"):
-            raise ValueError(f"view must be crop or whole, got {view!r}")
+        check_view(view)
         self.source, self.view, self._load = source, view, load
+        if view != self.mapped:
+            self.calibration += f"-{view}"
         self._placement, self._embedder = (device, dtype), None
 
     @property
     def model(self) -> str:
         """Checkpoint and revision, and the view where it is not the authors'."""
-        frame = ", whole frame" if self.view == "whole" else ""
+        frame = {"tiles": ", tiles", "center": "", "whole": ", whole frame"}[self.view]
         return f"{self.source.name}@{self.source.version()}{frame}"
 
     def parts(self) -> tuple[Checkpoint | Folder | WebFile, ...]:
@@ -134,7 +138,7 @@ class PickScore(_ClipScorer):
         *,
         device: str = "auto",  # "auto", "cpu", "cuda", "cuda:N" or "mps"
         dtype: str = "auto",  # "auto", "float32", "bfloat16" or "float16"
-        view: Literal["crop", "whole"] = "crop",  # the authors' crop, or the whole frame
+        view: View = "tiles",  # what is seen of an image: "tiles", "center" or "whole"
     ):
         own = None if folder is None else Path(folder).expanduser()
         source = Folder(own, PICKSCORE.needs) if own else PICKSCORE
@@ -207,7 +211,7 @@ class ClipScore(_ClipScorer):
         *,
         device: str = "auto",  # "auto", "cpu", "cuda", "cuda:N" or "mps"
         dtype: str = "auto",  # "auto", "float32", "bfloat16" or "float16"
-        view: Literal["crop", "whole"] = "crop",  # the authors' crop, or the whole frame
+        view: View = "tiles",  # what is seen of an image: "tiles", "center" or "whole"
     ):
         source, load = _open_clip_source(model, pretrained)
         super().__init__(source, load, device, dtype, view)
@@ -250,7 +254,7 @@ class Aesthetic(_ClipScorer):
         folder: str | Path | None = None,  # ViT-L/14 by OpenAI in a folder; None: the hub's
         device: str = "auto",  # "auto", "cpu", "cuda", "cuda:N" or "mps"
         dtype: str = "auto",  # "auto", "float32", "bfloat16" or "float16"
-        view: Literal["crop", "whole"] = "crop",  # the authors' crop, or the whole frame
+        view: View = "tiles",  # what is seen of an image: "tiles", "center" or "whole"
     ):
         if head not in HEADS:
             raise ValueError(f"head must be {' or '.join(HEADS)}, got {head!r}")
@@ -298,7 +302,7 @@ class Consistency(Comparison, _ClipScorer):
         load: Callable[..., Towers],  # what loads them
         device: str = "auto",  # "auto", "cpu", "cuda", "cuda:N" or "mps"
         dtype: str = "auto",  # "auto", "float32", "bfloat16" or "float16"
-        view: Literal["crop", "whole"] = "crop",  # as the model itself cuts, or the whole frame
+        view: View = "tiles",  # what is seen of an image: "tiles", "center" or "whole"
     ):
         super().__init__(source, load, device, dtype, view)
         self.forget()
@@ -313,7 +317,9 @@ class Consistency(Comparison, _ClipScorer):
         batch: Batch,  # one to some dozens of images
     ) -> torch.Tensor:
         """Return their unit vectors, (n, d)."""
-        return self.embedder().images(batch, self.view)
+        import torch
+
+        return torch.nn.functional.normalize(self.embedder().images(batch, self.view), dim=-1)
 
 # %% ../../nbs/adapters/clip.ipynb #c15a0004
 class ClipConsistency(Consistency):
@@ -329,7 +335,7 @@ class ClipConsistency(Consistency):
         *,
         device: str = "auto",  # "auto", "cpu", "cuda", "cuda:N" or "mps"
         dtype: str = "auto",  # "auto", "float32", "bfloat16" or "float16"
-        view: Literal["crop", "whole"] = "crop",  # as CLIP-Score has it, to share its vectors
+        view: View = "tiles",  # as CLIP-Score has it, to share its vectors
     ):
         source, load = _open_clip_source(model, pretrained)
         super().__init__(source, load, device, dtype, view)

@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from .clip import Consistency
+from .tiles import View
 from .towers import Towers, import_transformers, read_transformers
 from .weights import DINOV2_BASE, Folder
 from ..storage.extras import require_extra
@@ -67,7 +68,7 @@ def load_dino(
     def texts(given: Sequence[str]) -> torch.Tensor:
         raise ValueError(f"texts must be none, DINOv2 reads images alone, got {len(given)}")
 
-    return Towers(images, texts, count=len, limit=0, scale=1.0, side=16 * patch)
+    return Towers(images, texts, count=len, limit=0, scale=1.0, side=16 * patch, cuts=False)
 
 # %% ../../nbs/adapters/dino.ipynb #d1a00019
 class DinoConsistency(Consistency):
@@ -75,6 +76,7 @@ class DinoConsistency(Consistency):
 
     calibration = "dino-band-0-1"
     band = (0.0, 1.0)
+    mapped: ClassVar[View] = "whole"
 
     def __init__(
         self,
@@ -82,12 +84,8 @@ class DinoConsistency(Consistency):
         *,
         device: str = "auto",  # "auto", "cpu", "cuda", "cuda:N" or "mps"
         dtype: str = "auto",  # "auto", "float32", "bfloat16" or "float16"
+        view: View = "whole",  # what is seen of an image: "whole", "tiles" or "center"
     ):
         own = None if folder is None else Path(folder).expanduser()
         source = Folder(own, DINOV2_BASE.needs) if own else DINOV2_BASE
-        super().__init__(source, load_dino, device, dtype)
-
-    @property
-    def model(self) -> str:
-        """Checkpoint and revision; unlike the authors' preprocessing this one cuts nothing."""
-        return f"{super().model}, whole frame"
+        super().__init__(source, load_dino, device, dtype, view)

@@ -20,11 +20,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakValueDictionary
 
 from PIL import Image
 
+from .tiles import View, cut_frame, trim_strip
 from ..engine.protocols import Batch
 from ..storage.extras import require_extra
 
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
     import torch
 
 # %% auto #0
-__all__ = ['import_open_clip', 'import_transformers', 'split_text', 'apply_view', 'check_placement', 'resolve_placement',
-           'free_memory', 'Towers', 'read_transformers', 'load_transformers', 'load_open_clip', 'Embedder']
+__all__ = ['import_open_clip', 'import_transformers', 'split_text', 'check_placement', 'resolve_placement', 'free_memory',
+           'Towers', 'read_transformers', 'load_transformers', 'load_open_clip', 'Embedder']
 
 # %% ../../nbs/adapters/towers.ipynb #5ed79294
 _importing = threading.Lock()
@@ -104,30 +105,6 @@ def split_text(
             packed.append(piece)
     return packed
 
-# %% ../../nbs/adapters/towers.ipynb #087742c9
-def apply_view(
-    image: Image.Image,  # any size
-    view: Literal["crop", "whole"],  # what the image tower is to see
-    side: int,  # of its square, in pixels
-) -> Image.Image:
-    """Return the image as it goes into the model's own preprocessing, which crops."""
-    if view == "crop":
-        return image
-    scale = side / max(image.size)
-    width, height = (max(1, round(scale * length)) for length in image.size)
-    page = Image.new("RGB", (side, side))
-    small = image.resize((width, height), Image.Resampling.BICUBIC)
-    page.paste(small, ((side - width) // 2, (side - height) // 2))
-    return page
-
-
-def _trim_strip(image: Image.Image, most: int = 8) -> Image.Image:
-    """Return the middle of an image over `most` times as long as wide; any other as it is."""
-    longest = most * min(image.size)
-    left, top = (max(0, length - longest) // 2 for length in image.size)
-    box = (left, top, image.width - left, image.height - top)
-    return image.crop(box) if left or top else image
-
 # %% ../../nbs/adapters/towers.ipynb #0cb08b20
 def check_placement(
     device: str,  # "auto", "cpu", "cuda", "cuda:0" and so on, or "mps"
@@ -178,6 +155,7 @@ class Towers:
     limit: int  # tokens that fit, start and end not counted
     scale: float  # factor of the cosine in the model's own unit
     side: int = 224  # pixels of the square that the image tower sees
+    cuts: bool = True  # whether its own preprocessing cuts a square from the middle
     english: bool = True  # whether its texts were English, as those of CLIP's own vocabulary
 
 
@@ -249,7 +227,7 @@ def load_transformers(
 
     @torch.inference_mode()
     def images(given: Sequence[Image.Image]) -> torch.Tensor:
-        cut = [_trim_strip(image) if cuts else image for image in given]
+        cut = [trim_strip(image) if cuts else image for image in given]
         pixels = process(images=cut, return_tensors="pt")["pixel_values"]
         return _unit(model.get_image_features(pixel_values=pixels.to(device, half)))
 
@@ -262,7 +240,8 @@ def load_transformers(
         return len(tokens(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     limit = model.config.text_config.max_position_embeddings - 2
-    return Towers(images, texts, count, limit, scale, model.config.vision_config.image_size)
+    side = model.config.vision_config.image_size
+    return Towers(images, texts, count, limit, scale, side, cuts)
 
 # %% ../../nbs/adapters/towers.ipynb #22199eff
 @contextmanager
@@ -339,7 +318,7 @@ def load_open_clip(
 
     @torch.inference_mode()
     def images(given: Sequence[Image.Image]) -> torch.Tensor:
-        pixels = [preprocess(_trim_strip(image) if cuts else image) for image in given]
+        pixels = [preprocess(trim_strip(image) if cuts else image) for image in given]
         return _unit(made.encode_image(torch.stack(pixels).to(device, half)))
 
     @torch.inference_mode()
@@ -353,7 +332,8 @@ def load_open_clip(
 
     side = made.visual.image_size
     side = side if isinstance(side, int) else max(side)
-    return Towers(images, texts, count, tokens.context_length - spare, scale, side, by_open_clip)
+    return Towers(images, texts, count, tokens.context_length - spare, scale, side, cuts,
+                  by_open_clip)
 
 # %% ../../nbs/adapters/towers.ipynb #68cc7c14
 class Embedder:
@@ -428,19 +408,23 @@ class Embedder:
     def images(
         self,
         batch: Batch,  # one to some dozens of images
-        view: Literal["crop", "whole"] = "crop",  # what is seen of them, see `apply_view`
+        view: View,  # what is seen of them, see `cut_frame`
     ) -> torch.Tensor:
-        """Return the unit vectors of a batch's images, (n, d); one pass a batch, whoever asks."""
+        """Return the mean unit vector of each image's squares, (n, d); one pass a batch."""
 
         def embed() -> torch.Tensor:
+            import torch
+
             towers = self.towers()
-            return towers.images([apply_view(image, view, towers.side) for image in batch.images])
+            cut = [cut_frame(image, view, towers.side, towers.cuts) for image in batch.images]
+            vectors = towers.images([square for squares in cut for square in squares])
+            return torch.stack([own.mean(dim=0) for own in vectors.split([*map(len, cut)])])
 
         return batch.once(self.key(view), embed)
 
     def key(
         self,
-        view: Literal["crop", "whole"] = "crop",  # as in `images`
+        view: View,  # as in `images`
     ) -> Hashable:
         """Return what the vectors of this model are called in a batch's memo."""
         return ("image vectors", self.load, str(self.folder), view)

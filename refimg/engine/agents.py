@@ -13,9 +13,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from .guidance import Guidance, guidance_for
 from .planning import ask_plan
 from .prompts import scene_context
 from .protocols import Call, ChatModel, ImageModel, Message, Reply
+from .references import Chain, ReferencePlan
 from .settings import Settings
 from .story import Story
 from .tasks import is_cancelled
@@ -65,6 +67,8 @@ class RunAgents:
     stopped: Callable[[], bool] = lambda: False  # whether the run has stopped
     journal: Any = None  # a `Journal`; None: none is kept
     where: dict[str, Any] = field(default_factory=dict)  # the run's output_dir and generation_id
+    references: ReferencePlan | None = None  # of the story; None: not known yet
+    guidance: Guidance | None = None  # None: by the image model's name
 
     def _agent(self, role: str, scene: int) -> _RunAgent:
         """Return one of them; a journal counts the calls of each scene on their own."""
@@ -88,13 +92,17 @@ class RunAgents:
         trace_dir: Path | None = None,  # where the steps are written; None: nowhere
     ) -> ImagePromptEnhancementResult:
         """Let the two enhance the prompt of one scene."""
+        guidance = self.guidance or guidance_for(self.image_model.name)
         return await enhance_prompt_iterative(
             story.scenes[scene - 1].prompt,
             max_iterations=self.settings.max_enhancement_iterations,
             score_threshold=self.settings.score_threshold,
             director=self._agent("director", scene),
             critic=self._agent("critic", scene),
-            context=scene_context(story, scene),
+            context=scene_context(
+                story, scene, image_model=self.image_model.name, legacy=guidance.legacy,
+                references=self.references.expected(scene) if self.references else ()),
+            guidance=guidance,
             negative=self.image_model.takes_negative_prompt,
             trace_dir=trace_dir,
         )
@@ -105,6 +113,8 @@ class RunAgents:
     ) -> list[ImagePromptEnhancementResult]:
         """Let the two enhance the prompts of all scenes, as many at once as the settings say."""
         slots = asyncio.Semaphore(self.settings.max_concurrency)
+        most = min(self.settings.max_references, self.image_model.max_references)
+        self.references = ReferencePlan(Chain(story, self.settings.chain), most)
 
         async def one(number: int) -> ImagePromptEnhancementResult:
             async with slots:

@@ -23,12 +23,14 @@ def planned_attempts(
     references: References,  # what goes along
     settings: Settings,  # how many images, and their shape
     model: ImageModel,  # who is asked
+    legacy: bool = False,  # True: for a run that refimg 0.1 began
 ) -> list[tuple[ImageRequest, int]]:
     """List what is asked for, and how many images of it, until one arrives."""
     negative = enhancement.negative_prompt if model.takes_negative_prompt else None
     plain, enhanced = (
         ImageRequest(
-            prompt=compose_prompt(text, story, number, references=references.sentences),
+            prompt=compose_prompt(
+                text, story, number, references=references.sentences, legacy=legacy),
             negative_prompt=negative, aspect_ratio=settings.aspect_ratio,
             references=references.paths)
         for text in (story.scenes[number - 1].prompt, enhancement.final_prompt))

@@ -18,10 +18,12 @@ from typing import Any
 
 from PIL import Image
 
+from .defects import find_defects
 from .protocols import Batch, Call, ImageModel, ImageRequest, Scorer
 from .results import Variation, threshold_warning
 from ..generate import Candidate, ImageGenerationResult, request_image, variation_seed
 from ..score import ImageScores, grade, rank_images_by_quality, raw_scores, scoring_thread
+from ..storage.images import read_image
 
 # %% auto #0
 __all__ = ['SceneNotes', 'ScoringQueue', 'CandidateGroup']
@@ -108,6 +110,7 @@ class ScoringQueue:
     ):
         self.scorers, self.text, self.group, self.stopped = scorers, text, group, stopped
         self.references = references
+        self.sent: dict[Path, Image.Image | None] = {}  # files that went along; None: gone
         self.waiting: deque[Candidate] = deque()
         self.task: asyncio.Task | None = None
         if any(hasattr(scorer, "embed_text") for scorer in scorers):
@@ -129,6 +132,17 @@ class ScoringQueue:
         if not self.stopped() and (self.task is None or self.task.done()):
             self.task = self.group.create_task(self._work())
 
+    def _examine(self, candidate: Candidate, pixels: Image.Image) -> None:
+        """Find what is wrong with an image, beside the images that were sent along."""
+        asked = candidate.request
+        for path in asked.references:
+            if path not in self.sent:
+                self.sent[path] = None
+                with suppress(ValueError):
+                    self.sent[path] = read_image(path)
+        sent = [image for path in asked.references if (image := self.sent[path])]
+        candidate.defects = find_defects(pixels, sent, f"{self.text}\n{asked.prompt}")
+
     async def _work(self) -> None:
         def score_waiting() -> None:
             found = [self.waiting.popleft() for _ in range(len(self.waiting))]
@@ -136,6 +150,9 @@ class ScoringQueue:
             batch = Batch(pixels, self.text, self.references)
             for item, row in zip(found, raw_scores(batch, self.scorers), strict=True):
                 item.raw = row
+            for item in found:
+                if item.pixels and not self.stopped():
+                    self._examine(item, item.pixels)
 
         loop = asyncio.get_running_loop()
         while self.waiting and not self.stopped():
@@ -190,12 +207,15 @@ class CandidateGroup:
         scorers: list[Scorer],  # those whose raw scores the candidates hold
         weights: dict[str, float] | None,  # scorer's name -> weight
     ) -> list[tuple[Candidate, ImageScores]]:
-        """Grade the group and return it with its scores, best first."""
+        """Grade the group and return it with its scores, best first, defective ones last."""
         graded = grade([item.raw for item in self.candidates], scorers, weights)
         ranked = rank_images_by_quality(list(zip(self.candidates, graded, strict=True)))
-        for candidate, scores, rank in ranked:
+        ranked.sort(key=lambda item: bool(item[0].defects))
+        for rank, (candidate, scores, _) in enumerate(ranked, start=1):
             candidate.scores = scores
             candidate.rank = rank if scores.overall is not None else None
+        for candidate in self.candidates:
+            self.notes.warn(*(f"variation {candidate.number}: {d}" for d in candidate.defects))
         return [(candidate, scores) for candidate, scores, _ in ranked]
 
     async def save(
@@ -228,7 +248,7 @@ class CandidateGroup:
         """List path, seed, scores and rank of what is on disk, for the scene's trace."""
         return [
             {"path": str(item.image.image_path), "seed": item.image.seed,
-             "scores": item.scores.model_dump(), "rank": item.rank}
+             "scores": item.scores.model_dump(), "rank": item.rank, "defects": item.defects}
             for item in self.variations()
         ]
 
@@ -240,7 +260,7 @@ class CandidateGroup:
         chosen = winner and winner.image
         return [
             Variation(image=item.image, scores=item.scores, rank=item.rank,
-                      selected=item.image is chosen)
+                      selected=item.image is chosen, defects=item.defects)
             for item in self.candidates
             if item.image is not None and item.scores is not None
         ]

@@ -164,7 +164,8 @@ def veto(
     old = _scene_of(result, scene, variation)
     made, out = old.variations, {*vetoes(result, scene), variation}
     left = [k for k in range(1, len(made) + 1) if k not in out]
-    best = min(left, key=lambda k: made[k - 1].rank or len(made) + k, default=None)
+    best = min(left, key=lambda k: (bool(made[k - 1].defects), made[k - 1].rank or len(made) + k),
+               default=None)
     held, threshold, new = _selected(old), _threshold(result, scene), old
     after: dict[str, Any] = {"blind": blind}
     if best is None:
@@ -352,7 +353,9 @@ def _with_scores(
 ) -> SceneResult:
     """Return the scene with other scores, and the reference that follows from them or stays."""
     ranked = rank_images_by_quality(list(enumerate(graded, start=1)))
-    ranks = {number: rank for number, scores, rank in ranked if scores.overall is not None}
+    ranked.sort(key=lambda item: bool(scene.variations[item[0] - 1].defects))
+    ranks = {number: rank for rank, (number, scores, _) in enumerate(ranked, start=1)
+             if scores.overall is not None}
     variations = [
         item.model_copy(update={"scores": scores, "rank": ranks.get(number)})
         for number, (item, scores) in enumerate(zip(scene.variations, graded, strict=True), 1)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from itertools import groupby
+from itertools import groupby, pairwise
 
 # %% auto #0
 __all__ = ['lost_intent']
@@ -31,6 +31,8 @@ _LARGE = {"thirty": 30, "forty": 40, "fifty": 50, "sixty": 60, "seventy": 70, "e
 _LARGE |= {"ninety": 90, "hundred": 100, "thousand": 1000, "dozen": 12}
 _SAME = {word: str(n) for n, word in enumerate(_COUNTED)} | {w: str(n) for w, n in _LARGE.items()}
 _SAME |= {"gray": "grey"}
+_MEANT = {"pair": "2", "couple": "2", "both": "2", "duo": "2", "twin": "2", "twins": "2"}
+_MEANT |= {"trio": "3", "triplets": "3", "quartet": "4", "single": "1", "lone": "1"}
 
 _NO_NAMES = {
     "a", "an", "the", "i", "in", "on", "at", "of", "and", "or", "but", "with", "by", "for",
@@ -40,46 +42,148 @@ _NO_NAMES = {
 }
 
 
+_EAST = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # scripts that run words together
+_WORD = re.compile(
+    rf"\d+(?:[.,:]\d+)*|[{_EAST}]+|[^\W\d_{_EAST}]+(?:'[^\W\d_{_EAST}]+)*")
+_QUOTED = re.compile(
+    r'"([^"\n]+)"|“([^”\n]+)”|„([^“”\n]+)[“”]|«([^»\n]+)»|「([^」\n]+)」|『([^』\n]+)』'
+    r"|《([^》\n]+)》|\u2018([^\u2019\n]+)\u2019(?!\w)|(?<!\w)'([^'\n]+)'(?!\w)")
+
+
 def _words(text: str) -> list[str]:
     """List the words and numbers of a text, without case, possessive or spelling variants."""
     folded = unicodedata.normalize("NFKC", text).casefold().replace("\u2019", "'")
-    found: list[str] = re.findall(r"\d+(?:[.,:]\d+)*|[^\W\d_]+(?:'[^\W\d_]+)*", folded)
+    found: list[str] = _WORD.findall(folded)
     return [_SAME.get(word, word) for word in (word.removesuffix("'s") for word in found)]
 
 
 def _quotes(text: str) -> list[str]:
     """List what stands in quotation marks."""
-    double = r'"([^"\n]+)"|“([^”\n]+)”|„([^“”\n]+)[“”]|«([^»\n]+)»|「([^」\n]+)」'
-    single = r"|\u2018([^\u2019\n]+)\u2019(?!\w)|(?<!\w)'([^'\n]+)'(?!\w)"
-    return ["".join(groups).strip() for groups in re.findall(double + single, text)]
+    return ["".join(groups).strip() for groups in _QUOTED.findall(text)]
 
 # %% ../../nbs/engine/intent.ipynb #ce751ba2
+_KATAKANA = r"[\u30a1-\u30fa\u30fc]"
+_TITLED = rf"(?:{_KATAKANA}+|[\u4e00-\u9fff々]{{1,4}})(?=さん|くん|ちゃん|様|先生)"
+_FOREIGN = re.compile(rf"{_KATAKANA}{{3,}}(?:・{_KATAKANA}+)*|{_TITLED}")
+_CAPITALISED = re.compile(rf"[{_EAST}]+|[^\W\d_{_EAST}](?:[^\W{_EAST}]|['\u2019-])*|[^\w\s]")
+
+
+def _inner_capital(word: str) -> bool:
+    """Tell whether a letter behind another one is a capital: IKEA, iPhone."""
+    return any(a.isalpha() and b.isupper() for a, b in pairwise(word))
+
+
 def _names(text: str) -> list[str]:
     """List the names in a text, those of several words in one piece."""
     def is_name(word: str) -> bool:
-        return word[0].isupper() and re.split(r"['\u2019]", word.casefold())[0] not in _NO_NAMES
+        bare = re.split(r"['\u2019]", word.casefold())[0]
+        return (word[0].isupper() or _inner_capital(word)) and bare not in _NO_NAMES
 
     names: list[str] = []
     for sentence in re.split(r"(?<=[.!?…])\s+|\n+", text):
-        words = re.findall(r"[^\W\d_][\w'\u2019-]*|[^\w\s]", re.sub(r"^\W+", "", sentence))
+        words = _CAPITALISED.findall(re.sub(r"^\W+", "", sentence))
         for named, run in groupby(range(len(words)), key=lambda at: is_name(words[at])):
             places = list(run)
-            if named and (len(places) > 1 or places[0] > 0):
+            first = words[0].casefold()
+            counted = _SAME.get(first, "").isdigit()  # "Two Dalmatians"
+            if named and places[0] == 0 and (counted or re.match("[а-я]", first)):
+                del places[0]  # "Портрет Анны": two capitals, and one of them a name
+            if named and places and (len(places) > 1 or places[0] > 0 or _inner_capital(words[0])):
                 name = " ".join(words[place] for place in places)
                 names.append(re.sub(r"['\u2019]s$", "", name))
-    return [] if text.isupper() else names
+    latin = re.findall(r"[A-Za-z][A-Za-z'\u2019-]*[A-Za-z]", text)
+    if len(latin) < sum(c.isalpha() and not c.isupper() and not c.islower() for c in text):
+        names += latin
+    return [] if text.isupper() else names + _FOREIGN.findall(text)
+
+# %% ../../nbs/engine/intent.ipynb #e2000010
+_INSTEAD = {  # what is not there, and how that is said without a negation
+    "people person human humans crowd crowds man men woman women tourists passengers pedestrians "
+    "figures characters soul cars car traffic vehicles":
+    "deserted|empty|uninhabited|unpeopled|abandoned|solitary|vacant|lonely",
+    "clouds cloud": "clear|cloudless|unbroken",
+    "hat hats cap helmet": "bareheaded|bare head|bare headed",
+    "shoes shoe socks boots sandals": "barefoot|barefooted|bare feet",
+    "clothes clothing shirt": "naked|nude|bare|shirtless",
+    "text words word writing letters lettering watermark logo logos captions brand brands":
+    "blank|unmarked|unbranded|plain",
+    "beard moustache mustache hair": "clean shaven|bald|smooth",
+    "leaves leaf foliage": "bare",
+    "colour color colours colors": "monochrome|black and white|greyscale|grayscale|sepia",
+    "background": "plain|blank|seamless|isolated",
+    "light lights lighting": "dark|unlit|darkness",
+    "wind waves ripples": "calm|still|glassy|smooth",
+    "rain snow fog mist haze": "dry|clear",
+    "furniture decorations decoration clutter objects": "bare|empty|uncluttered|minimal|plain",
+    "makeup": "natural|bare",
+    "shadows shadow": "even|flat",
+}
+_FOR_NOUN = {noun: words for nouns, words in _INSTEAD.items() for noun in nouns.split()}
+_NOT = {"no", "without", "not", "free", "lacking", "lacks", "devoid", "nor", "neither", "never"}
+_NOT |= {"none", "absent", "absence", "empty"}
+_ENDS = _NO_NAMES | {"visible", "around", "present", "anywhere", "nearby", "is", "are", "be"}
+_ENDS |= {"was", "were", "can", "who", "which", "than", "whatsoever", "into", "onto", "through"}
+_ENDS |= {"left", "yet", "beyond", "between", "beside", "across"}
+_IDIOMS = {"longer", "matter", "more", "less", "doubt", "sooner", "other", "fewer", "different"}
+
+
+def _negations(text: str) -> list[tuple[str, str]]:
+    """List the negations of a text, as they stand and with the noun that each is about."""
+    found = []
+    for clause in re.split(r"[.,;:!?]+(?=\s|$)|[()\n—–]", _QUOTED.sub(". ", text)):
+        words = _words(clause)
+        for at, word in enumerate(words):
+            if word not in ("no", "without"):
+                continue
+            start = at + 1 + (words[at + 1 : at + 2] in (["any"], ["a"], ["an"], ["the"]))
+            rest = words[start : start + 3]
+            end = next((k for k, w in enumerate(rest) if w in _ENDS or w in _NOT), len(rest))
+            rest = ["people"] if rest[:1] == ["1"] and word == "no" else rest[:end]
+            verb = word == "without" and rest[:1] and re.fullmatch(r"\w{3,}ing", rest[0])
+            if rest and not verb and rest[0] not in _IDIOMS and rest[-1].isalpha():
+                found.append((" ".join([word, *words[at + 1 : start], *rest]), rest[-1]))
+    return found
+
+
+def _is_left_out(noun: str, kept: list[str]) -> bool:
+    """Tell whether a text, as words, says that there is none of something."""
+    stem, text = noun.rstrip("es"), f" {' '.join(kept)} "
+    if re.search(rf" (?:{_FOR_NOUN.get(noun, '-')}|{re.escape(noun)}less) ", text):
+        return True
+    places = [at for at, word in enumerate(kept) if word.rstrip("es") == stem]
+    if noun == "people":
+        places += [at for at, word in enumerate(kept) if word == "1"]
+    return (noun == "people" and "nobody" in kept) or any(
+        not _NOT.isdisjoint(kept[max(0, at - 5) : at]) or kept[at + 1 : at + 2] == ["free"]
+        for at in places)
 
 # %% ../../nbs/engine/intent.ipynb #2f8969f4
+def _is_said(phrase: list[str], kept: list[str], text: str, east: str) -> bool:
+    """Tell whether a phrase, as words, stands in a text; Russian names are declined."""
+    if not phrase:
+        return True
+    if re.search(f"[{_EAST}]", "".join(phrase)):
+        return "".join(phrase) in east
+    if all(re.fullmatch("[\u0400-\u04ff]{4,}", word) for word in phrase):
+        stems = [word[: max(3, len(word) - 2)] for word in phrase]
+        return all(any(word.startswith(stem) for word in kept) for stem in stems)
+    return f" {' '.join(phrase)} " in text
+
+
 def lost_intent(
     original: str,  # the user's prompt
     final: str,  # the enhanced prompt
 ) -> list[str]:
-    """List a warning for each name, number, colour and quotation that did not survive."""
+    """List a warning for each name, number, colour, quotation and negation that is lost."""
+    original = unicodedata.normalize("NFKC", original)
     words, kept = _words(original), _words(final)
-    text = f" {' '.join(kept)} "
-    lost = {w: "number" for w in words if w[0].isdigit() and w not in kept}
-    lost |= {w: "colour" for w in words if w in _COLOURS and w not in kept}
+    meant = {*kept, *(_MEANT[w] for w in kept if w in _MEANT)}
+    numbers = [w for before, w in pairwise(["", *words])
+               if w[0].isdigit() and (before, w) != ("no", "1")]
+    lost = {w: "number" for w in numbers if w not in meant}
+    lost |= {w: "colour" for w in words if w in _COLOURS and w not in meant}
+    text, east = f" {' '.join(kept)} ", "".join(kept)
     for kind, phrases in (("name", _names(original)), ("quotation", _quotes(original))):
-        said = [(phrase, " ".join(_words(phrase))) for phrase in phrases]
-        lost |= {p: kind for p, words in said if words and f" {words} " not in text}
+        lost |= {p: kind for p in phrases if not _is_said(_words(p), kept, text, east)}
+    lost |= {p: "negation" for p, noun in _negations(original) if not _is_left_out(noun, kept)}
     return [f"{kind} lost from the original prompt: {what}" for what, kind in lost.items()]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from .guidance import AFTER, ALONG, BEFORE, DRAWS
 from .story import Story
 
 # %% auto #0
@@ -26,8 +27,8 @@ def _plain(value: Any) -> str:
     return "" if value is None else str(value).strip()
 
 
-def _facts(story: Story, number: int) -> list[tuple[str, str]]:
-    """List the story's markers and the scene's notes as (label, text), blank ones left out."""
+def _facts(story: Story, number: int, brand: str | None) -> list[tuple[str, str]]:
+    """List markers, looks, brand and the scene's notes as (label, text), without blank ones."""
     scene, items = story.scenes[number - 1], []
     for key, value in story.consistency_markers.items():
         label, text = key.strip().replace("_", " "), _plain(value)
@@ -45,7 +46,7 @@ def _facts(story: Story, number: int) -> list[tuple[str, str]]:
         ("Transition from the previous scene", scene.transition_note if later else None),
     ]
     markers = [(label, text) for _, label, text in sorted(items, key=lambda item: item[0])]
-    told = [*looks, *notes]
+    told = [*looks, ("Brand", brand), *notes]
     return markers + [(label, text.strip()) for label, text in told if text and text.strip()]
 
 
@@ -54,12 +55,13 @@ def compose_prompt(
     story: Story,  # its markers are added
     number: int,  # the scene, from 1
     *,
-    has_reference: bool = False,  # True: one reference image goes with the prompt
     references: Sequence[str] = (),  # what is said of the images that go along, in their order
+    legacy: bool = False,  # True: for a run that refimg 0.1 began, in its words
 ) -> str:
     """Write the prompt as the image model gets it."""
-    parts = [f"{label}: {value.rstrip('.')}." for label, value in _facts(story, number)]
-    if has_reference or (len(references) == 1 and not story.subjects):
+    facts = _facts(story, number, None if legacy else story.brand)
+    parts = [f"{label}: {value.rstrip('.')}." for label, value in facts]
+    if legacy and references:
         present = story.scenes[number - 1].subject_present
         kept = "subject, style and colours" if present else "style and colours"
         parts.append(f"Match the reference image: keep its {kept}.")
@@ -68,10 +70,28 @@ def compose_prompt(
     return "\n\n".join([text.strip(), " ".join(parts)] if parts else [text.strip()])
 
 # %% ../../nbs/engine/prompts.ipynb #36c9ddc5
+_LONGEST = 300  # characters of a neighbouring scene
+
+
 def scene_context(
-    story: Story,  # markers and brand
+    story: Story,  # markers, notes, brand and the scenes beside this one
     number: int,  # the scene, from 1
+    *,
+    references: Sequence[str] = (),  # what is said of the images that go along, in their order
+    image_model: str = "",  # name of the model that draws
+    legacy: bool = False,  # True: for a run that refimg 0.1 began, as it was there
 ) -> str:
-    """List what the agents must agree with in this scene, one line each: "label: text"."""
-    brand = [("Brand", story.brand)] if story.brand else []
-    return "\n".join(f"{label}: {text}" for label, text in _facts(story, number) + brand)
+    """List what the agents are told of this scene, one line each: "label: text"."""
+    told = _facts(story, number, None if legacy else story.brand)
+    if legacy:
+        told += [("Brand", story.brand)] if story.brand else []
+    else:
+        near = {BEFORE: number - 1, AFTER: number + 1}
+        others = [(label, " ".join(story.scenes[n - 1].prompt.split()))
+                  for label, n in near.items() if 1 <= n <= len(story.scenes)]
+        others = [(label, text if len(text) <= _LONGEST else f"{text[:_LONGEST - 1].rstrip()}…")
+                  for label, text in others]
+        others += [(ALONG, " ".join(" ".join(references).split())),
+                   (DRAWS, " ".join(image_model.split()))]
+        told += [(label, text) for label, text in others if text]
+    return "\n".join(f"{label}: {text}" for label, text in told)

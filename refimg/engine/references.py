@@ -256,6 +256,14 @@ class ReferencePlan:
                             f"{'; '.join(rest)}")
         return References(sent=sent, warnings=warnings)
 
+    def expected(
+        self,
+        number: int,  # the scene, from 1
+    ) -> list[str]:
+        """Return what will be said of them, if every earlier scene gets its reference."""
+        made = {earlier: Path(f"scene {earlier}") for earlier in range(1, number)}
+        return self.references(number, made).sentences
+
     @staticmethod
     def _merged(references: list[Reference]) -> list[Reference]:
         """Return them with each file once, at its first place."""

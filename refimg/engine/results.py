@@ -42,6 +42,7 @@ class Variation(BaseModel, frozen=True):
     scores: ImageScores  # what the scorers found
     rank: int | None = None  # 1 is best; None: unscored
     selected: bool = False  # True: this image is the scene's reference
+    defects: list[CleanText] = []  # what is seen to be wrong with it, from its pixels
 
 # %% ../../nbs/engine/results.ipynb #2c7f7936
 class SentReference(BaseModel, frozen=True):

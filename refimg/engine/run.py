@@ -28,8 +28,10 @@ from refimg.engine.protocols import (
     Reply,
     Scorer,
 )
+from .guidance import OF_0_1
 from .handover import Handover
 from .references import Chain, ReferencePlan, References
+from .outliers import warn_of_outliers
 from .results import SceneResult, StoryResult, Variation
 from .settings import Settings, versions
 from .story import Scene, Story
@@ -126,7 +128,7 @@ class SceneRun:
         """Fill the group with what the image model can be made to draw."""
         run, made, model = self.run, self.enhancement, self.run.image_model
         attempts = planned_attempts(
-            made, run.drawn, self.number, self.references, run.settings, model)
+            made, run.drawn, self.number, self.references, run.settings, model, run.legacy)
         if made.negative_prompt and not model.takes_negative_prompt:
             self.notes.warn(f"{model.name} takes no negative prompt: none was sent")
         if made.stop_reason == "failed":
@@ -217,6 +219,7 @@ class StoryRun:
     warnings: Sequence[str] = ()  # of every scene that is made
     planned: dict[str, Any] | None = None  # the plan's markers, of this run or an earlier one
     planner: str | None = None  # who planned
+    legacy: bool = False  # True: refimg 0.1 began it, and it goes on in the words of 0.1
     stopped: bool = False
     deadline: float = 0.0  # on the run's clock, once it is stopped
     scenes: list[SceneRun] = field(default_factory=list)
@@ -233,7 +236,8 @@ class StoryRun:
         self.agents = RunAgents(
             self.settings, self.director, self.critic, self.image_model, self.call,
             lambda: self.stopped, self.journal,
-            {"output_dir": self.folder, "generation_id": self.generation_id})
+            {"output_dir": self.folder, "generation_id": self.generation_id}, plan,
+            OF_0_1 if self.legacy else None)
         self.enhancing = asyncio.Semaphore(self.settings.max_concurrency)
         self.drawing = asyncio.Semaphore(self.settings.max_concurrency)
 
@@ -296,7 +300,7 @@ class StoryRun:
             notes = SceneNotes(number, self.clock, warnings=list(warnings))
             images = CandidateGroup(self.folder, stem, self.journal is not None, notes)
             self.scenes.append(SceneRun(self, scene, notes, images))
-        made = any(self.given) or self.times_rerun
+        made = any(self.given) or self.times_rerun or self.legacy
         if self.settings.plans(self.story) and not made:
             await self._plan()
         async with asyncio.TaskGroup() as self.group:
@@ -327,7 +331,7 @@ class StoryRun:
         """Make the record of the whole run."""
         references = self.fill_missing_references()
         made = {s.number: s.result(references[s.number]) for s in self.scenes} | self.kept
-        scenes = [made[number] for number in sorted(made)]
+        scenes = warn_of_outliers([made[number] for number in sorted(made)])
         return StoryResult(
             generation_id=self.generation_id, scenes=scenes, story=self.story,
             references=[scene.reference for scene in scenes],

@@ -8,10 +8,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from .guidance import DEFAULT, Guidance, guidance_for
 from .instructions import DIMENSIONS
 from .planning import plan_messages
 from .prompts import scene_context
 from .protocols import Message, Usage
+from .references import Chain, ReferencePlan
 from .settings import Settings
 from .story import Story
 from ..enhance import Critique, Iteration, critic_messages, director_messages
@@ -20,7 +22,6 @@ from ..enhance import Critique, Iteration, critic_messages, director_messages
 __all__ = ['expected_usage', 'expected_calls']
 
 # %% ../../nbs/engine/usage.ipynb #e0000003
-_EXPECTED_PROMPT = "a lens " * 90  # 60 to 150 words are asked for
 _EXPECTED_CRITIQUE = Critique(**dict.fromkeys(DIMENSIONS, 70), critique="a lens " * 25,
                               improvements=["a lens " * 9] * 4)
 
@@ -43,16 +44,18 @@ def expected_usage(
     iterations: int,  # of the two agents, 0 or more
     *,
     negative: bool = False,  # True: the director also writes a negative prompt
+    guidance: Guidance = DEFAULT,  # how to write for the image model
 ) -> tuple[Usage, Usage]:
     """Estimate the tokens that director and critic read and write for one scene."""
-    last = Iteration(
-        number=1, enhanced_prompt=_EXPECTED_PROMPT, critique=_EXPECTED_CRITIQUE, seconds=0)
-    asked = [director_messages(prompt, last if k else None, context) for k in range(iterations)]
+    written, told = "a lens " * (guidance.words[1] * 3 // 5), guidance.instruction
+    last = Iteration(number=1, enhanced_prompt=written, critique=_EXPECTED_CRITIQUE, seconds=0)
+    asked = [director_messages(prompt, last if k else None, context, instruction=told)
+             for k in range(iterations)]
     if negative and iterations:
-        asked.append(director_messages(_EXPECTED_PROMPT, None, context))
-    criticised = [critic_messages(_EXPECTED_PROMPT, prompt, context)] * iterations
+        asked.append(director_messages(written, None, context, instruction=told))
+    criticised = [critic_messages(written, prompt, context)] * iterations
     critique = _EXPECTED_CRITIQUE.model_dump_json()
-    return _total(asked, _EXPECTED_PROMPT), _total(criticised, critique)
+    return _total(asked, written), _total(criticised, critique)
 
 
 def expected_calls(
@@ -62,11 +65,15 @@ def expected_calls(
     negative: bool = False,  # True: the director also writes a negative prompt
 ) -> dict[str, Any]:
     """Return what a run will ask for, as `costs.estimate` takes it: usages, calls and images."""
-    scenes = [(s.prompt, scene_context(story, n)) for n, s in enumerate(story.scenes, start=1)]
+    model, guidance = settings.image_model, guidance_for(settings.image_model)
+    plan = ReferencePlan(Chain(story, settings.chain), settings.max_references)
+    told = [scene_context(story, n, references=plan.expected(n), image_model=model)
+            for n in range(1, len(story.scenes) + 1)]
+    scenes = [(scene.prompt, context) for scene, context in zip(story.scenes, told, strict=True)]
     most, planned = settings.max_enhancement_iterations, settings.plans(story)
-    plan = [(_total([plan_messages(story)], _EXPECTED_PLAN), _total([], ""))] * planned
-    low, high = (plan + [expected_usage(*scene, n, negative=negative) for scene in scenes]
-                 for n in (min(1, most), most))
+    planning = [(_total([plan_messages(story)], _EXPECTED_PLAN), _total([], ""))] * planned
+    low, high = (planning + [expected_usage(*scene, n, negative=negative, guidance=guidance)
+                             for scene in scenes] for n in (min(1, most), most))
     return {"low": low, "high": high, "images": len(scenes) * settings.num_variations,
             "chat_calls": planned + len(scenes) * (2 * most + (negative and most > 0)),
             "director": settings.director, "critic": settings.critic}

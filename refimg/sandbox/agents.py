@@ -17,6 +17,7 @@ from pydantic import BaseModel
 
 from ..engine.protocols import Message, Reply
 from ..engine.fence import read_fences
+from ..engine.guidance import own_context
 from ..engine.intent import lost_intent
 from .aspects import ASPECTS, covered, tones
 from .sentences import FINISHES, MOODS, PALETTES, Brief
@@ -142,6 +143,8 @@ def _material(messages: list[Message]) -> dict[str, str]:
     """Return what the user messages hold by slot; a message without fences is an original."""
     said = [message.content for message in messages if message.role == "user"]
     found = {slot: text for item in reversed(said) for slot, text in read_fences(item).items()}
+    if "context" in found:
+        found["context"] = own_context(found["context"])
     return found or {"original": said[-1] if said else ""}
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..adapters.consistency import Comparison
+from ..adapters.tiles import View, check_view
 from ..adapters.towers import Embedder, Towers, load_open_clip, load_transformers
 from ..engine.protocols import Batch, RawScore
 from .painter import PAINTER_VERSION, truth
@@ -110,17 +111,22 @@ class _Trained:
     """Some weights with their card, and the model they belong to, shared by all who ask for it."""
 
     name: str  # of the scorer; every subclass has its own
+    view: View
     _name, _file, _load = "sandbox-clip", "refimg.json", staticmethod(load_open_clip)
 
     def __init__(
         self,
         folder: Path | None = None,  # other weights than those shipped
+        *,
+        view: View = "whole",  # what is seen of an image: "whole", "tiles" or "center"
     ):
         shipped = files("refimg.sandbox") / "weights" / self._name
         folder = Path(str(shipped) if folder is None else folder)
-        self._card = _read_card(folder / self._file)
-        self.model = f"sandbox-{self.name}@painter-{self._card['painter']}"
-        self.calibration = self._card["calibration"]
+        card = _read_card(folder / self._file)
+        other = check_view(view) != "whole"
+        self.view, self._card = view, card | card.get(view, {})
+        self.model = f"sandbox-{self.name}@painter-{card['painter']}" + f", {view}" * other
+        self.calibration = card["calibration"] + f"-{view}" * other
         self.embedder = _embedder(folder, self._load)
 
     def missing(self) -> str | None:
@@ -158,7 +164,7 @@ class _TextScorer(_Trained):
     def _cosines(self, batch: Batch, factor: float = 1.0) -> list[RawScore]:
         """Return the cosine of each image with the text, times the factor; note windows."""
         vector, note = self.embedder.text(batch.prompt)[0], self.embedder.text_note(batch.prompt)
-        found = (self.embedder.images(batch) @ vector).tolist()
+        found = (self.embedder.images(batch, self.view) @ vector).tolist()
         return [RawScore(factor * cosine, note) for cosine in found]
 
 # %% ../../nbs/sandbox/scorers.ipynb #f90077da
@@ -213,7 +219,7 @@ class SandboxAesthetic(_Trained):
         import torch
 
         note = "technical defects only (blur, noise, exposure, contrast, banding), not taste"
-        vectors, head = self.embedder.images(batch), torch.tensor(self._card["head"])
+        vectors, head = self.embedder.images(batch, self.view), torch.tensor(self._card["head"])
         return [RawScore(v, note) for v in (vectors @ head + self._card["bias"]).tolist()]
 
 # %% ../../nbs/sandbox/scorers.ipynb #c5b00003
@@ -228,8 +234,10 @@ class SandboxConsistency(Comparison, _Trained):
     def __init__(
         self,
         folder: Path | None = None,  # other weights than those shipped
+        *,
+        view: View = "whole",  # what is seen of an image: "whole", "tiles" or "center"
     ):
-        super().__init__(folder)
+        super().__init__(folder, view=view)
         self.forget()
 
     def embed_images(
@@ -239,7 +247,7 @@ class SandboxConsistency(Comparison, _Trained):
         """Return the unit vectors of their looks, (n, d)."""
         import torch
 
-        seen = self.embedder.images(batch) - torch.tensor(self._card["mean"])
+        seen = self.embedder.images(batch, self.view) - torch.tensor(self._card["mean"])
         return torch.nn.functional.normalize(seen @ torch.tensor(self._card["head"]), dim=-1)
 
     def to_100(

@@ -29,12 +29,13 @@ from ..engine.protocols import GeneratedImage, Reply
 from .files import make_folder, sweep_temporary, write_atomic
 
 # %% auto #0
-__all__ = ['BUDGET', 'digest', 'Entry', 'Database']
+__all__ = ['BUDGET', 'FORMAT', 'digest', 'Entry', 'Database']
 
 # %% ../../nbs/storage/database.ipynb #c4761e55
 _logger = logging.getLogger(__name__)
 
-BUDGET = "budget"  # the slot of what a run has spent, which is no call
+BUDGET, FORMAT = "budget", "format"  # slots that hold no call: what a run has spent, how it asks
+_FORMAT = 2  # of the runs that begin now; 1: those of refimg 0.1, which did not say
 
 
 def digest(
@@ -208,7 +209,6 @@ if hasattr(os, "register_at_fork"):
         before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork
     )
 
-
 # %% ../../nbs/storage/database.ipynb #jdb00003
 def _sound(connection: sqlite3.Connection) -> dict[str, str | None]:
     """Return the result of each row whose key is that of its call; None: it has none yet."""
@@ -268,7 +268,7 @@ class _Answers:
                     if key not in found:  # a row that is there has a flipped bit
                         connection.execute("DELETE FROM calls WHERE key = ?", (key,))
                     connection.execute(_KEEP, row.values)
-                if row is None or (key not in found and row.entry.slot != BUDGET):
+                if row is None or (key not in found and row.entry.slot not in (BUDGET, FORMAT)):
                     lost.add(key)
             connection.execute("COMMIT")
         for path in (self.copies / f"{key}.json" for key in lost if rows[key] is None):
@@ -281,7 +281,6 @@ class _Answers:
             how = self.damage or "had lost rows"
             _logger.warning(text, how, len(whole & lost), len(lost))
             self.damage = ""
-
 
 # %% ../../nbs/storage/database.ipynb #jdb00001
 class Database:
@@ -371,6 +370,19 @@ class Database:
                 answers = each.setdefault(run, {True: 0.0, False: 0.0})
                 answers[slot == BUDGET] += self.answers.cost(key, facts)
         return math.fsum(max(sums.values()) for sums in each.values())
+
+    def format(self, output_dir: str, generation_id: str) -> int:
+        """Return the format of a run, which is written down where the run has no call yet."""
+        entry = Entry(output_dir, generation_id, FORMAT, "", "")
+        known, _ = self.find(entry, Reply)
+        if isinstance(known, Reply):
+            return int(known.text)
+        with self._tolerant(entry, "cannot be looked up"):
+            line = "SELECT 1 FROM calls WHERE output_dir = ? AND generation_id = ? LIMIT 1"
+            if self.run(line, output_dir, generation_id):
+                return 1
+        self.keep(entry, Reply(text=str(_FORMAT)))
+        return _FORMAT
 
     def check(self) -> None:
         """Raise what keeps the journal from being used."""

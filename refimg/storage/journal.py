@@ -210,6 +210,16 @@ class Journal:
             raise ValueError("journal must be a folder that can be written, on a drive with file "
                              f"locks, got {str(self.folder)!r}: {error}") from error
 
+    async def begin(
+        self,
+        *,
+        output_dir: str | Path,  # of the run
+        generation_id: str,  # of the run
+    ) -> int:
+        """Return the format in which the run asks: 1 where refimg 0.1 began it, else 2."""
+        folder = str(Path(output_dir).resolve())
+        return await _thread(self.database.format, folder, generation_id)
+
     async def spent(
         self,
         *,

@@ -15,6 +15,7 @@ from refimg.validate.compare import (
     compare,
     four_cells,
 )
+from refimg.validate.drift import drift, drift_chart, slopes
 from refimg.validate.statistics import (
     Interval,
     Wins,
@@ -53,6 +54,8 @@ __all__ = [
     "curve_chart",
     "distribution_chart",
     "distributions",
+    "drift",
+    "drift_chart",
     "forest_chart",
     "four_cells",
     "holm",
@@ -62,6 +65,7 @@ __all__ = [
     "power",
     "runs_table",
     "score_csv",
+    "slopes",
     "stop_reasons",
     "threshold_errors",
     "unit_values",

@@ -322,8 +322,11 @@ def compare(
                      for arm, n in zip(arms, pair or (None, None), strict=True))
     first, second = first.align(second, join="outer", axis=0)
     selecting, level = _selecting(arms, pair, by), UNITS[unit]
-    found = [_difference(m, first[m], second[m], level, m in selecting,
-                         arms[0].why_mixed(m, arms[1])) for m in first.columns if m in second]
+    applies = {m: arms[0].applies(m).reindex(first.index, fill_value=False)
+               | arms[1].applies(m).reindex(first.index, fill_value=False)
+               for m in first.columns if m in second}
+    found = [_difference(m, first[m][applies[m]], second[m][applies[m]], level, m in selecting,
+                         arms[0].why_mixed(m, arms[1])) for m in applies]
     found = _adjusted(found, arms, selecting)
     units = first.groupby(level=level).ngroups
     return Comparison(unit=unit, units=units, k=pair, sandbox=arms[0].sandbox,

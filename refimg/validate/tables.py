@@ -280,6 +280,15 @@ class Runs:
         """Whether a scene may follow from another; also where nothing says that it does not."""
         return self.has_several_scenes and self.table["chain"].iloc[0] != "none"
 
+    def applies(
+        self,
+        metric: str,  # its column
+    ) -> pd.Series:
+        """Tell by story and scene whether there is anything that the metric could measure."""
+        table = self.table
+        named = table.get(f"scorer_{metric}", table["text"]).notna() | table[metric].notna()
+        return named.groupby([table["story"], table["scene"]]).any()
+
     def check_scorers(
         self,
         *others: Runs,  # further arms of one comparison

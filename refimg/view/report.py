@@ -47,6 +47,7 @@ from refimg.view.tables import (
     warnings_html,
     warnings_of,
 )
+from .together import consistency_chart
 
 # %% auto #0
 __all__ = ['report']
@@ -232,10 +233,15 @@ def report(
             pool.submit(image_html, variation.image.image_path, "", width)
         charts = [element("p", f"The charts are left out: {absent}.")] if absent else [
             draw(result) for draw in draws]
+        compared = any(v.scores.metrics.get("consistency") is not None
+                       for scene in result.scenes for v in scene.variations if v.selected)
+        together = [consistency_chart(result)] if compared and not absent else []
     page = _page(result, [
         ("References", [strip_html(result, width)]),
         *((f"Scene {scene.scene}", _scene(scene, width)) for scene in result.scenes),
-        ("Scores", [score_table(result)]), ("The run in charts", charts),
+        ("Scores", [score_table(result)]),
+        *([("Does it keep together", together)] if together else []),
+        ("The run in charts", charts),
         *([("History", [history_table(result)])] if result.history else []),
         ("Costs", [_costs(result)]), ("Provenance", [*_provenance(result)]),
     ])

@@ -73,11 +73,12 @@ def verdict_text(
     number: int,  # from 1
     variation: Variation,
 ) -> str:
-    """Say which variation it is, its rank and its overall."""
+    """Say which variation it is, its rank, its overall and its defects."""
+    mark = "".join(f" · ⚠ {defect.partition(':')[0]}" for defect in variation.defects)
     if variation.scores.overall is None:
-        return f"v{number} · unscored"
+        return f"v{number} · unscored{mark}"
     rank = f" · rank {variation.rank}" if variation.rank else ""
-    return f"v{number}{rank} · overall {number_text(variation.scores.overall)}"
+    return f"v{number}{rank} · overall {number_text(variation.scores.overall)}{mark}"
 
 
 def warnings_of(
@@ -122,7 +123,7 @@ def variation_figure(
         notes = {"unscored" if name == "overall" else name: note for name, note in notes.items()}
     values = [f"{name} {number_text(value)}" for name, value in scores.metrics.items()]
     lines = [" · ".join(values), *(f"{name}: {note_text(note)}" for name, note in notes.items()),
-             seed_text(variation)]
+             *(f"⚠ {note_text(defect)}" for defect in variation.defects), seed_text(variation)]
     mark = WON[scene.reference_from] if variation.selected else None
     alt = f"Scene {scene.scene}, variation {number}: {clipped(scene.prompt, 120)}"
     return figure_html(image_html(path, alt, width), verdict_text(number, variation), mark,
@@ -217,6 +218,9 @@ class _ScoreTable:
         head = [str(scene.scene), f"v{number}", WON[scene.reference_from] if bold else "",
                 "–" if variation.rank is None else str(variation.rank)]
         cells = [self.cell(text, bold=bold) for text in head]
+        if variation.defects:
+            defects = note_text("; ".join(variation.defects))
+            cells[1] = self.cell(f"v{number} ⚠", f"⚠ {defects}", bold)
         for name in ("overall", *self.metrics):
             value = scores.overall if name == "overall" else scores.metrics.get(name)
             note = scores.notes.get(name, None if value is not None else "no reason was recorded")

@@ -8,10 +8,13 @@ harder: the third picture differs from the first in one of the three.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
+from refimg.adapters.tiles import VIEWS, View
 from refimg.engine.protocols import Batch
 from refimg.sandbox.painter import paint_picture
 from refimg.sandbox.scorers import SandboxClipScore
@@ -41,15 +44,18 @@ def attributes_of(seed: int, near: bool) -> tuple[dict[str, str], dict[str, str]
     return first, same, other
 
 
-def vectors(numbers: range, near: bool = False) -> np.ndarray:
-    """The tower's unit vectors of triples, (n, 3, d)."""
-    embedder, found = SandboxClipScore().embedder, []
+def painted(numbers: range, near: bool = False) -> Iterator[tuple[Image.Image, ...]]:
+    """The pictures of triples."""
     for seed in (FIRST + 10 * n for n in numbers):
         looks = (seed, seed, seed + 2)
-        painted = tuple(paint_picture(attributes, seed + k, *SIZE, look=look) for k, (
+        yield tuple(paint_picture(attributes, seed + k, *SIZE, look=look) for k, (
             attributes, look) in enumerate(zip(attributes_of(seed, near), looks, strict=True)))
-        found.append(embedder.images(Batch(painted, "")).numpy())
-    return np.array(found)
+
+
+def vectors(triples: Iterable[tuple[Image.Image, ...]], view: View = "whole") -> np.ndarray:
+    """The tower's vectors of triples, (n, 3, d)."""
+    embedder = SandboxClipScore().embedder
+    return np.array([embedder.images(Batch(three, ""), view).numpy() for three in triples])
 
 
 def fit(seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -76,13 +82,15 @@ def auc(same: np.ndarray, other: np.ndarray) -> float:
 
 
 def measure(folder: Path) -> dict:
-    """Writes the card beside the tower's weights; what was measured, with and without the head."""
-    mean, head = fit(vectors(range(TRIPLES)))
-    held = vectors(range(TRIPLES, TRIPLES + HELD_OUT), near=True)
-    same, other = cosines((held - mean) @ head)
+    """Writes the card beside the tower's weights; what was measured, by view."""
+    mean, head = fit(vectors(painted(range(TRIPLES))))
+    held, cards, found = list(painted(range(TRIPLES, TRIPLES + HELD_OUT), near=True)), {}, {}
+    for view in VIEWS:
+        seen = vectors(held, view)
+        same, other = cosines((seen - mean) @ head)
+        cards[view] = fit_logistic(same, other)
+        found[view] = {"auc": auc(same, other), "auc_without_head": auc(*cosines(seen))}
     seal(folder / "consistency.json", {
-        "calibration": "sandbox-consistency-logistic-1", **fit_logistic(same, other),
+        "calibration": "sandbox-consistency-logistic-1", **cards.pop("whole"), **cards,
         "mean": mean.tolist(), "head": head.tolist()})
-    return {"same": np.quantile(same, [0.05, 0.5, 0.95]).round(3).tolist(),
-            "other": np.quantile(other, [0.05, 0.5, 0.95]).round(3).tolist(),
-            "auc": auc(same, other), "auc_without_head": auc(*cosines(held))}
+    return found

@@ -135,11 +135,12 @@ def learn_all(plans: dict[str, Plan], files: dict, folder: Path) -> dict:
 
 def install(folder: Path, results: dict, minutes: float) -> None:
     """Copies the finished folders into the package, with a record of the measurements."""
-    from . import models
+    from . import models, views
 
     TARGET.mkdir(exist_ok=True)
     for name in ("sandbox-clip", "sandbox-pickscore"):
         models.replace(folder / name, TARGET / name)
+    views.write(TARGET)
     record = {"painter": PAINTER_VERSION, "minutes": round(minutes, 1), "held_out": results}
     (TARGET / "measured.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
