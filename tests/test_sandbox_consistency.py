@@ -19,7 +19,8 @@ from refimg.score import Batch, grade, normalized_weights, raw_scores
 
 CARD = Path(str(files("refimg.sandbox") / "weights" / "sandbox-clip" / "consistency.json"))
 SIZE = (192, 108)
-KEEPER = {"subject": "lighthouse keeper", "colour": "yellow", "style": "watercolour", "count": "one"}
+KEEPER = {"subject": "lighthouse keeper", "colour": "yellow", "style": "watercolour",
+          "count": "one"}
 FOX = {"subject": "fox", "colour": "blue", "style": "noir", "count": "one"}
 COAST = {"setting": "coast", "time": "day", "weather": "clear", "framing": "medium"}
 CITY = {"setting": "city", "time": "night", "weather": "rain", "framing": "wide"}
