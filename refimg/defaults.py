@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from refimg.adapters.clip import Aesthetic, ClipScore, PickScore
+    from refimg.adapters.clip import Aesthetic, ClipScore, Consistency, PickScore
     from refimg.adapters.prices import PriceTable
     from refimg.adapters.retry import RunLimits
     from refimg.adapters.tiles import View
@@ -117,12 +117,15 @@ def image_model() -> ImageModel:
 
 # %% ../nbs/06_defaults.ipynb #158b0da0
 def real_scorers(
-    view: View | None = None,  # what they see of an image; None: tiles
-) -> list[PickScore | ClipScore | Aesthetic]:
+    view: View | None = None,  # what they see of an image; None: what fits them
+) -> list[PickScore | ClipScore | Aesthetic | Consistency]:
     """Make the scorers on public checkpoints that are used by default, present or not."""
-    from refimg.adapters.clip import Aesthetic, ClipScore, PickScore
+    from refimg.adapters.clip import Aesthetic, ClipConsistency, ClipScore, PickScore
+    from refimg.adapters.dino import DinoConsistency
 
-    return [kind(view=view or "tiles") for kind in (PickScore, ClipScore, Aesthetic)]
+    tiled = [kind(view=view or "tiles") for kind in (PickScore, ClipScore, Aesthetic)]
+    dino = DinoConsistency(view=view or "whole")
+    return [*tiled, ClipConsistency(view=view or "tiles") if dino.missing() else dino]
 
 
 def scorers(
@@ -137,9 +140,10 @@ def scorers(
     origin = world() if image_model is None else image_model.name
     if not origin.startswith("sandbox"):
         return [*real_scorers(seen)]
-    from refimg.sandbox.scorers import SandboxAesthetic, SandboxClipScore, SandboxPickScore
+    from refimg.sandbox import scorers as own
 
-    kinds = SandboxPickScore, SandboxClipScore, SandboxAesthetic
+    kinds = (own.SandboxPickScore, own.SandboxClipScore, own.SandboxAesthetic,
+             own.SandboxConsistency)
     return [kind(view=seen or "whole") for kind in kinds]
 
 # %% ../nbs/06_defaults.ipynb #115309a9

@@ -429,7 +429,7 @@ def test_doctor_says_what_is_here():
     told = value(refimg("doctor", "--json"))
     assert told["world"] == "sandbox" and set(told["keys"].values()) == {"not set"}
     assert told["versions"]["torch"] and list(told["weights"]) == [
-        "pickscore", "clip_score", "aesthetic"]  # fmt: skip
+        "pickscore", "clip_score", "aesthetic", "consistency"]  # fmt: skip
     assert told["hosts"]["language models"] == "api.openai.com"
 
 

@@ -81,8 +81,9 @@ def check(found: dict) -> None:
             assert warning.startswith("unscored: ") and warning.count(reason) == 1
         metrics = {"pickscore", "clip_score", "aesthetic"}
         assert {told["notes"][name] for name in metrics} == {reason}
-        assert told["missing"] == [reason] * 3
-        assert all(f"{name}: {reason}" in told["load"] for name in metrics)
+        assert "no reference" in told["notes"]["consistency"]
+        assert told["missing"] == [reason] * 4
+        assert all(f"{name}: {reason}" in told["load"] for name in (*metrics, "consistency"))
 
 
 def missing_reason(found: dict[str, str]) -> str:

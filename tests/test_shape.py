@@ -363,7 +363,7 @@ READ = ("engine.results", "engine.settings", "engine.decisions", "engine.story",
         "inspection", "enhance", "generate", "score", *GROUND)
 WINGS_KNOW = {  # beside their own rooms
     "adapters": GROUND,
-    "sandbox": (*GROUND, "adapters.towers", "adapters.tiles"),
+    "sandbox": (*GROUND, "adapters.towers", "adapters.tiles", "adapters.consistency"),
     "defaults": ("adapters", "sandbox", "engine.costs", *GROUND),
     "view": READ,
     "validate": (*READ, "view"),

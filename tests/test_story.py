@@ -998,6 +998,9 @@ async def test_a_pipeline_of_ones_own_models_says_nothing_of_the_sandbox(run, ca
     assert not [r for r in caplog.records if r.name == "refimg.defaults"]
 
 
+JUDGES = ["pickscore", "clip_score", "aesthetic", "consistency"]
+
+
 @pytest.mark.parametrize("keys", [False, True])
 async def test_real_images_without_weights_are_unscored_never_judged_by_stand_ins(
     run, tmp_path, monkeypatch, keys
@@ -1007,7 +1010,7 @@ async def test_real_images_without_weights_are_unscored_never_judged_by_stand_in
         monkeypatch.setenv(name, "secret")
     result = await run(a_pipeline(scorers=None))
     judges = [judge["name"] for judge in result.settings["scorers"]]
-    assert judges == ["pickscore", "clip_score", "aesthetic"] == [*defaults.available()]
+    assert judges == JUDGES == [*defaults.available()]
     assert all("HF_HUB_OFFLINE" in reason for reason in defaults.available().values())
     best = result.scenes[0].variations[0].scores
     assert best.overall is None and "no weights for pickscore" in best.notes["pickscore"]
@@ -1016,11 +1019,11 @@ async def test_real_images_without_weights_are_unscored_never_judged_by_stand_in
     assert all("unscored" in s.warnings[-1] for s in result.scenes)
 
 
-def test_the_sandboxs_images_are_judged_by_its_own_three_scorers():
+def test_the_sandboxs_images_are_judged_by_its_own_scorers():
     pipeline = Pipeline.from_env()
-    assert [s.name for s in pipeline.scorers] == ["pickscore", "clip_score", "aesthetic"]
+    assert [s.name for s in pipeline.scorers] == JUDGES
     assert all(s.model.startswith("sandbox") for s in pipeline.scorers)
-    assert len(defaults.scorers(pipeline.image_model)) == 3
+    assert [s.name for s in defaults.scorers(pipeline.image_model)] == JUDGES
 
 
 def test_settings_given_to_from_env_win_over_the_environment(monkeypatch):

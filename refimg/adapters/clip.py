@@ -5,14 +5,13 @@
 # %% ../../nbs/adapters/clip.ipynb #c1000001
 from __future__ import annotations
 
-import hashlib
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from .consistency import Comparison
 from .tiles import View, check_view
 from .towers import Embedder, Towers, check_placement, free_memory
 from .towers import import_open_clip, load_open_clip, load_transformers
@@ -24,7 +23,6 @@ from ..storage.extras import require_extra
 
 if TYPE_CHECKING:
     import torch
-    from PIL import Image
 
 # %% auto #0
 __all__ = ['PickScore', 'open_clip_checkpoint', 'ClipScore', 'fold', 'Aesthetic', 'Consistency', 'ClipConsistency']
@@ -295,16 +293,8 @@ class Aesthetic(_ClipScorer):
         return [RawScore(value) for value in (vectors @ weight + bias).tolist()]
 
 # %% ../../nbs/adapters/clip.ipynb #c15a0003
-def _pixels(image: Image.Image) -> Hashable:
-    """Return what two images have in common if and only if their pixels are the same."""
-    return image.mode, image.size, hashlib.blake2b(image.tobytes()).digest()
-
-
-class Consistency(_ClipScorer):
+class Consistency(Comparison, _ClipScorer):
     """How much images look like their references: the mean of some cosines, -1 to 1."""
-
-    name = "consistency"
-    remember = 64  # images whose vectors are kept
 
     def __init__(
         self,
@@ -315,58 +305,21 @@ class Consistency(_ClipScorer):
         view: View = "tiles",  # what is seen of an image: "tiles", "center" or "whole"
     ):
         super().__init__(source, load, device, dtype, view)
-        self._known: OrderedDict[Hashable, torch.Tensor] = OrderedDict()
+        self.forget()
 
     def unload(self) -> None:
         """Let the model and the vectors go; they are made again when they are next needed."""
-        self._known = OrderedDict()
+        self.forget()
         super().unload()
 
-    def embed_text(
+    def embed_images(
         self,
-        prompt: str,  # any
-    ) -> None:
-        """Leave the text alone: it plays no part."""
-
-    def score(
-        self,
-        batch: Batch,  # one to some dozens of images and their references
-    ) -> list[RawScore]:
-        """Return the raw score of each image; not applicable without references."""
-        if not batch.references:
-            reason = "there is no reference that the images could agree with"
-            return [RawScore(None, reason, applicable=False)] * len(batch.images)
-        if reason := self.missing():
-            return [RawScore(None, reason)] * len(batch.images)
-        own = self._embed(batch)
-        self._known.update(zip(map(_pixels, batch.images), own, strict=True))
-        cosines = own @ self.vectors(batch.references).T
-        return [RawScore(value) for value in cosines.mean(dim=1).tolist()]
-
-    def _embed(self, batch: Batch) -> torch.Tensor:
-        """Return one unit vector an image, whatever it was cut into."""
+        batch: Batch,  # one to some dozens of images
+    ) -> torch.Tensor:
+        """Return their unit vectors, (n, d)."""
         import torch
 
         return torch.nn.functional.normalize(self.embedder().images(batch, self.view), dim=-1)
-
-    def vectors(
-        self,
-        images: Sequence[Image.Image],  # one to some dozens
-    ) -> torch.Tensor:
-        """Return the unit vectors of images, (n, d); only new ones pass through the model."""
-        import torch
-
-        known, keys = self._known, [_pixels(image) for image in images]
-        new = {key: image for key, image in zip(keys, images, strict=True) if key not in known}
-        if new:
-            made = self._embed(Batch(tuple(new.values()), ""))
-            known.update(zip(new, made, strict=True))
-        found = torch.stack([known[key] for key in keys])
-        for key in keys:
-            known.move_to_end(key)
-        while len(known) > self.remember:
-            known.popitem(last=False)
-        return found
 
 # %% ../../nbs/adapters/clip.ipynb #c15a0004
 class ClipConsistency(Consistency):

@@ -143,3 +143,10 @@ def install(folder: Path, results: dict, minutes: float) -> None:
     views.write(TARGET)
     record = {"painter": PAINTER_VERSION, "minutes": round(minutes, 1), "held_out": results}
     (TARGET / "measured.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def measure_consistency() -> dict:
+    """Writes the card of `consistency` beside the installed tower; what was measured."""
+    from .consistency import measure
+
+    return measure(TARGET / "sandbox-clip")
