@@ -404,8 +404,8 @@ def show_arms(title: str, arms: list[Arm], found: dict, base: Arm) -> None:
               f"kept at 12 less '{base.name}'", "carried less it", "fidelity less it"]]
     for arm in (arm for arm in arms if arm.name in found):
         f = found[arm.name]
-        lines.append([arm.name, str(len(f["kept12"])), share(f["kept4"]), share(f["kept12"]), mean(f["carried"]),
-                      mean(f["fidelity"]),
+        lines.append([arm.name, str(len(f["kept12"])), share(f["kept4"]), share(f["kept12"]),
+                      mean(f["carried"]), mean(f["fidelity"]),
                       *(gap(f[n], own[n]) for n in ("kept12", "carried", "fidelity"))])
     show(title, lines)
 
