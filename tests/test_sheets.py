@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import logging
 import re
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from refimg import GenerationCancelled, GenerationFailed, Pipeline, Scene, Story, Subject
 from refimg.engine.costs import BudgetSpent
@@ -343,3 +346,19 @@ async def test_the_sandbox_draws_what_the_sheet_asks_for(draw, subject, stated):
     shown = truth(path)["attributes"]
     assert {name: shown[name] for name in stated} == stated
     assert read_prompt(f"{subject.name}: {subject.description}").items() <= shown.items()
+
+
+def noise(seed: int) -> bytes:
+    """An image full of details, whose first pixel is red."""
+    pixels = np.random.default_rng(seed).integers(0, 255, (9, 16, 3), np.uint8)
+    image, out = Image.fromarray(pixels).resize((160, 90), Image.Resampling.BICUBIC), io.BytesIO()
+    image.putpixel((0, 0), (255 - 10 * seed, 0, 0))
+    image.save(out, "PNG")
+    return out.getvalue()
+
+
+async def test_an_edit_that_repeats_its_sheet_is_no_copy_to_be_avoided(draw):
+    images = FakeImages(lambda request, n: noise(0 if "/v1/" in request.slot else 5),
+                        max_references=3)
+    drawn = await draw(pipeline(images, [FakeScorer()]), story(MARA))
+    assert {path.stem[-3:] for path in drawn.subjects[0].look_images.values()} == {"_v1"}

@@ -227,7 +227,12 @@ def test_a_killed_study_goes_on_and_makes_the_same_table(tmp_path, monkeypatch):
     assert hashlib.sha256(one).digest() == hashlib.sha256(two).digest()
 
 
-# the table that is shipped
+# the table that is shipped; it was drawn when a reference was announced in other words, which the
+# painter does not read
+
+OLD_WORDS = "Match the reference image: keep its subject, style and colours."
+NEW_WORDS = ("The reference image is the scene before: keep the look of the subject, the style and "
+             "the medium; place, light and framing are those described here.")
 
 
 @pytest.fixture(scope="module")
@@ -266,6 +271,7 @@ def test_a_part_of_the_shipped_table_can_be_made_again(shipped, tmp_path, part):
     made = pd.read_parquet(path)
     same = (shipped.part == arm.part) & (shipped.arm == arm.name) & (shipped.effect == arm.effect)
     kept = shipped[same & (shipped.story == f"{part}-000")].reset_index(drop=True)
+    kept["sent_prompt"] = kept.sent_prompt.str.replace(OLD_WORDS, NEW_WORDS, regex=False)
     pd.testing.assert_frame_equal(made, kept, rtol=1e-3, atol=0.05)
 
 

@@ -248,7 +248,7 @@ class CandidateGroup:
         """List path, seed, scores and rank of what is on disk, for the scene's trace."""
         return [
             {"path": str(item.image.image_path), "seed": item.image.seed,
-             "scores": item.scores.model_dump(), "rank": item.rank, "defects": item.defects}
+             "scores": item.scores.model_dump(), "rank": item.rank}
             for item in self.variations()
         ]
 

@@ -204,6 +204,7 @@ class SubjectSheets:
             aspect_ratio=settings.aspect_ratio, references=references.paths)
         queue = ScoringQueue(self.scorers, compose_prompt(text, alone, 1), self.group,
                              lambda: self.stopped, await plan.standards(1))
+        queue.sent = dict.fromkeys(references.paths)  # an edit may repeat what it is made of
         if look and not self.most:
             notes.warn("drawn from its text alone, since no reference can go along")
         if lost := look and self.most and not references.sent:
