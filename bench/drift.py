@@ -1,7 +1,8 @@
 """Does a story keep together? Chains, selection, subjects and the plan, on the painter's truth.
 
     python bench/drift.py                            a few stories, the main arms (minutes)
-    python bench/drift.py --stories 100 --arms all   the whole study (hours)
+    python bench/drift.py --stories 100 --arms all   the study (an hour on two cores); its figures
+                                                     go into results/drift_study.json
     python bench/drift.py --report                   the tables of what is there, nothing is run
 
 Every arm runs the whole pipeline: the sandbox's agents (one iteration: the plan needs them, and
@@ -59,6 +60,7 @@ from refimg.validate.statistics import paired_interval, wilson
 from tools.train_sandbox.pictures import attributes_by_chance
 
 ROOT = Path(__file__).resolve().parent.parent
+STUDY = ROOT / "bench" / "results" / "drift_study.json"
 SEED, SCENES, WIDTH = 15_2026, 12, 128
 CARRIED = ("subject", "colour", "style")  # what a reference of the painter hands on
 BASE = {"pickscore": 0.5, "clip_score": 0.25, "aesthetic": 0.1}
@@ -375,6 +377,18 @@ def gap(a: pd.Series, b: pd.Series) -> str:
     return f"{found.mean:+.3f}{span}"
 
 
+def figures(f: dict[str, pd.Series]) -> dict[str, list[float]]:
+    """Stories, and the mean of each figure with its interval."""
+    found: dict = {"stories": len(f["carried"])}
+    for name, values in f.items():
+        if len(values):
+            kept = name.startswith(("kept", "colour"))
+            low, high = (wilson(values.sum(), len(values)) if kept
+                         else paired_interval(values.to_numpy())[1:3])
+            found[name] = [round(float(v), 4) for v in (values.mean(), low, high)]
+    return found
+
+
 def show(title: str, lines: list[list[str]]) -> None:
     """A table for people."""
     print(f"\n{title}")
@@ -386,12 +400,12 @@ def show(title: str, lines: list[list[str]]) -> None:
 def show_arms(title: str, arms: list[Arm], found: dict, base: Arm) -> None:
     """The figures of some arms, and their differences to a base."""
     own = found[base.name]
-    lines = [["arm", "kept at 4", "kept at 12", "carried", "fidelity",
+    lines = [["arm", "stories", "kept at 4", "kept at 12", "carried", "fidelity",
               f"kept at 12 less '{base.name}'", "carried less it", "fidelity less it"]]
     for arm in (arm for arm in arms if arm.name in found):
         f = found[arm.name]
-        lines.append([arm.name, share(f["kept4"]), share(f["kept12"]), mean(f["carried"]),
-                      mean(f["fidelity"]),
+        lines.append([arm.name, str(len(f["kept12"])), share(f["kept4"]), share(f["kept12"]),
+                      mean(f["carried"]), mean(f["fidelity"]),
                       *(gap(f[n], own[n]) for n in ("kept12", "carried", "fidelity"))])
     show(title, lines)
 
@@ -477,6 +491,7 @@ def report(table: pd.DataFrame, arms: list[Arm]) -> dict:
         if Arm(chain) in curve:
             show_arms(f"The weight of consistency, chain {chain}", curve, found, Arm(chain))
     result: dict = {"stories": stories}
+    result["arms"] = {name: figures(f) for name, f in found.items()}
     result |= show_auc(table, [arm for arm in (Arm("anchored"), DEFAULT, *TOWER[:1])
                                if arm in arms])
     if GAPS[0].name in found:
@@ -511,6 +526,8 @@ def main() -> None:
     table = pd.concat([pd.read_parquet(path) for path in paths], ignore_index=True)
     result = report(table, [arm for arms in groups for arm in arms])
     result["minutes"] = round((time.time() - started) / 60, 1)
+    if given.arms == "all":
+        STUDY.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result))
 
 
