@@ -280,3 +280,11 @@ async def test_a_run_whose_subjects_were_drawn_before_is_a_new_one(tmp_path):
     story = await pipeline.draw_subjects(STORY, **run)
     result = await pipeline.run(story, **run)
     assert "Brand: Acme." in result.scenes[0].sent_prompt
+
+
+@pytest.mark.parametrize("present, kept", [(True, "subject, style and colours"),
+                                           (False, "style and colours")])
+def test_a_caller_of_0_1_still_gets_its_sentence(present, kept):
+    story = Story(scenes=[Scene(prompt="a fox", subject_present=present)])
+    assert compose_prompt("a fox", story, 1, has_reference=True).endswith(
+        f"Match the reference image: keep its {kept}.")

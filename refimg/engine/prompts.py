@@ -55,13 +55,14 @@ def compose_prompt(
     story: Story,  # its markers are added
     number: int,  # the scene, from 1
     *,
+    has_reference: bool = False,  # True: one image goes along, announced as refimg 0.1 did
     references: Sequence[str] = (),  # what is said of the images that go along, in their order
     legacy: bool = False,  # True: for a run that refimg 0.1 began, in its words
 ) -> str:
     """Write the prompt as the image model gets it."""
     facts = _facts(story, number, None if legacy else story.brand)
     parts = [f"{label}: {value.rstrip('.')}." for label, value in facts]
-    if legacy and references:
+    if has_reference or (legacy and references):
         present = story.scenes[number - 1].subject_present
         kept = "subject, style and colours" if present else "style and colours"
         parts.append(f"Match the reference image: keep its {kept}.")
