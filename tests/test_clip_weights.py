@@ -249,9 +249,9 @@ def test_offline_nothing_is_asked_for(hub, monkeypatch):
 def test_a_checkpoint_by_name_prefers_safetensors_and_records_the_commit(online):
     data = (tiny_open_clip() / "open_clip_model.safetensors").read_bytes()
     online({"open_clip_model.safetensors": data, "open_clip_pytorch_model.bin": b"never"})
-    assert ClipScore().model == f"{OPENAI_L14.name}@main"
+    assert ClipScore(view="center").model == f"{OPENAI_L14.name}@main"
     ClipScore().fetch()
-    assert ClipScore().model == f"{OPENAI_L14.name}@{COMMIT}"
+    assert ClipScore(view="center").model == f"{OPENAI_L14.name}@{COMMIT}"
     assert [path.name for path in OPENAI_L14.here().iterdir()] == ["open_clip_model.safetensors"]
 
 

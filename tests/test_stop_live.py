@@ -30,7 +30,8 @@ CELL = inspect.cleandoc("""
 
     pipeline = Pipeline.from_env(scorers=[FakeScorer()], quality_threshold=0,
                                  num_variations=2, max_enhancement_iterations=1)
-    story = Story(scenes=[Scene(prompt="A keeper."), Scene(prompt="The keeper climbs.")])
+    story = Story(scenes=[Scene(prompt="A keeper."), Scene(prompt="The keeper climbs.")],
+                  consistency_markers={{"mood": "calm"}})
     options = dict(generation_id="id", output_dir={out!r})
     idle = len(asyncio.all_tasks())
 """)
