@@ -366,7 +366,7 @@ def runner():
     logging.disable(logging.NOTSET)
 
 
-EXAMPLES = 1000 if os.environ.get("REFIMG_TEST_ALL") == "1" else 80
+EXAMPLES = 1000 if os.environ.get("REFIMG_TEST_ALL") == "1" else 50
 
 
 @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None,

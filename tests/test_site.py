@@ -19,7 +19,6 @@ import refimg
 
 from .browser import Trouble, barriers, opened, served
 from .fakes import FakeScorer
-from .sampling import sampled
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
@@ -155,10 +154,11 @@ def test_every_way_to_a_reference_is_among_the_fallbacks(site):
     assert not {"failed", "error"} - {*said.split()} & {*StopReason.__args__}
 
 
-# in a browser
+# in a browser: only in make test-all
 
 
-@pytest.mark.parametrize("name", sampled(PAGES, 4))
+@pytest.mark.all
+@pytest.mark.parametrize("name", PAGES)
 def test_a_page_opens_without_trouble(base, page, name):
     trouble = Trouble(page)
     page.goto(f"{base}/{name}", wait_until="load")
@@ -173,13 +173,11 @@ def test_a_page_opens_without_trouble(base, page, name):
 
 
 WITH_CODE = ("index.html", "storage/secrets.html")  # elsewhere its colours are the same, and many
-KINDS = ("storage/secrets.html", "view/sheet.html", "pages/parameters.html")  # code, images, text
 
 
+@pytest.mark.all
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [
-    name if name in KINDS else pytest.param(name, marks=pytest.mark.all) for name in PAGES
-])
+@pytest.mark.parametrize("name", PAGES)
 def test_a_page_keeps_nobody_out(base, page, name):
     coloured = None if name in WITH_CODE else "div.highlight"
     page.goto(f"{base}/{name}", wait_until="load")
@@ -191,6 +189,7 @@ def test_a_page_keeps_nobody_out(base, page, name):
         page.emulate_media(color_scheme="light")
 
 
+@pytest.mark.all
 def test_pages_fit_a_telephone(base, page):
     page.set_viewport_size({"width": 390, "height": 800})
     try:
@@ -201,6 +200,7 @@ def test_pages_fit_a_telephone(base, page):
         page.set_viewport_size({"width": 1280, "height": 900})
 
 
+@pytest.mark.all
 def test_search_finds_a_page_offline(base, page):
     trouble = Trouble(page)
     page.goto(f"{base}/search.html?q=calibration")
@@ -209,6 +209,7 @@ def test_search_finds_a_page_offline(base, page):
     assert not trouble.found
 
 
+@pytest.mark.all
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_can_be_read(base, page, scheme):
     page.emulate_media(color_scheme=scheme)
