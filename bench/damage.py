@@ -114,7 +114,8 @@ class Ruin:
         if name == RECORD:
             return self.folder / RECORD, images[0]
         if name == "results":
-            answers = sorted((journal / "results").iterdir())
+            every = sorted((journal / "results").iterdir())
+            answers = [path for path in every if path.stat().st_size]  # an empty one has no damage
             return answers[5 * number % len(answers)], answers[(5 * number + 1) % len(answers)]
         if name == "images":
             return images[number % len(images)], images[(number + 1) % len(images)]
