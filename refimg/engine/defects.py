@@ -157,6 +157,9 @@ def find_defects(
 ) -> list[str]:
     """List what is wrong with an image, each in some words for a person; none where it is sound."""
     image = _reduced(image)
+    values = np.asarray(image.getextrema())  # (3, 2)
+    if np.ptp(values, axis=1).max() <= _PLAIN and values.max() > 64:
+        return []  # one colour all over: there is nothing to see, and nothing to measure
     bright = float(np.quantile(np.asarray(image.convert("L")), 0.99))
     if bright < 24:
         return [f"nearly black: 99 % of it is darker than {bright + 1:.0f} of 255"]
