@@ -324,8 +324,9 @@ class Enhancement:
         """The iteration of the highest overall; of equal ones what lost least, then the first."""
         if not self.iterations:
             return None
+        weighs = not self.guidance.legacy
         found = zip(self.iterations, self.lost, strict=True)
-        return max(found, key=lambda done: (done[0].critique.overall, -len(done[1])))[0]
+        return max(found, key=lambda done: (done[0].critique.overall, -weighs * len(done[1])))[0]
 
     async def _ask(self, role: str, messages: list[Message], read: Callable, **shape: Any) -> Any:
         try:
@@ -341,15 +342,14 @@ class Enhancement:
         last = self.iterations[-1] if self.iterations else None
         asked = director_messages(
             self.original, last, self.context, instruction=self.guidance.instruction,
-            lost=self.lost[-1] if last else ())
+            lost=self.lost[-1] if last and not self.guidance.legacy else ())
         read = partial(parse_prompt, original=self.original)
         prompt = await self._ask("director", asked, read)
         self.trace.add(number, prompt)
         asked = critic_messages(prompt, self.original, self.context)
         critique = await self._ask("critic", asked, parse_critique, schema=Critique)
         self.trace.add(number, critique)
-        self.lost.append([] if self.guidance.legacy else
-                         await asyncio.to_thread(lost_intent, self.original, prompt))
+        self.lost.append(await asyncio.to_thread(lost_intent, self.original, prompt))
         used = [reply and reply.usage for reply in self.bill[paid:]]
         told = [usage for usage in used if usage is not None]
         usage = Usage(input_tokens=sum(u.input_tokens for u in told),
@@ -405,7 +405,7 @@ class Enhancement:
             total_iterations=len(self.iterations), stop_reason=reason,
             director=self.director.name, critic=self.critic.name,
             cost=sum_known(reply and reply.cost for reply in self.bill), seconds=seconds,
-            warnings=self.warnings + lost_intent(self.original, final))
+            warnings=self.warnings + (self.lost[best.number - 1] if best else []))
 
 # %% ../nbs/00_enhance.ipynb #871feb31
 async def enhance_prompt_iterative(
@@ -441,6 +441,6 @@ async def enhance_prompt_iterative(
     reason = await going.run(max_iterations, score_threshold)
     unwanted = await going.negative_prompt() if negative and going.best else None
     seconds = time.monotonic() - started
-    result = await asyncio.to_thread(going.result, reason, seconds, unwanted)
+    result = going.result(reason, seconds, unwanted)
     trace.finish(result)
     return result

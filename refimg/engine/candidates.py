@@ -18,7 +18,7 @@ from typing import Any
 
 from PIL import Image
 
-from .defects import find_defects
+from .defects import find_defects, is_plain
 from .protocols import Batch, Call, ImageModel, ImageRequest, Scorer
 from .results import Variation, threshold_warning
 from ..generate import Candidate, ImageGenerationResult, request_image, variation_seed
@@ -134,6 +134,8 @@ class ScoringQueue:
 
     def _examine(self, candidate: Candidate, pixels: Image.Image) -> None:
         """Find what is wrong with an image, beside the images that were sent along."""
+        if is_plain(pixels):
+            return
         asked = candidate.request
         for path in asked.references:
             if path not in self.sent:

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageFilter
 
 # %% auto #0
-__all__ = ['find_bars', 'find_panels', 'likeness', 'find_defects']
+__all__ = ['find_bars', 'find_panels', 'likeness', 'is_plain', 'find_defects']
 
 # %% ../../nbs/engine/defects.ipynb #d0000008
 _PLAIN, _STEP = 10, 12  # of 255: less is one colour, more is an edge
@@ -150,6 +150,14 @@ _WANTED = {
 }
 
 
+def is_plain(
+    image: Image.Image,  # RGB
+) -> bool:
+    """Tell whether the image is one colour all over, and no dark one: nothing is to be found."""
+    values = np.asarray(image.getextrema())  # (3, 2)
+    return bool(np.ptp(values, axis=1).max() <= _PLAIN and values.max() > 64)
+
+
 def find_defects(
     image: Image.Image,  # RGB
     references: Sequence[Image.Image] = (),  # that were sent along, RGB
@@ -157,9 +165,6 @@ def find_defects(
 ) -> list[str]:
     """List what is wrong with an image, each in some words for a person; none where it is sound."""
     image = _reduced(image)
-    values = np.asarray(image.getextrema())  # (3, 2)
-    if np.ptp(values, axis=1).max() <= _PLAIN and values.max() > 64:
-        return []  # one colour all over: there is nothing to see, and nothing to measure
     bright = float(np.quantile(np.asarray(image.convert("L")), 0.99))
     if bright < 24:
         return [f"nearly black: 99 % of it is darker than {bright + 1:.0f} of 255"]
