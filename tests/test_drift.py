@@ -89,6 +89,13 @@ def test_only_a_consistency_scorer_measures_drift(tmp_path: Path):
         asyncio.run(drift(result, FakeScorer()))
 
 
+def test_images_of_a_real_model_are_never_measured_by_the_sandbox(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("REFIMG_SANDBOX", "1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "empty"))
+    with pytest.raises(OSError, match="consistency cannot be measured: no weights"):
+        asyncio.run(drift(run(tmp_path, [100, 110, 120])))
+
+
 def test_the_charts_say_in_words_what_they_show(tmp_path: Path):
     result = run(tmp_path, [100, 110, 120, 130], subjects=True)
     text = str(drift_chart(asyncio.run(drift(result, Reds()))))

@@ -5,8 +5,10 @@
 # %% ../../nbs/validate/drift.ipynb #e7000004
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,7 +46,7 @@ def colours(
 # %% ../../nbs/validate/drift.ipynb #e7000012
 async def drift(
     result: StoryResult,  # a whole run, with its images on disk
-    scorer: Scorer | None = None,  # named "consistency"; None: the one among `defaults.scorers()`
+    scorer: Scorer | None = None,  # named "consistency"; None: the default for who drew the images
 ) -> pd.DataFrame:
     """Tabulate by scene how much its reference agrees with others, 0–100, and its colours."""
     import pandas as pd
@@ -52,7 +54,11 @@ async def drift(
     if scorer is None:
         from refimg.defaults import scorers
 
-        scorer = next((s for s in scorers() if s.name == "consistency"), None)
+        names = [v.image.model_name for scene in result.scenes for v in scene.variations]
+        drawn: Any = SimpleNamespace(name=names[0] if names else "")
+        scorer = next((s for s in scorers(drawn) if s.name == "consistency"), None)
+        if lacks := getattr(scorer, "missing", lambda: None)():
+            raise OSError(f"consistency cannot be measured: {lacks}")
     if scorer is None or scorer.name != "consistency":
         raise ValueError("scorer must be one of the name consistency, got "
                          f"{scorer and scorer.name!r}")
@@ -72,7 +78,8 @@ async def drift(
                                                  references=[other])
             row[name] = scores.metrics["consistency"] if scores else None
         shown = {f"shown {name}": name in chain.shown[number] for name in sheets}
-        rows.append(row | shown | colours(read_image(own)) | {"image": str(own)})
+        seen = await asyncio.to_thread(lambda path: colours(read_image(path)), own)
+        rows.append(row | shown | seen | {"image": str(own)})
     table = pd.DataFrame(rows)
     turned = (table["hue"] - table["hue"].iloc[0]).abs() % 360
     table["hue distance"] = np.minimum(turned, 360 - turned)
