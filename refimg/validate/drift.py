@@ -8,8 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Sequence
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -44,6 +43,12 @@ def colours(
             "hue": float(np.degrees(np.angle(turned)) % 360)}
 
 # %% ../../nbs/validate/drift.ipynb #e7000012
+class _Painter(NamedTuple):
+    """Who drew the images of a result, by name."""
+
+    name: str
+
+
 async def drift(
     result: StoryResult,  # a whole run, with its images on disk
     scorer: Scorer | None = None,  # named "consistency"; None: the default for who drew the images
@@ -55,7 +60,7 @@ async def drift(
         from refimg.defaults import scorers
 
         names = [v.image.model_name for scene in result.scenes for v in scene.variations]
-        drawn: Any = SimpleNamespace(name=names[0] if names else "")
+        drawn: Any = _Painter(names[0] if names else "")
         scorer = next((s for s in scorers(drawn) if s.name == "consistency"), None)
         if lacks := getattr(scorer, "missing", lambda: None)():
             raise OSError(f"consistency cannot be measured: {lacks}")
