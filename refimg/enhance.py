@@ -244,7 +244,7 @@ class EnhancementTrace:
         prompt: str,  # what the enhancement starts from
     ):
         self.folder = Path(folder).expanduser() if folder is not None else None
-        if self.folder is not None:
+        if self.folder is not None and not self.folder.is_dir():
             with suppress(OSError):
                 self.folder.mkdir(parents=True, exist_ok=True)
         self.write("00_original_prompt.txt", prompt)
@@ -349,7 +349,9 @@ class Enhancement:
         asked = critic_messages(prompt, self.original, self.context)
         critique = await self._ask("critic", asked, parse_critique, schema=Critique)
         self.trace.add(number, critique)
-        self.lost.append(await asyncio.to_thread(lost_intent, self.original, prompt))
+        look = partial(lost_intent, self.original, prompt)
+        short = len(self.original) < 2000  # a long one would hold up the loop
+        self.lost.append(look() if short else await asyncio.to_thread(look))
         used = [reply and reply.usage for reply in self.bill[paid:]]
         told = [usage for usage in used if usage is not None]
         usage = Usage(input_tokens=sum(u.input_tokens for u in told),

@@ -125,11 +125,11 @@ class Candidate:
     async def decode(self) -> Candidate:
         """Decode the bytes, once; a ValueError says why they are no image, or a blank one."""
         async def work() -> None:
-            if self.pixels is None:
-                self.pixels = await _in_thread("pixels", _decode, self.generated.data)
+            self.pixels = await _in_thread("pixels", _decode, self.generated.data)
 
-        self._decoding = self._decoding or asyncio.ensure_future(work())
-        await asyncio.shield(self._decoding)
+        if self.pixels is None:
+            self._decoding = self._decoding or asyncio.ensure_future(work())
+            await asyncio.shield(self._decoding)
         return self
 
     async def save(

@@ -26,17 +26,19 @@ _MARKS = (  # what opens reasoning, and what closes it
     (r"<unused94>", r"<unused95>"),
     (r"<\|channel>thought", r"<channel\|>"),
 )
+_OPENING = re.compile(r"[<\[◁]")  # what every mark and every control token begins with
 _FINAL = r"<\|channel\|>\s*final\b[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>"
 
 
 def _without_reasoning(text: str) -> str:
     """Return what follows the reasoning; "" where the reasoning has no end."""
-    for opening, closing in _MARKS:
+    marked = _OPENING.search(text)
+    for opening, closing in _MARKS if marked else ():
         flags = re.I if opening.startswith("<") else 0
         if re.search(f"{opening}|{closing}", text, flags):
             text = re.sub(f"(?s:(?:{opening}).*?(?:{closing}|\\Z))", "", text, flags=flags)
             text = re.split(closing, text, flags=flags)[-1]
-    if re.search(r"<\|channel\|>", text):
+    if "<|channel|>" in text:
         parts = re.split(_FINAL, text)
         return parts[-1] if len(parts) > 1 else ""
     if re.match(r"\s*analysis", text) and "assistantfinal" in text:
@@ -59,7 +61,10 @@ _TOKEN = re.compile(
 
 def _first_turn(answer: str) -> str:
     """Return what the model said to us, without reasoning and control tokens."""
-    turns = _END.split(_START.sub("", _without_reasoning(answer[-_READ:])))
+    said = _without_reasoning(answer[-_READ:])
+    if not _OPENING.search(said):
+        return said.strip()
+    turns = _END.split(_START.sub("", said))
     texts = (_TOKEN.sub("", turn).strip() for turn in turns)
     return next((text for text in texts if text), "")
 
@@ -102,8 +107,8 @@ def last_object(
 ) -> _T:
     """Return what `read` makes of the last object that it accepts, or raise the first problem."""
     problems = []
-    for text in (plain_text(answer), _without_reasoning(answer[-_READ:])):  # tokens may be quoted
-        found, at = [], 0
+    for reading in (plain_text, _without_reasoning):  # tokens may be quoted
+        text, found, at = reading(answer[-_READ:]), [], 0
         for _ in range(100):
             at = text.find("{", at)
             if at < 0:

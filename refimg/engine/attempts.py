@@ -5,6 +5,8 @@
 # %% ../../nbs/engine/attempts.ipynb #aa000004
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from .prompts import compose_prompt
 from .protocols import ImageModel, ImageRequest
 from .references import References
@@ -13,9 +15,12 @@ from .story import Story
 from ..enhance import ImagePromptEnhancementResult
 
 # %% auto #0
-__all__ = ['planned_attempts']
+__all__ = ['ATTEMPTS', 'planned_attempts']
 
 # %% ../../nbs/engine/attempts.ipynb #aa000006
+ATTEMPTS = 3  # for the images of one scene
+
+
 def planned_attempts(
     enhancement: ImagePromptEnhancementResult,  # of the scene's prompt
     story: Story,  # its markers are added to every prompt
@@ -24,16 +29,19 @@ def planned_attempts(
     settings: Settings,  # how many images, and their shape
     model: ImageModel,  # who is asked
     legacy: bool = False,  # True: for a run that refimg 0.1 began
-) -> list[tuple[ImageRequest, int]]:
-    """List what is asked for, and how many images of it, until one arrives."""
+) -> Iterator[tuple[ImageRequest, int]]:
+    """Give what is asked for, and how many images of it, until one arrives: `ATTEMPTS` times."""
     negative = enhancement.negative_prompt if model.takes_negative_prompt else None
-    plain, enhanced = (
-        ImageRequest(
-            prompt=compose_prompt(
-                text, story, number, references=references.sentences, legacy=legacy),
-            negative_prompt=negative, aspect_ratio=settings.aspect_ratio,
-            references=references.paths)
-        for text in (story.scenes[number - 1].prompt, enhancement.final_prompt))
+
+    def request(text: str) -> ImageRequest:
+        prompt = compose_prompt(
+            text, story, number, references=references.sentences, legacy=legacy)
+        return ImageRequest(prompt=prompt, negative_prompt=negative,
+                            aspect_ratio=settings.aspect_ratio, references=references.paths)
+
+    given = story.scenes[number - 1].prompt
     if enhancement.stop_reason == "failed":
-        return [(plain, 1)] * 3
-    return [(enhanced, settings.num_variations)] * 2 + [(plain, 1)]
+        yield from [(request(given), 1)] * ATTEMPTS
+        return
+    yield from [(request(enhancement.final_prompt), settings.num_variations)] * (ATTEMPTS - 1)
+    yield request(given), 1

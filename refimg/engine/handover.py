@@ -43,8 +43,12 @@ class Handover:
         self,
         number: int,  # the scene, from 1
         image: Path | None,  # its reference; None: it has none of its own
+        sha256: str | None = None,  # of the file as it was just written; None: it is read
     ) -> None:
         """Hand on the reference of a scene."""
+        if image and sha256:
+            self._hashes[image] = asyncio.get_running_loop().create_future()
+            self._hashes[image].set_result(sha256)
         self._future(number).set_result(image)
 
     @property
@@ -60,7 +64,7 @@ class Handover:
         for earlier in self.plan.chain.predecessors(number, compared=self.compares):
             await self._future(earlier)
         found = self.plan.references(number, self._made)
-        self.sent[number] = await asyncio.gather(*map(self._record, found.sent))
+        self.sent[number] = [await self._record(reference) for reference in found.sent]
         return found
 
     async def _record(self, reference: Reference) -> SentReference:
@@ -73,9 +77,10 @@ class Handover:
 
         if reference.path not in self._hashes:
             self._hashes[reference.path] = asyncio.ensure_future(asyncio.to_thread(sha256))
-        known = await asyncio.shield(self._hashes[reference.path])
-        fields = reference.model_dump(include={"path", "role", "scene", "subjects"})
-        return SentReference(sha256=known, **fields)
+        known = self._hashes[reference.path]
+        known = known.result() if known.done() else await asyncio.shield(known)
+        return SentReference(path=reference.path, role=reference.role, scene=reference.scene,
+                             subjects=reference.subjects, sha256=known)
 
     async def standards(
         self,

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from . import tasks
 from .agents import RunAgents
-from .attempts import planned_attempts
+from .attempts import ATTEMPTS, planned_attempts
 from .candidates import CandidateGroup, SceneNotes, ScoringQueue
 from .costs import sum_known
 from refimg.engine.protocols import (
@@ -102,7 +102,8 @@ class SceneRun:
             if is_cancelled():
                 raise
             self.notes.fall_back("unexpected error", cause)
-        run.handover.give(self.number, self.winner and self.winner.image.image_path)
+        made = self.winner and self.winner.image
+        run.handover.give(self.number, made and made.image_path, made and made.sha256)
 
     async def _make_images(self) -> None:
         run = self.run
@@ -138,7 +139,7 @@ class SceneRun:
         async def draw(request: ImageRequest, variation: int, attempt: int) -> None:
             if run.stopped:
                 raise asyncio.CancelledError
-            attempt += 3 * run.times_rerun.get(self.number, 0)
+            attempt += ATTEMPTS * run.times_rerun.get(self.number, 0)
             queue.add(await self.images.draw(
                 model, request, variation, attempt, run.settings.seed, run.call))
 
@@ -151,10 +152,10 @@ class SceneRun:
             if self.images.candidates:
                 for cause in causes:
                     self.notes.warn(f"a variation could not be drawn: {cause!r}")
-                self.source = "fallback" if attempt == len(attempts) else self.source
+                self.source = "fallback" if attempt == ATTEMPTS else self.source
                 return
             said = "; ".join(dict.fromkeys(repr(cause) for cause in causes))
-            self.notes.fall_back(f"generate, attempt {attempt} of {len(attempts)}", said)
+            self.notes.fall_back(f"generate, attempt {attempt} of {ATTEMPTS}", said)
 
     async def select_reference(self) -> None:
         """Set the winner: the best image that can be written."""

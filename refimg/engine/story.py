@@ -135,8 +135,9 @@ class Story(BaseModel, frozen=True, extra="forbid"):
             return dict(self._listed(entry, number) for entry in scene.subjects)
         if not scene.subject_present:
             return {}
-        named = mentioned(scene.prompt, [subject.name for subject in self.subjects])
-        return dict.fromkeys(named if self.subjects else ["*"])
+        if not self.subjects:
+            return {"*": None}
+        return dict.fromkeys(mentioned(scene.prompt, [one.name for one in self.subjects]))
 
     @classmethod
     def load(

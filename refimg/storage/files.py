@@ -8,8 +8,8 @@ from __future__ import annotations
 import errno
 import os
 import platform
+import random
 import re
-import secrets
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -69,6 +69,7 @@ def encode_png(
     return out.getvalue()
 
 # %% ../../nbs/storage/files.ipynb #a3000003
+_names = random.Random()  # one of our own: nobody's seed is used up
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EPERM)
 
 
@@ -83,14 +84,18 @@ def _system(process: int) -> str:
 def _write_temporary(
     folder: Path, data: bytes, *, private: bool = False, durable: bool = False
 ) -> Path:
-    path = folder / f".refimg-{_system(os.getpid())}-{os.getpid()}-{secrets.token_hex(8)}.tmp"
+    unique = f"{_names.getrandbits(64):016x}"
+    path = folder / f".refimg-{_system(os.getpid())}-{os.getpid()}-{unique}.tmp"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     try:
-        with open(os.open(path, flags, 0o600 if private else 0o666), "wb") as file:
-            file.write(data)
+        number, rest = os.open(path, flags, 0o600 if private else 0o666), memoryview(data)
+        try:
+            while rest:  # few system calls: at each one another thread may take over
+                rest = rest[os.write(number, rest) :]
             if durable:
-                file.flush()
-                os.fsync(file.fileno())
+                os.fsync(number)
+        finally:
+            os.close(number)
     except BaseException:
         path.unlink(missing_ok=True)
         raise
