@@ -32,8 +32,16 @@ from refimg.storage.images import read_image
 
 PHOTOGRAPHS = {  # of packages that may be installed
     "matplotlib": ["mpl-data/sample_data/grace_hopper.jpg"],
-    "skimage": [f"data/{n}" for n in ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")],
+    "skimage": [f"data/{n}" for n in (
+        "astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png", "grass.png",
+        "gravel.png", "hubble_deep_field.jpg", "motorcycle_left.png", "rocket.jpg")],
     "sklearn": [f"datasets/images/{n}" for n in ("china.jpg", "flower.jpg")],
+    "gradio": [f"media_assets/images/{n}" for n in (
+        "cheetah.jpg", "cheetah1.jpg", "groot.jpeg", "lion.jpg", "tower.jpg")],
+    "ultralytics": ["assets/bus.jpg", "assets/zidane.jpg"],
+    "imgaug": ["quokka.jpg"],
+    "insightface": ["data/images/t1.jpg"],
+    "mahotas": ["demos/data/luispedro.jpg"],
 }
 SIZE = (448, 252)
 SAID = ("subject", "colour", "style", "setting", "framing", "time", "weather")

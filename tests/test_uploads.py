@@ -1,4 +1,4 @@
-"""What an anchored chain costs at Replicate: each file goes there once."""
+"""What an anchored chain costs, through both SDKs: each file goes to Replicate once."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from collections import Counter
 import pytest
 
 from refimg import Pipeline, Scene, Story, Subject
+from refimg.adapters.openai import OpenAIChat
 from refimg.adapters.replicate import ReplicateImages
 from refimg.storage.files import read_image
 from tests.fakes import FakeScorer, critic, director, picture
 from tests.servers.images import start_image_server
+from tests.servers.llm import start_llm_server
 
 TOKEN = "r8_" + "test0123456789abcdefghijklmnopqrstuv"
 
@@ -30,9 +32,9 @@ def server(shared):
 
 def pipeline(server, **settings) -> Pipeline:
     drawing = ReplicateImages(api_token=TOKEN, base_url=server.base_url)
-    plain = {"max_enhancement_iterations": 0, "chain": "anchored"}
-    return Pipeline(director=director(), critic=critic(), image_model=drawing,
-                    scorers=[FakeScorer()], **plain | settings)
+    plain = {"max_enhancement_iterations": 0, "chain": "anchored", "image_model": drawing,
+             "director": director(), "critic": critic(), "scorers": [FakeScorer()]}
+    return Pipeline(**plain | settings)
 
 
 def sent(server) -> list[dict]:
@@ -42,7 +44,15 @@ def sent(server) -> list[dict]:
 
 async def test_four_anchored_scenes_are_16_images_and_three_uploads(server, tmp_path):
     story = Story(scenes=[Scene(prompt=f"a keeper, view {n}") for n in "abcd"])
-    result = await pipeline(server).run(story, generation_id="x", output_dir=tmp_path / "images")
+    with start_llm_server() as agents:
+        chat = OpenAIChat("any-model", base_url=agents.base_url, api_key="sk-test-0123456789")
+        made = pipeline(server, director=chat, critic=chat, max_enhancement_iterations=1,
+                        plan=False)
+        result = await made.run(story, generation_id="x", output_dir=tmp_path / "images")
+        asked = [message["content"] for r in agents.requests() if r["role"] == "director"
+                 for message in r["json"]["messages"]]
+    for told in ("Image 1 is the scene before", "Image 2 "):  # the director knows what goes along
+        assert sum(told in text for text in asked) == 2
     inputs = sent(server)
     assert Counter(r["kind"] for r in server.requests())["upload"] == 3
     assert Counter(len(i.get("image_input") or []) for i in inputs) == {0: 4, 1: 4, 2: 8}
