@@ -10,7 +10,7 @@ import unicodedata
 from itertools import groupby, pairwise
 
 # %% auto #0
-__all__ = ['lost_intent']
+__all__ = ['quotations', 'lost_intent']
 
 # %% ../../nbs/engine/intent.ipynb #b5f5eba1
 _COLOURS = {
@@ -57,7 +57,9 @@ def _words(text: str) -> list[str]:
     return [_SAME.get(word, word) for word in (word.removesuffix("'s") for word in found)]
 
 
-def _quotes(text: str) -> list[str]:
+def quotations(
+    text: str,  # such as a prompt
+) -> list[str]:
     """List what stands in quotation marks."""
     return ["".join(groups).strip() for groups in _QUOTED.findall(text)]
 
@@ -183,7 +185,7 @@ def lost_intent(
     lost = {w: "number" for w in numbers if w not in meant}
     lost |= {w: "colour" for w in words if w in _COLOURS and w not in meant}
     text, east = f" {' '.join(kept)} ", "".join(kept)
-    for kind, phrases in (("name", _names(original)), ("quotation", _quotes(original))):
+    for kind, phrases in (("name", _names(original)), ("quotation", quotations(original))):
         lost |= {p: kind for p in phrases if not _is_said(_words(p), kept, text, east)}
     lost |= {p: "negation" for p, noun in _negations(original) if not _is_left_out(noun, kept)}
     return [f"{kind} lost from the original prompt: {what}" for what, kind in lost.items()]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
-from pydantic import AfterValidator, BaseModel
+from pydantic import AfterValidator, BaseModel, Field
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -66,11 +66,12 @@ def map_texts(
 CleanText = Annotated[str, AfterValidator(visible_text)]
 
 # %% ../../nbs/engine/protocols.ipynb #b5f5fb98
-class Message(BaseModel, frozen=True):
+class Message(BaseModel, frozen=True, ser_json_bytes="base64", val_json_bytes="base64"):
     """One message of a conversation."""
 
     role: Literal["system", "user", "assistant"]  # who speaks
     content: str  # the text of the message
+    images: tuple[bytes, ...] = Field((), repr=False)  # encoded: JPEG, PNG or WebP
 
 # %% ../../nbs/engine/protocols.ipynb #87d90a2c
 class Usage(BaseModel, frozen=True):

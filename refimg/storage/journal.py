@@ -156,7 +156,9 @@ class _RecordedChat(_Recorded):
         """Return the model's answer, of now or of an earlier run."""
         self._calls += 1
         shape = schema.model_json_schema() if schema else None
-        request = digest([[[m.role, m.content] for m in messages], shape])
+        said = [[m.role, m.content, *(hashlib.sha256(image).hexdigest() for image in m.images)]
+                for m in messages]
+        request = digest([said, shape])
         ask = partial(self._model.reply, messages, **({"schema": schema} if schema else {}))
         return await self._recorded(f"{self._place}/{self._calls}", request, Reply, ask, call)
 
