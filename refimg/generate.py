@@ -78,12 +78,10 @@ _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
-_THREADS = {"pixels": 2, "disk": 4}  # for what takes the processor, and what waits for the disk
-
-
 @cache
 def _workers(kind: str) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(_THREADS[kind], thread_name_prefix=f"refimg-{kind}")
+    """Make the threads of a kind; more of them would only wait for each other."""
+    return ThreadPoolExecutor(2, thread_name_prefix=f"refimg-{kind}")
 
 
 if hasattr(os, "register_at_fork"):

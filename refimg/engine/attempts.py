@@ -5,8 +5,6 @@
 # %% ../../nbs/engine/attempts.ipynb #aa000004
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from .prompts import compose_prompt
 from .protocols import ImageModel, ImageRequest
 from .references import References
@@ -15,13 +13,14 @@ from .story import Story
 from ..enhance import ImagePromptEnhancementResult
 
 # %% auto #0
-__all__ = ['ATTEMPTS', 'planned_attempts']
+__all__ = ['ATTEMPTS', 'planned_attempt']
 
 # %% ../../nbs/engine/attempts.ipynb #aa000006
 ATTEMPTS = 3  # for the images of one scene
 
 
-def planned_attempts(
+def planned_attempt(
+    attempt: int,  # from 1 to `ATTEMPTS`
     enhancement: ImagePromptEnhancementResult,  # of the scene's prompt
     story: Story,  # its markers are added to every prompt
     number: int,  # the scene, from 1
@@ -29,19 +28,13 @@ def planned_attempts(
     settings: Settings,  # how many images, and their shape
     model: ImageModel,  # who is asked
     legacy: bool = False,  # True: for a run that refimg 0.1 began
-) -> Iterator[tuple[ImageRequest, int]]:
-    """Give what is asked for, and how many images of it, until one arrives: `ATTEMPTS` times."""
-    negative = enhancement.negative_prompt if model.takes_negative_prompt else None
-
-    def request(text: str) -> ImageRequest:
-        prompt = compose_prompt(
-            text, story, number, references=references.sentences, legacy=legacy)
-        return ImageRequest(prompt=prompt, negative_prompt=negative,
-                            aspect_ratio=settings.aspect_ratio, references=references.paths)
-
-    given = story.scenes[number - 1].prompt
-    if enhancement.stop_reason == "failed":
-        yield from [(request(given), 1)] * ATTEMPTS
-        return
-    yield from [(request(enhancement.final_prompt), settings.num_variations)] * (ATTEMPTS - 1)
-    yield request(given), 1
+) -> tuple[ImageRequest, int]:
+    """Return what is asked for, and how many images of it."""
+    plain = enhancement.stop_reason == "failed" or attempt == ATTEMPTS
+    text = story.scenes[number - 1].prompt if plain else enhancement.final_prompt
+    request = ImageRequest(
+        prompt=compose_prompt(
+            text, story, number, references=references.sentences, legacy=legacy),
+        negative_prompt=enhancement.negative_prompt if model.takes_negative_prompt else None,
+        aspect_ratio=settings.aspect_ratio, references=references.paths)
+    return request, 1 if plain else settings.num_variations

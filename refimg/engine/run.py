@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from . import tasks
 from .agents import RunAgents
-from .attempts import ATTEMPTS, planned_attempts
+from .attempts import ATTEMPTS, planned_attempt
 from .candidates import CandidateGroup, SceneNotes, ScoringQueue
 from .costs import sum_known
 from refimg.engine.protocols import (
@@ -128,8 +128,6 @@ class SceneRun:
     ) -> None:
         """Fill the group with what the image model can be made to draw."""
         run, made, model = self.run, self.enhancement, self.run.image_model
-        attempts = planned_attempts(
-            made, run.drawn, self.number, self.references, run.settings, model, run.legacy)
         if made.negative_prompt and not model.takes_negative_prompt:
             self.notes.warn(f"{model.name} takes no negative prompt: none was sent")
         if made.stop_reason == "failed":
@@ -143,7 +141,10 @@ class SceneRun:
             queue.add(await self.images.draw(
                 model, request, variation, attempt, run.settings.seed, run.call))
 
-        for attempt, (request, count) in enumerate(attempts, start=1):
+        for attempt in range(1, ATTEMPTS + 1):
+            request, count = planned_attempt(
+                attempt, made, run.drawn, self.number, self.references, run.settings, model,
+                run.legacy)
             self.sent_prompt = request.prompt
             calls = (draw(request, k, attempt) for k in range(1, count + 1))
             answers = await asyncio.gather(*calls, return_exceptions=True)
