@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from refimg.storage.journal import Journal
 
 # %% auto #0
-__all__ = ['world', 'choice', 'director', 'critic', 'image_model', 'real_scorers', 'scorers', 'available', 'prices', 'budget',
-           'estimate', 'retry_limits', 'journal', 'announce']
+__all__ = ['world', 'choice', 'director', 'critic', 'inspector', 'image_model', 'real_scorers', 'scorers', 'available', 'prices',
+           'budget', 'estimate', 'retry_limits', 'journal', 'announce']
 
 # %% ../nbs/06_defaults.ipynb #fa2b1aea
 _logger = logging.getLogger(__name__)
@@ -102,6 +102,20 @@ def critic() -> ChatModel:
     from refimg.sandbox.agents import Critic
 
     return Critic()
+
+
+def inspector() -> ChatModel:
+    """Make the chat model that looks at images; a ValueError where the environment names none."""
+    if world() == "real":
+        from refimg.adapters.openai import OpenAIChat
+
+        if not (name := _model_name("REFIMG_INSPECTOR", "")):
+            raise ValueError("REFIMG_INSPECTOR must be the name of a chat model that sees images, "
+                             "got none")
+        return OpenAIChat(name, timeout=_seconds("REFIMG_LLM_TIMEOUT", 60))
+    from refimg.sandbox.inspector import Inspector
+
+    return Inspector()
 
 # %% ../nbs/06_defaults.ipynb #eb39efd3
 def image_model() -> ImageModel:

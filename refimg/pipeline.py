@@ -40,6 +40,8 @@ from .engine.subjects import Subject
 from .engine.tasks import GenerationCancelled, Progress, ProgressReporter, run_blocking
 from .engine.usage import expected_calls
 from .enhance import ImagePromptEnhancementResult
+from .inspection.scorer import ChecklistScorer
+from .score import is_awaited
 from .storage.files import check_id
 from .storage.traces import TraceTree
 
@@ -95,27 +97,29 @@ class _Models(NamedTuple):
             defaults.announce(chosen | {"scorers": scored_by})
         return models
 
-    def paid(self, budget: Budget | None) -> tuple[ChatModel, ChatModel, ImageModel]:
-        """Return director, critic and image model, paid from the budget where there is one."""
-        director, critic, image_model, _ = self
+    def paid(self, budget: Budget | None) -> _Models:
+        """Return the models, paid from the budget where there is one."""
         if budget is None:
-            return director, critic, image_model
-        return budget.chat(director), budget.chat(critic), budget.images(image_model)
+            return self
+        director, critic, image_model, scorers = self
+        known = [scorer.through(budget.chat) if isinstance(scorer, ChecklistScorer) else scorer
+                  for scorer in scorers]
+        return _Models(budget.chat(director), budget.chat(critic), budget.images(image_model),
+                       known)
 
     @asynccontextmanager
     async def opened(
         self, limit_usd: float | None, journal: Any, within: Budget | None = None, **run: Any
-    ) -> AsyncGenerator[tuple[tuple[ChatModel, ChatModel, ImageModel], bool]]:
-        """Yield the three as a run pays them, and whether refimg 0.1 began it."""
+    ) -> AsyncGenerator[tuple[_Models, bool]]:
+        """Yield the models as a run pays them, and whether refimg 0.1 began it."""
         budget = _budget(limit_usd, within=within, journal=journal, **run)
-        director, critic, images = self.paid(budget)
-        legacy = False
+        paid, legacy = self.paid(budget), False
         if journal is not None:
             await journal.check()
             legacy = await journal.begin(**run) == 1
-            images = journal.images(images, **run)
+            paid = paid._replace(image_model=journal.images(paid.image_model, **run))
         try:
-            yield (director, critic, images), legacy
+            yield paid, legacy
         finally:
             if budget:
                 await budget.write_down()
@@ -190,8 +194,9 @@ class Pipeline:
         from refimg import defaults
 
         settings = self._checked(story)
-        model = self._models().image_model
-        expected = expected_calls(story, settings, negative=model.takes_negative_prompt)
+        _, _, model, scorers = self._models()
+        expected = expected_calls(story, settings, negative=model.takes_negative_prompt,
+                                  checklists=[s for s in scorers if isinstance(s, ChecklistScorer)])
         return defaults.estimate(**expected, image_model=price_name(model))
 
     async def draw_subjects(
@@ -208,8 +213,9 @@ class Pipeline:
         await load_capabilities(models.image_model, cancellation_check)
         place = {"output_dir": check_folder(output_dir), "generation_id": _run_id(generation_id)}
         settings = await asyncio.to_thread(self._checked, story)
-        async with models.opened(self.budget_usd, self.journal, **place) as ((*_, images), _):
-            sheets = SubjectSheets(settings, images, models.scorers, story, **place,
+        async with models.opened(self.budget_usd, self.journal, **place) as (paid, _):
+            scorers = [scorer for scorer in paid.scorers if not is_awaited(scorer)]
+            sheets = SubjectSheets(settings, paid.image_model, scorers, story, **place,
                                    journaled=self.journal is not None, call=self._call(story))
             return await sheets.draw(on_progress, cancellation_check)
 
@@ -220,8 +226,9 @@ class Pipeline:
         """Enhance the prompt of every scene, to look at before images are paid for; no plan."""
         await load_capabilities(self._models().image_model)
         settings = await asyncio.to_thread(self._checked, story)
-        paid = self._models().paid(_budget(self.budget_usd))
-        return await RunAgents(settings, *paid, self._call(story)).enhance_all(story)
+        director, critic, drawing, _ = self._models().paid(_budget(self.budget_usd))
+        agents = RunAgents(settings, director, critic, drawing, self._call(story))
+        return await agents.enhance_all(story)
 
     async def run(
         self,
@@ -329,8 +336,8 @@ class Pipeline:
                 kept, scenes = rerun.get("kept", {}), len(story.scenes)
                 reporter = ProgressReporter(scenes, scenes - len(kept), on_progress)
                 run = StoryRun(
-                    settings, *paid, models.scorers, story.normalized(), name, folder, traces,
-                    reporter, self.journal, self._call(story),
+                    settings, *paid, story.normalized(), name, folder, traces, reporter,
+                    self.journal, self._call(story),
                     given=enhancements or (), warnings=[_ALONE] * alone, legacy=legacy, **rerun)
                 return await run.run(check)
             finally:

@@ -13,9 +13,10 @@ import threading
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import zip_longest
 from numbers import Real
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from PIL import Image
 from pydantic import BaseModel
@@ -29,13 +30,14 @@ from refimg.engine.protocols import (
     clean_text,
     visible_text,
 )
+from .engine.tasks import is_cancelled
 from .storage.files import read_image
 from .storage.secrets import SafeText
 
 # %% auto #0
-__all__ = ['WEIGHTS', 'raw_scores', 'ImageScores', 'check_weights', 'normalized_weights', 'shares', 'group_overalls', 'grade',
-           'rank_images_by_quality', 'scoring_thread', 'score_images', 'score_image', 'p_best', 'Batch', 'Calibration',
-           'RawScore', 'Scorer', 'calibrate', 'calibrated']
+__all__ = ['WEIGHTS', 'raw_scores', 'is_awaited', 'awaited_scores', 'ImageScores', 'check_weights', 'normalized_weights',
+           'shares', 'group_overalls', 'grade', 'rank_images_by_quality', 'scoring_thread', 'score_images',
+           'score_image', 'p_best', 'Batch', 'Calibration', 'RawScore', 'Scorer', 'calibrate', 'calibrated']
 
 # %% ../nbs/02_score.ipynb #c46310ba
 _all_ = ["Batch", "Calibration", "RawScore", "Scorer", "calibrate", "calibrated"]
@@ -49,9 +51,8 @@ def _reason(error: BaseException) -> str:
     return clean_text(f"{type(error).__name__}: {error}")
 
 
-def _answers(scorer: Scorer, batch: Batch) -> list[RawScore]:
-    """Ask the scorer about the batch, and check that it gives one finite RawScore per image."""
-    answers = list(scorer.score(batch))
+def _checked(answers: list[RawScore], batch: Batch) -> list[RawScore]:
+    """Return a scorer's answers about the batch, if it is one finite RawScore per image."""
     if len(answers) != len(batch.images):
         raise ValueError(f"scores must be {len(batch.images)}, one per image, got {len(answers)}")
     for place, answer in enumerate(answers):
@@ -70,14 +71,15 @@ def _answers(scorer: Scorer, batch: Batch) -> list[RawScore]:
 def _column(scorer: Scorer, batch: Batch) -> list[RawScore]:
     """Score every image: in one call if that works, else image by image."""
     try:
-        return _answers(scorer, batch)
+        return _checked(list(scorer.score(batch)), batch)
     except (Exception, asyncio.CancelledError) as error:
         tried = (scorer.name, len(batch.images), _reason(error))
     _logger.warning("%s failed on %d images, next try image by image: %s", *tried)
     column = []
     for image in batch.images:
         try:
-            column += _answers(scorer, Batch((image,), batch.prompt, batch.references))
+            single = Batch((image,), batch.prompt, batch.references)
+            column += _checked(list(scorer.score(single)), single)
         except (Exception, asyncio.CancelledError) as error:
             column.append(RawScore(None, _reason(error)))
     return column
@@ -87,11 +89,36 @@ def raw_scores(
     batch: Batch,  # the images and their text
     scorers: Sequence[Scorer],  # their names differ
 ) -> list[dict[str, RawScore]]:
-    """Ask every scorer and return one dict per image, keyed by the scorer's name; blocking."""
-    if not batch.images:
-        return []
-    columns = {scorer.name: _column(scorer, batch) for scorer in scorers}
+    """Ask every scorer that is not awaited; one dict per image, by scorer's name; blocking."""
+    columns = {scorer.name: _column(scorer, batch) for scorer in scorers
+               if batch.images and not is_awaited(scorer)}
     return [{n: found[i] for n, found in columns.items()} for i in range(len(batch.images))]
+
+
+def is_awaited(
+    scorer: Any,  # a scorer
+) -> bool:
+    """Tell whether a scorer waits for an API and has an async `ascore`."""
+    return hasattr(scorer, "ascore")
+
+
+async def awaited_scores(
+    batch: Batch,  # the images and their text
+    scorers: Sequence[Any],  # of which those are asked that are awaited
+) -> list[dict[str, RawScore]]:
+    """Ask every scorer that is awaited, all at once; one dict per image, by scorer's name."""
+    async def column(scorer: Any) -> list[RawScore]:
+        try:
+            return _checked(list(await scorer.ascore(batch)), batch)
+        except (Exception, asyncio.CancelledError) as error:
+            if is_cancelled():
+                raise
+            return [RawScore(None, _reason(error))] * len(batch.images)
+
+    awaited = [scorer for scorer in scorers if is_awaited(scorer)]
+    columns = await asyncio.gather(*map(column, awaited))
+    return [{scorer.name: found[i] for scorer, found in zip(awaited, columns, strict=True)}
+            for i in range(len(batch.images))]
 
 # %% ../nbs/02_score.ipynb #97d2a77a
 class ImageScores(BaseModel, frozen=True, allow_inf_nan=False):
@@ -131,7 +158,7 @@ class ImageScores(BaseModel, frozen=True, allow_inf_nan=False):
 
 # %% ../nbs/02_score.ipynb #eddd1db9
 WEIGHTS = {"pickscore": 0.50, "clip_score": 0.25, "vqa_score": 0.15, "aesthetic": 0.10,
-           "consistency": 0.25}
+           "consistency": 0.25, "checklist": 0.25}
 
 
 def check_weights(
@@ -276,6 +303,24 @@ def scoring_thread() -> ThreadPoolExecutor:
 
 # %% ../nbs/02_score.ipynb #4fd41d6f
 _AT_ONCE = 16_000_000  # pixels; as soon as so many are read they are scored, and let go
+_AWAITED = 8  # images that are looked at at the same time
+
+
+async def _await_files(
+    paths: list[Path], text: str, references: list[Path], scorers: Sequence[Scorer]
+) -> list[dict[str, RawScore]]:
+    """Ask the awaited scorers about each file that can be read; one dict per file."""
+    slots = asyncio.Semaphore(_AWAITED)
+
+    async def look(path: Path) -> dict[str, RawScore]:
+        async with slots:
+            try:
+                shown = await asyncio.to_thread(lambda: [*map(read_image, (path, *references))])
+            except ValueError:
+                return {}  # whoever scores the file says why
+            return (await awaited_scores(Batch((shown[0],), text, tuple(shown[1:])), scorers))[0]
+
+    return await asyncio.gather(*map(look, paths if any(map(is_awaited, scorers)) else ()))
 
 
 async def score_images(
@@ -291,15 +336,14 @@ async def score_images(
     if not text.strip():
         raise ValueError(f"prompt_text must be a text that is not blank, got {prompt_text!r}")
     paths, agreed = list(image_paths), list(references)
+    if scorers is None:
+        from refimg.defaults import scorers as default_scorers
 
-    def score_files() -> list[ImageScores]:
-        used = scorers
-        if used is None:
-            from refimg.defaults import scorers as default_scorers
+        scorers = await asyncio.to_thread(default_scorers)
+    check_weights([scorer.name for scorer in scorers], weights)
 
-            used = default_scorers()
-        check_weights([scorer.name for scorer in used], weights)
-        with_whom = tuple(map(read_image, agreed))
+    def score_files() -> list[dict[str, RawScore]]:
+        used, with_whom = scorers, tuple(map(read_image, agreed))
         rows: list[dict[str, RawScore]] = [{}] * len(paths)
         waiting: dict[int, Image.Image] = {}
 
@@ -318,9 +362,12 @@ async def score_images(
             if sum(image.width * image.height for image in waiting.values()) >= _AT_ONCE:
                 score_waiting()
         score_waiting()
-        return grade(rows, used, weights)
+        return rows
 
-    return await asyncio.get_running_loop().run_in_executor(scoring_thread(), score_files)
+    scored = asyncio.get_running_loop().run_in_executor(scoring_thread(), score_files)
+    rows, more = await asyncio.gather(scored, _await_files(paths, text, agreed, scorers))
+    found = zip_longest(rows, more, fillvalue={})
+    return grade([row | other for row, other in found], scorers, weights)
 
 # %% ../nbs/02_score.ipynb #bb87fe68
 async def score_image(

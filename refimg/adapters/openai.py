@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import re
+from base64 import b64encode
 from collections.abc import AsyncIterator
 from functools import partial
 from json import JSONDecodeError
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from openai.types.chat import ChatCompletion as Completion
 
 # %% auto #0
-__all__ = ['DEFAULT_MODELS', 'failure', 'response_format', 'OpenAIChat']
+__all__ = ['DEFAULT_MODELS', 'failure', 'response_format', 'as_sent', 'OpenAIChat']
 
 # %% ../../nbs/adapters/openai.ipynb #69498754
 _logger = logging.getLogger(__name__)
@@ -260,6 +261,20 @@ def response_format(
     return {"response_format": {"type": form, "json_schema": strict}}
 
 # %% ../../nbs/adapters/openai.ipynb #20d7a178
+def as_sent(
+    message: Message,  # of a conversation
+) -> dict[str, Any]:
+    """Return a message as the protocol has it, its images as data URIs."""
+    if not message.images:
+        return {"role": message.role, "content": message.content}
+    parts: list[dict[str, Any]] = [{"type": "text", "text": message.content}]
+    for image in message.images:
+        kind = "png" if image[:4] == b"\x89PNG" else "webp" if image[:4] == b"RIFF" else "jpeg"
+        address = f"data:image/{kind};base64,{b64encode(image).decode()}"
+        parts.append({"type": "image_url", "image_url": {"url": address, "detail": "high"}})
+    return {"role": message.role, "content": parts}
+
+
 class _Clients:
     """The clients of one address, one for each event loop, closed when their loop shuts down."""
 
@@ -303,7 +318,7 @@ class _Clients:
 class OpenAIChat:
     """A chat model behind OpenAI's protocol."""
 
-    takes_call = True
+    takes_call = sees_images = True  # a server whose model sees none says so
 
     def __init__(
         self,
@@ -366,7 +381,7 @@ class OpenAIChat:
         client, server = await self.load(), (self.base_url, self.model)
         from openai import APIStatusError
 
-        said = {"model": self.model, "messages": [message.model_dump() for message in messages]}
+        said = {"model": self.model, "messages": [as_sent(message) for message in messages]}
         step, refused = _steps.get(server, 0), []
         most, may_retry = (call.max_tokens, call.may_retry) if call else (None, None)
         while True:

@@ -86,6 +86,7 @@ MAX_COMPLETION = 8192  # tokens of one answer, thoughts included
 MAX_SECONDS = 120.0  # that one prediction may run
 CANCELLING = 10.0  # seconds that it may run on until its cancellation has arrived
 _HEAD = 256  # tokens that a server may put before the messages
+_SEEN = 26_000  # tokens of an image of at most 1024 x 1024: of gpt-4o-mini, the most of any model
 _OWN = " with own "  # between the name of a model and the inputs that its price depends on
 _SIZES = re.compile(
     r"(?!output_quality)(\w+_)?(resolution|quality|megapixels|pixels|size|width|height)")
@@ -178,6 +179,7 @@ class PriceTable:
         shape = str(schema.model_json_schema()) if schema else ""
         texts = (message.content for message in messages)
         read = _HEAD + sum(len(text.encode("utf-8", "replace")) + 16 for text in texts)
+        read += _SEEN * sum(len(message.images) for message in messages)
         read += 2 * len(shape.encode("utf-8", "replace"))
         usage = Usage(input_tokens=read, output_tokens=MAX_COMPLETION)
         return _known(self.chat_cost(name, usage), name, "input")

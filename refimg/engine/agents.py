@@ -13,15 +13,16 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from .guidance import Guidance, guidance_for
+from .guidance import Guidance, guidance_for, own_context
 from .planning import ask_plan
 from .prompts import scene_context
-from .protocols import Call, ChatModel, ImageModel, Message, Reply
+from .protocols import Call, ChatModel, ImageModel, Message, Reply, Scorer
 from .references import Chain, ReferencePlan
 from .settings import Settings
 from .story import Story
 from .tasks import is_cancelled
 from ..enhance import ImagePromptEnhancementResult, enhance_prompt_iterative
+from ..inspection.scorer import ChecklistScorer
 
 # %% auto #0
 __all__ = ['RunAgents']
@@ -70,9 +71,9 @@ class RunAgents:
     references: ReferencePlan | None = None  # of the story; None: not known yet
     guidance: Guidance | None = None  # None: by the image model's name
 
-    def _agent(self, role: str, scene: int) -> _RunAgent:
-        """Return one of them; a journal counts the calls of each scene on their own."""
-        model = getattr(self, role)
+    def _agent(self, role: str, scene: int, other: ChatModel | None = None) -> _RunAgent:
+        """Return one of them, or another; a journal counts the calls of each scene on their own."""
+        model = other or getattr(self, role)
         if self.journal is not None:
             model = self.journal.chat(model, role=role, scene=scene, **self.where)
         return _RunAgent(model, self.stopped, self.call)
@@ -106,6 +107,22 @@ class RunAgents:
             negative=self.image_model.takes_negative_prompt,
             trace_dir=trace_dir,
         )
+
+    def bound(
+        self,
+        scorers: list[Scorer],  # of the run
+        story: Story,  # markers and subjects are the checklist's context
+        scene: int,  # from 1
+    ) -> list[Scorer]:
+        """Return the scorers for one scene: a checklist's know what it shows, and are journaled."""
+        def each(model: ChatModel) -> ChatModel:
+            return self._agent("inspector", scene, model)
+
+        shown = [one for one in story.subjects if one.name in story.shows(scene)]
+        known = [one for one in shown if one.images]
+        context = own_context(scene_context(story, scene))
+        return [s.bound(each, context, known) if isinstance(s, ChecklistScorer) else s
+                for s in scorers]
 
     async def enhance_all(
         self,

@@ -9,6 +9,7 @@ import asyncio
 import itertools
 import logging
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -22,7 +23,17 @@ from .defects import find_defects, is_plain
 from .protocols import Batch, Call, ImageModel, ImageRequest, Scorer
 from .results import Variation, threshold_warning
 from ..generate import Candidate, ImageGenerationResult, request_image, variation_seed
-from ..score import ImageScores, grade, rank_images_by_quality, raw_scores, scoring_thread
+from ..inspection.checklist import Checklist
+from ..inspection.scorer import ChecklistScorer
+from refimg.score import (
+    ImageScores,
+    grade,
+    is_awaited,
+    awaited_scores,
+    rank_images_by_quality,
+    raw_scores,
+    scoring_thread,
+)
 from ..storage.images import read_image
 
 # %% auto #0
@@ -42,6 +53,7 @@ class SceneNotes:
     causes: list[BaseException] = field(default_factory=list)  # of what failed
     bill: list[float | None] = field(default_factory=list)  # USD of each call of the image model
     timings: dict[str, float] = field(default_factory=dict)  # seconds
+    checklist: Checklist | None = None  # what its images were asked; None: nothing
     label: str = ""  # what the log calls it; "": "scene" and its number
 
     def __post_init__(self) -> None:
@@ -84,6 +96,16 @@ class SceneNotes:
         if warning := threshold_warning(scores, threshold):
             self.warn(warning)
 
+    def add_looks(
+        self,
+        queue: ScoringQueue,  # of the scene, finished
+    ) -> None:
+        """Note what was asked about the images, what it cost and how long it took."""
+        self.bill += queue.bill
+        self.checklist = queue.checklist
+        if queue.looks:
+            self.timings["inspect"] = queue.looked
+
     @contextmanager
     def timed(
         self,
@@ -107,9 +129,12 @@ class ScoringQueue:
         group: asyncio.TaskGroup,  # owns the task that scores
         stopped: Callable[[], bool],  # whether the run has stopped
         references: tuple[Image.Image, ...] = (),  # what the images must agree with
+        slots: asyncio.Semaphore | None = None,  # of the images that are looked at together
     ):
         self.scorers, self.text, self.group, self.stopped = scorers, text, group, stopped
-        self.references = references
+        self.references, self.slots = references, slots or asyncio.Semaphore(1)
+        self.looks: list[asyncio.Task] = []
+        self.looked = 0.0  # that images were looked at, added up
         self.sent: dict[Path, Image.Image | None] = {}  # files that went along; None: gone
         self.waiting: deque[Candidate] = deque()
         self.task: asyncio.Task | None = None
@@ -129,6 +154,8 @@ class ScoringQueue:
     ) -> None:
         """Put an image in the queue."""
         self.waiting.append(candidate)
+        if any(map(is_awaited, self.scorers)):
+            self.looks.append(self.group.create_task(self._look(candidate)))
         if not self.stopped() and (self.task is None or self.task.done()):
             self.task = self.group.create_task(self._work())
 
@@ -145,13 +172,23 @@ class ScoringQueue:
         sent = [image for path in asked.references if (image := self.sent[path])]
         candidate.defects = find_defects(pixels, sent, f"{self.text}\n{asked.prompt}")
 
+    async def _look(self, candidate: Candidate) -> None:
+        """Ask the awaited scorers about one image, beside those that work in the thread."""
+        async with self.slots:
+            if candidate.pixels is None or self.stopped():
+                return
+            begun = time.perf_counter()
+            batch = Batch((candidate.pixels,), self.text, self.references)
+            candidate.raw.update((await awaited_scores(batch, self.scorers))[0])
+            self.looked += time.perf_counter() - begun
+
     async def _work(self) -> None:
         def score_waiting() -> None:
             found = [self.waiting.popleft() for _ in range(len(self.waiting))]
             pixels = tuple(item.pixels for item in found if item.pixels)
             batch = Batch(pixels, self.text, self.references)
             for item, row in zip(found, raw_scores(batch, self.scorers), strict=True):
-                item.raw = row
+                item.raw.update(row)
             for item in found:
                 if item.pixels and not self.stopped():
                     self._examine(item, item.pixels)
@@ -160,10 +197,22 @@ class ScoringQueue:
         while self.waiting and not self.stopped():
             await loop.run_in_executor(scoring_thread(), score_waiting)
 
-    async def finish(self) -> None:
-        """Return when every image that was added has its raw scores."""
-        if self.task is not None:
-            await self.task
+    @property
+    def bill(self) -> list[float | None]:
+        """The USD of each call of awaited scorers; None: not known."""
+        asked = (reply for scorer in self.scorers for reply in getattr(scorer, "bill", ()))
+        return [reply and reply.cost for reply in asked]
+
+    @property
+    def checklist(self) -> Checklist | None:
+        """What was asked about the images of this scene; None: nothing."""
+        asked = (scorer for scorer in self.scorers if isinstance(scorer, ChecklistScorer))
+        return next((scorer.written(self.text) for scorer in asked), None)
+
+    async def finish(self) -> ScoringQueue:
+        """Return it when every image that was added has its raw scores."""
+        await asyncio.gather(*filter(None, [self.task]), *self.looks)
+        return self
 
 # %% ../../nbs/engine/candidates.ipynb #b600000c
 @dataclass
@@ -262,7 +311,8 @@ class CandidateGroup:
         chosen = winner and winner.image
         return [
             Variation(image=item.image, scores=item.scores, rank=item.rank,
-                      selected=item.image is chosen, defects=item.defects)
+                      selected=item.image is chosen, defects=item.defects,
+                      inspection=getattr(item.raw.get("checklist"), "inspection", None))
             for item in self.candidates
             if item.image is not None and item.scores is not None
         ]

@@ -300,6 +300,7 @@ def estimate(
     low: Sequence[tuple[Usage, Usage]],  # by scene: director and critic, if one iteration is enough
     high: Sequence[tuple[Usage, Usage]],  # by scene: the same if all iterations are needed
     *,
+    looks: Sequence[tuple[str, Usage]] = (),  # each call of an inspector: the model, and tokens
     chat_calls: int,  # of `high`; 0: there are no agents
     images: int,  # to be drawn
     director: str,  # name of the model
@@ -308,15 +309,16 @@ def estimate(
     prices: Prices,  # what calls cost
 ) -> Estimate:
     """Return about what a run will cost."""
-    agents = (director, critic) if chat_calls else ()
+    agents = (director, critic) if chat_calls > len(looks) else ()
+    seen = [prices.chat_cost(name, usage) for name, usage in looks]
     each = prices.image_cost(image_model)
 
     def total(scenes: Sequence[tuple[Usage, Usage]]) -> float | None:
         costs = [prices.chat_cost(name, usage) for scene in scenes if agents
                  for name, usage in zip(agents, scene, strict=True)]
-        return sum_known([*costs, *[each] * images])
+        return sum_known([*costs, *seen, *[each] * images])
 
-    names = dict.fromkeys([*agents, image_model])
+    names = dict.fromkeys([*agents, *(name for name, _ in looks), image_model])
     unpriced = [name for name in names if prices.price_of(name) is None]
     return Estimate(low=total(low), high=total(high), images=images, chat_calls=chat_calls,
                     unpriced=unpriced)

@@ -71,7 +71,7 @@ class Message(BaseModel, frozen=True, ser_json_bytes="base64", val_json_bytes="b
 
     role: Literal["system", "user", "assistant"]  # who speaks
     content: str  # the text of the message
-    images: tuple[bytes, ...] = Field((), repr=False)  # encoded: JPEG, PNG or WebP
+    images: tuple[bytes, ...] = Field(default=(), repr=False)  # encoded: JPEG, PNG or WebP
 
 # %% ../../nbs/engine/protocols.ipynb #87d90a2c
 class Usage(BaseModel, frozen=True):

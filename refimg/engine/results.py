@@ -20,6 +20,7 @@ from .protocols import CleanText
 from .story import Story, map_paths
 from ..enhance import ImagePromptEnhancementResult
 from ..generate import ImageGenerationResult
+from ..inspection.checklist import Checklist, Inspection
 from ..score import ImageScores
 from ..storage.database import digest
 from ..storage.files import make_folder, write_atomic
@@ -43,6 +44,7 @@ class Variation(BaseModel, frozen=True):
     rank: int | None = None  # 1 is best; None: unscored
     selected: bool = False  # True: this image is the scene's reference
     defects: list[CleanText] = []  # what is seen to be wrong with it, from its pixels
+    inspection: Inspection | None = None  # what was seen in it; None: nobody looked
 
 # %% ../../nbs/engine/results.ipynb #2c7f7936
 class SentReference(BaseModel, frozen=True):
@@ -67,9 +69,10 @@ class SceneResult(BaseModel, frozen=True):
     reference: Path  # the image that stands for this scene
     reference_from: Literal["ranked", "first", "fallback", "carried", "human"]
     below_threshold: bool | None = None  # None: unscored, so neither
+    checklist: Checklist | None = None  # what its images were asked; None: nothing
     stale: str | None = None  # why the scene no longer fits the one it follows; None: it does
     warnings: list[SafeText] = []  # what a person should know
-    timings: dict[str, float] = {}  # seconds: enhance, wait, generate, score; *_start
+    timings: dict[str, float] = {}  # seconds: enhance, wait, generate, score, inspect; *_start
 
     @property
     def sandbox(self) -> bool:

@@ -108,15 +108,16 @@ class SceneRun:
     async def _make_images(self) -> None:
         run = self.run
         texts = {"original": self.scene.prompt, "enhanced": self.enhancement.final_prompt}
-        queue = ScoringQueue(run.scorers, texts[run.settings.score_text], run.group,
-                             lambda: run.stopped, await run.handover.standards(self.number))
+        queue = ScoringQueue(
+            run.agents.bound(run.scorers, run.drawn, self.number), texts[run.settings.score_text],
+            run.group, lambda: run.stopped, await run.handover.standards(self.number), run.looking)
         run.reporter.begin("generate", self.number, run.total_cost())
         with self.notes.timed("generate"):
             await self.generate_variations(queue)
         run.reporter.finish()
         run.reporter.begin("score", self.number, run.total_cost())
         with self.notes.timed("score"):
-            await queue.finish()
+            self.notes.add_looks(await queue.finish())
             await self.select_reference()
         if self.winner:
             self.notes.log_selection(self.winner, self.source, run.settings.quality_threshold)
@@ -195,6 +196,7 @@ class SceneRun:
             sent_references=self.run.handover.sent.get(self.number, []) if self.sent_prompt else [],
             reference=reference, reference_from=self.source if self.winner else "carried",
             below_threshold=None if overall is None else overall < threshold,
+            checklist=self.notes.checklist,
             warnings=self.notes.warnings, timings=stages | self.notes.timings)
 
 # %% ../../nbs/engine/run.ipynb #b6000010
@@ -242,6 +244,7 @@ class StoryRun:
             OF_0_1 if self.legacy else None)
         self.enhancing = asyncio.Semaphore(self.settings.max_concurrency)
         self.drawing = asyncio.Semaphore(self.settings.max_concurrency)
+        self.looking = asyncio.Semaphore(self.settings.max_concurrency)
 
     def clock(self) -> float:
         """Return the seconds since the run began."""

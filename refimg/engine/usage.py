@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from .guidance import DEFAULT, Guidance, guidance_for
@@ -17,6 +18,13 @@ from .references import Chain, ReferencePlan
 from .settings import Settings
 from .story import Story
 from ..enhance import Critique, Iteration, critic_messages, director_messages
+from refimg.inspection.checklist import (
+    Question,
+    Questions,
+    checklist_messages,
+    inspector_messages,
+)
+from ..inspection.scorer import ChecklistScorer
 
 # %% auto #0
 __all__ = ['expected_usage', 'expected_calls']
@@ -27,6 +35,9 @@ _EXPECTED_CRITIQUE = Critique(**dict.fromkeys(DIMENSIONS, 70), critique="a lens 
 
 
 _EXPECTED_PLAN = "a lens " * 75  # six markers of at most 25 words
+_EXPECTED_QUESTIONS = [Question(text="Is there a lens? " * 2, about="subject")] * 8
+_EXPECTED_ANSWERS = "a lens " * 12 * 8  # a verdict and a reason for each of them
+_IMAGE_TOKENS = 1_100  # of an image of 1024 x 576, as most models count it
 
 
 def _total(asked: list[list[Message]], answer: str) -> Usage:
@@ -58,11 +69,27 @@ def expected_usage(
     return _total(asked, written), _total(criticised, critique)
 
 
+def _expected_looks(
+    scorer: ChecklistScorer,  # asked about every image
+    prompt: str,  # of the scene
+    context: str,  # of the scene, as its author gets it
+    images: int,  # of the scene
+) -> list[tuple[str, Usage]]:
+    """Estimate by call what a checklist costs for one scene: the name of the model, and tokens."""
+    shapes = [Questions(questions=_EXPECTED_QUESTIONS).model_dump_json(), _EXPECTED_ANSWERS]
+    asked = checklist_messages(prompt, context), inspector_messages(_EXPECTED_QUESTIONS)
+    writing, looking = (_total([messages], answer)
+                        for messages, answer in zip(asked, shapes, strict=True))
+    looking = looking.model_copy(update={"input_tokens": looking.input_tokens + _IMAGE_TOKENS})
+    return [(scorer.author.name, writing), *[(scorer.inspector.name, looking)] * images]
+
+
 def expected_calls(
     story: Story,  # what a run would make references for
     settings: Settings,  # of that run
     *,
     negative: bool = False,  # True: the director also writes a negative prompt
+    checklists: Sequence[ChecklistScorer] = (),  # asked about every image
 ) -> dict[str, Any]:
     """Return what a run will ask for, as `costs.estimate` takes it: usages, calls and images."""
     model, guidance = settings.image_model, guidance_for(settings.image_model)
@@ -74,6 +101,10 @@ def expected_calls(
     planning = [(_total([plan_messages(story)], _EXPECTED_PLAN), _total([], ""))] * planned
     low, high = (planning + [expected_usage(*scene, n, negative=negative, guidance=guidance)
                              for scene in scenes] for n in (min(1, most), most))
-    return {"low": low, "high": high, "images": len(scenes) * settings.num_variations,
-            "chat_calls": planned + len(scenes) * (2 * most + (negative and most > 0)),
+    looks = [call for scorer in checklists for prompt, context in scenes
+              for call in _expected_looks(scorer, prompt, context, settings.num_variations)]
+    return {"low": low, "high": high, "looks": looks,
+            "images": len(scenes) * settings.num_variations,
+            "chat_calls": planned + len(scenes) * (2 * most + (negative and most > 0))
+            + len(looks),
             "director": settings.director, "critic": settings.critic}

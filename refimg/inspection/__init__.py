@@ -1,14 +1,14 @@
-"""Somebody looks at each image: questions, answers, and who decides between the two best."""
+"""Somebody looks at each image: questions about a scene, answers, and a score made of them."""
 
 from refimg.inspection.checklist import (
     Answer,
     Checklist,
-    ChecklistScorer,
     Inspection,
     Question,
     inspect_image,
     write_checklist,
 )
+from refimg.inspection.scorer import ChecklistScorer
 
 __all__ = [
     "Answer",

@@ -21,15 +21,16 @@ from ..engine.costs import sum_known
 from ..engine.fence import fence
 from ..engine.instructions import CHECKLIST, INSPECTOR
 from ..engine.intent import quotations
-from ..engine.protocols import Batch, ChatModel, CleanText, Message, RawScore, Reply
+from ..engine.protocols import ChatModel, CleanText, Message, Reply
 from ..engine.subjects import Subject
 from ..engine.tasks import is_cancelled
 from ..enhance import ask_with_repair
 from ..storage.images import decode_image, read_image
 
 # %% auto #0
-__all__ = ['Question', 'Answer', 'Checklist', 'Inspection', 'counted', 'Questions', 'Answers', 'ask_checklist', 'write_checklist',
-           'as_jpeg', 'check_sight', 'ask_inspector', 'inspect_image', 'InspectedScore', 'ChecklistScorer']
+__all__ = ['Question', 'Answer', 'Checklist', 'Inspection', 'counted', 'Questions', 'Answers', 'checklist_messages',
+           'ask_checklist', 'write_checklist', 'as_jpeg', 'check_sight', 'inspector_messages', 'ask_inspector',
+           'inspect_image']
 
 # %% ../../nbs/inspection/checklist.ipynb #c4ec0007
 def _plain_word(value: Any) -> Any:
@@ -76,8 +77,8 @@ class Checklist(BaseModel, frozen=True):
             if not question.text.strip():
                 raise ValueError(f"must be texts that are not blank, got '' as number {at}")
             if question.parent is not None and not 0 <= question.parent < at:
-                raise ValueError(f"must have an earlier question or null as their parent, got "
-                                 f"{question.parent} for number {at}")
+                raise ValueError(f"parent of number {at} must be null or an earlier question, got "
+                                 f"{question.parent}")
         return questions
 
     def check(
@@ -127,10 +128,10 @@ class Inspection(BaseModel, frozen=True, protected_namespaces=()):
 # %% ../../nbs/inspection/checklist.ipynb #c4ec0013
 _NUMBER = (r"two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|dozen|pair"
            r"|1[0-2]|[2-9]")
-_COUNTED = re.compile(rf"(?<![\w.,:/-])(?:an? )?({_NUMBER})(?: of)?((?: [^\W\d_][\w'-]*)+)", re.I)
+_COUNTED = re.compile(rf"(?<![\w.,:/-])(?:an? )?(?:{_NUMBER})(?: of)?(?= [^\W\d_])", re.I)
 _NO_THING = re.compile(  # words that count nothing, or begin another part of the sentence
-    r"am|pm|o'clock|[mck]?m|ft|met(er|re)s?|feet|inch(es)?|miles?|years?|hours?|minutes?|days?|weeks?"
-    r"|months?|per|percent|degrees?|thirds?|quarters?|times?|points?|stops?|k|fps|and|or|in|on|at|by"
+    r"am|pm|o'clock|[mck]?m|ft|met(er|re)s?|feet|inch(es)?|miles?|years?|hours?|minutes?|days?"
+    r"|weeks?|months?|per|percent|degrees?|thirds?|quarters?|times?|points?|stops?|k|fps|and|or|in|on|at|by"
     r"|to|from|with|without|under|over|near|of|for|is|are|the|its|them|each", re.I)
 
 
@@ -140,11 +141,19 @@ def counted(
     """List the numbers of things in a text, with the words that say of what: "three red foxes"."""
     found = []
     for phrase in _COUNTED.finditer(text):
-        words = phrase[2].split()[:3]
+        words = re.split(r"[^\w' -]", text[phrase.end() :])[0].split()[:3]
         end = next((at for at, word in enumerate(words) if _NO_THING.fullmatch(word)), len(words))
         if end:
-            found.append(" ".join([phrase[0].removesuffix(phrase[2]), *words[:end]]))
+            found.append(" ".join([phrase[0], *words[:end]]))
     return found
+
+
+def _numbers(text: str) -> set[str]:
+    """Return the numbers in a text as words: "2" and "pair" are "two"."""
+    found: list[str] = re.findall(rf"\b(?:{_NUMBER})\b", text.casefold())
+    words = _NUMBER.split("|")[:11]
+    same = {"pair": "two", "dozen": "twelve"} | {str(n): w for n, w in enumerate(words, start=2)}
+    return {same.get(number, number) for number in found}
 
 
 def _required(prompt: str, subjects: Sequence[Subject], asked: list[Question]) -> list[Question]:
@@ -154,9 +163,9 @@ def _required(prompt: str, subjects: Sequence[Subject], asked: list[Question]) -
         texts[question.about] = f"{texts.get(question.about, '')} {question.text}".casefold()
     quoted = [f'Can "{words}" be read in the image, spelled exactly so?'
               for words in quotations(prompt) if words.casefold() not in texts.get("text", "")]
-    known = set(re.findall(r"\w+", texts.get("count", "")))
+    known = _numbers(texts.get("count", ""))
     counts = [f'Are there exactly as many as in "{words}"?' for words in counted(prompt)
-              if known.isdisjoint(re.findall(rf"\b(?:{_NUMBER})\b", words.casefold()))]
+              if known.isdisjoint(_numbers(words))]
     same = [f"Is {one.name} the same as in the reference image?" for one in subjects
             if one.name.casefold() not in texts.get("identity", "")]
     groups = (("text", quoted), ("count", counts), ("identity", same))
@@ -184,9 +193,14 @@ async def _ask(
     schema: type[BaseModel], bill: list[Reply | None],
 ) -> _T:
     """Return what `read` makes of the answer; a RuntimeError says why there is nothing to read."""
+    def read_last(answer: str) -> _T:
+        try:
+            return last_object(answer, read)
+        except RecursionError:
+            raise ValueError("the answer is nested too deeply") from None
+
     try:
-        return await ask_with_repair(
-            model, messages, lambda answer: last_object(answer, read), schema, bill)
+        return await ask_with_repair(model, messages, read_last, schema, bill)
     except (Exception, asyncio.CancelledError) as error:
         if is_cancelled():
             raise
@@ -196,6 +210,18 @@ async def _ask(
 
 def _cost(bill: Sequence[Reply | None]) -> float | None:
     return sum_known(reply and reply.cost for reply in bill)
+
+
+def checklist_messages(
+    prompt: str,  # the scene's own
+    context: str = "",  # markers and notes of the scene, one a line
+    subjects: Sequence[Subject] = (),  # who must be recognised by an image of theirs
+) -> list[Message]:
+    """Write what the author of a checklist is asked."""
+    described = "\n".join(f"{one.name} ({one.kind}): {one.description}" for one in subjects)
+    material = {"prompt": prompt, "context": context, "subjects": described}
+    fenced = "\n".join(fence(slot, text) for slot, text in material.items() if text)
+    return [Message(role="system", content=CHECKLIST), Message(role="user", content=fenced)]
 
 
 async def ask_checklist(
@@ -217,10 +243,7 @@ async def ask_checklist(
         return Checklist(prompt=prompt, questions=[*kept, *required][:12] if required else kept,
                          author=author.name)
 
-    described = "\n".join(f"{one.name} ({one.kind}): {one.description}" for one in subjects)
-    material = {"prompt": prompt, "context": context, "subjects": described}
-    fenced = "\n".join(fence(slot, text) for slot, text in material.items() if text)
-    messages = [Message(role="system", content=CHECKLIST), Message(role="user", content=fenced)]
+    messages = checklist_messages(prompt, context, subjects)
     found = await _ask(author, "checklist", messages, read, Questions, bill)
     return found.model_copy(update={"cost": _cost(bill[begun:])})
 
@@ -270,6 +293,16 @@ def check_sight(
         raise ValueError(f"{field} must be a chat model that sees images, got {name!r}")
 
 
+def inspector_messages(
+    questions: Sequence[Question],  # of the checklist
+    images: tuple[bytes, ...] = (),  # what is looked at, then whom it shows
+) -> list[Message]:
+    """Write what the inspector is asked."""
+    listed = "\n".join(f"{n}. {q.text}" for n, q in enumerate(questions))
+    return [Message(role="system", content=INSPECTOR),
+            Message(role="user", content=fence("questions", listed), images=images)]
+
+
 async def ask_inspector(
     inspector: ChatModel,  # who looks
     image: Image.Image | Path | str | bytes,  # pixels, a file, or an encoded image
@@ -283,9 +316,7 @@ async def ask_inspector(
     asked = any(question.about == "identity" for question in checklist.questions)
     shown = [image, *references] if asked else [image]
     seen = await asyncio.to_thread(lambda: tuple(map(as_jpeg, shown)))
-    listed = "\n".join(f"{n}. {q.text}" for n, q in enumerate(checklist.questions))
-    messages = [Message(role="system", content=INSPECTOR),
-                Message(role="user", content=fence("questions", listed), images=seen)]
+    messages = inspector_messages(checklist.questions, seen)
 
     def read(body: Any) -> list[Answer]:
         told = body.get("answers") if isinstance(body, dict) else body
@@ -311,78 +342,3 @@ async def inspect_image(
         inspector = defaults.inspector()
     check_sight(inspector, "inspector")
     return await ask_inspector(inspector, image, checklist, references)
-
-# %% ../../nbs/inspection/checklist.ipynb #c4ec0027
-class InspectedScore(RawScore, frozen=True):
-    """The score of an image that was inspected, with what was seen."""
-
-    inspection: Inspection | None = None
-
-    def __init__(self, value: float | None, note: str = "", applicable: bool = True,
-                 inspection: Inspection | None = None) -> None:
-        """Take the fields of a raw score by position, as it does."""
-        BaseModel.__init__(self, value=value, note=note, applicable=applicable,
-                           inspection=inspection)
-
-
-class ChecklistScorer:
-    """Scores images by the questions of a checklist that a model answers."""
-
-    name, calibration = "checklist", "share of yes"
-
-    def __init__(
-        self,
-        inspector: ChatModel,  # looks at the images; it must see them
-        *,
-        author: ChatModel | None = None,  # writes the questions; None: the inspector
-        context: str = "",  # markers and notes of the scene, one a line
-        subjects: Sequence[Subject] = (),  # who must be recognised by an image of theirs
-    ):
-        check_sight(inspector, "inspector")
-        self.inspector, self.author = inspector, author or inspector
-        self.context, self.subjects = context, tuple(subjects)
-        self.model = inspector.name
-        self.bill: list[Reply | None] = []  # None: a call that raised
-        self._written: dict[str, asyncio.Future[Checklist]] = {}
-
-    def to_100(
-        self,
-        raw: float,  # the share of yes, 0–100
-    ) -> float:
-        """Return the share itself."""
-        return raw
-
-    def score(
-        self,
-        batch: Batch,  # some images and their text
-    ) -> list[RawScore]:
-        """Raise: it is asked by `ascore` alone."""
-        raise TypeError("a checklist is asked by `ascore`, not by `score`")
-
-    async def checklist(
-        self,
-        prompt: str,  # the text that the images are scored against
-    ) -> Checklist:
-        """Return the checklist of a text, written once; a RuntimeError says why there is none."""
-        if prompt not in self._written:
-            self._written[prompt] = asyncio.ensure_future(ask_checklist(
-                self.author, prompt, self.context, self.subjects, self.bill))
-        return await asyncio.shield(self._written[prompt])
-
-    async def ascore(
-        self,
-        batch: Batch,  # some images and their text
-    ) -> list[RawScore]:
-        """Inspect every image, all at once; return the shares of yes, in order."""
-        async def look(image: Image.Image) -> RawScore:
-            try:
-                checklist = await self.checklist(batch.prompt)
-                found = await ask_inspector(
-                    self.inspector, image, checklist, batch.references, self.bill)
-            except RuntimeError as error:
-                return RawScore(None, str(error))
-            wrong = [f"{question.text} {answer.verdict}, {answer.reason}".rstrip(" ,")
-                     for question, answer in checklist.failed(found.answers)]
-            return InspectedScore(found.score, "; ".join(wrong), inspection=found)
-
-        return await asyncio.gather(*map(look, batch.images))
