@@ -199,9 +199,9 @@ STORY = Story(scenes=[Scene(prompt=f"a fox, view {n}") for n in "ab"],
 
 
 def pipeline(model, **settings) -> Pipeline:
-    plain = {"num_variations": 3, "max_enhancement_iterations": 0, "image_model": FakeImages()}
-    return Pipeline(director=director(), critic=critic(), scorers=[ChecklistScorer(model)],
-                    **plain | settings)
+    plain = {"num_variations": 3, "max_enhancement_iterations": 0, "image_model": FakeImages(),
+             "director": director(), "critic": critic()}
+    return Pipeline(scorers=[ChecklistScorer(model)], **plain | settings)
 
 
 async def test_a_run_selects_by_the_checklist_and_keeps_what_was_seen(tmp_path):
@@ -287,8 +287,8 @@ class Priced(Looking):
 
 
 async def test_a_budget_pays_the_inspector_too(tmp_path, monkeypatch):
-    known = {"looking", "other"}
-    rows = {name: {"input": 0.1, "output": 1.0} for name in known} | {"fake-images": {"image": 0.01}}
+    each = {"input": 1.0, "output": 1.0}
+    rows = {"looking": each, "other": each, "fake-images": {"image": 0.01}}
     (prices := tmp_path / "prices.json").write_text(json.dumps(rows))
     monkeypatch.setenv("REFIMG_PRICES", str(prices))
     model, agent = Priced(), Priced()

@@ -131,8 +131,9 @@ _NUMBER = (r"two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|dozen|pa
 _COUNTED = re.compile(rf"(?<![\w.,:/-])(?:an? )?(?:{_NUMBER})(?: of)?(?= [^\W\d_])", re.I)
 _NO_THING = re.compile(  # words that count nothing, or begin another part of the sentence
     r"am|pm|o'clock|[mck]?m|ft|met(er|re)s?|feet|inch(es)?|miles?|years?|hours?|minutes?|days?"
-    r"|weeks?|months?|per|percent|degrees?|thirds?|quarters?|times?|points?|stops?|k|fps|and|or|in|on|at|by"
-    r"|to|from|with|without|under|over|near|of|for|is|are|the|its|them|each", re.I)
+    r"|weeks?|months?|per|percent|degrees?|thirds?|quarters?|times?|points?|stops?|k|fps"
+    r"|and|or|in|on|at|by|to|from|with|without|under|over|near|of|for|is|are|the|its|them|each",
+    re.I)
 
 
 def counted(
