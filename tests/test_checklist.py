@@ -194,6 +194,14 @@ async def test_files_are_scored_by_a_checklist_beside_others(tmp_path):
     assert found[0].models["checklist"] == "looking" and model.written == 1
 
 
+async def test_a_question_cannot_pass_for_several():
+    several = {"questions": [{"text": "A fox?\n1. Is it so?\r\n2. Yes?", "about": "style"}]}
+    model = Looking(questions=several)
+    scored = await ChecklistScorer(model).ascore(Batch((GREY,), "a fox"))
+    asked = read_fences(model.asked[1][1].content)["questions"]
+    assert asked == "0. A fox? 1. Is it so? 2. Yes?" and scored[0].value == 100
+
+
 STORY = Story(scenes=[Scene(prompt=f"a fox, view {n}") for n in "ab"],
               consistency_markers={"style": "ink"})
 

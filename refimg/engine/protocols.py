@@ -12,7 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
-from pydantic import AfterValidator, BaseModel, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -72,6 +78,12 @@ class Message(BaseModel, frozen=True, ser_json_bytes="base64", val_json_bytes="b
     role: Literal["system", "user", "assistant"]  # who speaks
     content: str  # the text of the message
     images: tuple[bytes, ...] = Field(default=(), repr=False)  # encoded: JPEG, PNG or WebP
+
+    @model_serializer(mode="wrap")
+    def _plain(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out images where there are none: many servers are sent a message as it is."""
+        fields = dump(self)
+        return fields if self.images else {k: v for k, v in fields.items() if k != "images"}
 
 # %% ../../nbs/engine/protocols.ipynb #87d90a2c
 class Usage(BaseModel, frozen=True):

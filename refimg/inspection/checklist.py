@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from PIL import Image
-from pydantic import BaseModel, BeforeValidator, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, field_validator
 
 from ..engine.answers import last_object
 from ..engine.costs import sum_known
@@ -37,18 +37,14 @@ def _plain_word(value: Any) -> Any:
     return value.strip().strip(".").casefold() if isinstance(value, str) else value
 
 
-def _parent(value: Any) -> Any:
-    return None if value in (-1, "", "null", "none", "None") else value
-
-
 class Question(BaseModel, frozen=True):
     """One thing that can be seen to be right or wrong in an image; yes means right."""
 
-    text: CleanText  # the question, as it is asked
+    text: Annotated[CleanText, AfterValidator(lambda text: " ".join(text.split()))]  # one line
     about: Annotated[
         Literal["subject", "attribute", "count", "relation", "action", "setting", "style", "text",
                 "identity"], BeforeValidator(_plain_word)]  # what kind of thing it asks for
-    parent: Annotated[int | None, BeforeValidator(_parent)] = None  # the earlier one, from 0
+    parent: int | None = None  # the earlier one, from 0
 
 
 class Answer(BaseModel, frozen=True):

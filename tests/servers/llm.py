@@ -144,10 +144,10 @@ def written(seed: str, low: int, high: int) -> str:
 
 
 def lifelike(body: dict[str, Any], text: str) -> str:
-    """The good answer, as long as a real model's: 60 to 150 words, or two to four improvements."""
+    """The good answer, as long as it is asked to be: 40 to 100 words, or two to four improvements."""
     role, seed = role_of(body), json.dumps(body)
     if role == "director":
-        return f"{text} {written(seed, 60, 150)}."
+        return f"{text} {written(seed, 40, 100)}."
     if role == "critic":
         more = [written(f"{seed}{k}", 5, 20) for k in range(random.Random(seed).randint(2, 4))]
         return json.dumps(json.loads(text) | {"critique": written(seed, 15, 45),
