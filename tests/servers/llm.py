@@ -144,7 +144,7 @@ def written(seed: str, low: int, high: int) -> str:
 
 
 def lifelike(body: dict[str, Any], text: str) -> str:
-    """The good answer, as long as it is asked to be: 40 to 100 words, or two to four improvements."""
+    """The good answer, as long as is asked for: 40 to 100 words, or two to four improvements."""
     role, seed = role_of(body), json.dumps(body)
     if role == "director":
         return f"{text} {written(seed, 40, 100)}."
