@@ -230,6 +230,17 @@ async def test_a_run_selects_by_the_checklist_and_keeps_what_was_seen(tmp_path):
         result.scenes[0].variations[0].inspection)
 
 
+async def test_who_is_in_the_scene_is_told_by_an_image_of_theirs(tmp_path):
+    (sheet := tmp_path / "mara.png").write_bytes(picture(7))
+    told = Story(subjects=[Subject(name="Mara", images=[sheet])],
+                 scenes=[Scene(prompt="Mara by the sea")], consistency_markers={"style": "ink"})
+    model = Looking()
+    async with asyncio.timeout(20):
+        result = await pipeline(model, num_variations=1).run(told, output_dir=tmp_path / "images")
+    assert [q.about for q in result.scenes[0].checklist.questions] == ["subject", "identity"]
+    assert [len(asked[1].images) for asked in model.asked] == [0, 2]
+
+
 async def test_no_inspection_is_paid_twice(tmp_path):
     model, made = Looking(), []
     for _ in range(2):

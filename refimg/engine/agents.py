@@ -118,6 +118,8 @@ class RunAgents:
         def each(model: ChatModel) -> ChatModel:
             return self._agent("inspector", scene, model)
 
+        if not any(isinstance(scorer, ChecklistScorer) for scorer in scorers):
+            return scorers
         shown = [one for one in story.subjects if one.name in story.shows(scene)]
         known = [one for one in shown if one.images]
         context = own_context(scene_context(story, scene))

@@ -51,6 +51,8 @@ __all__ = ['SceneRun', 'StoryRun', 'load_capabilities', 'load_models']
 # %% ../../nbs/engine/run.ipynb #b600000f
 _logger = logging.getLogger("refimg.pipeline")
 
+_COMPARING = ("consistency", "checklist")  # scorers that look at references too
+
 
 @dataclass
 class SceneRun:
@@ -235,7 +237,7 @@ class StoryRun:
         self.given = self.given or [None] * len(self.story.scenes)
         most = min(self.settings.max_references, self.image_model.max_references)
         plan = ReferencePlan(Chain(self.story, self.settings.chain), most)
-        self.handover = Handover(plan, any(s.name == "consistency" for s in self.scorers))
+        self.handover = Handover(plan, any(s.name in _COMPARING for s in self.scorers))
         self.bill: list[Reply | None] = []  # the calls for the plan
         self.agents = RunAgents(
             self.settings, self.director, self.critic, self.image_model, self.call,
