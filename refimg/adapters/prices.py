@@ -86,7 +86,7 @@ MAX_COMPLETION = 8192  # tokens of one answer, thoughts included
 MAX_SECONDS = 120.0  # that one prediction may run
 CANCELLING = 10.0  # seconds that it may run on until its cancellation has arrived
 _HEAD = 256  # tokens that a server may put before the messages
-_SEEN = 26_000  # tokens of an image of at most 1024 x 1024: of gpt-4o-mini, the most of any model
+_SEEN = 26_000  # tokens of an image of 1024 x 1024 at most: gpt-4o-mini has 2833 + 4 * 5667
 _OWN = " with own "  # between the name of a model and the inputs that its price depends on
 _SIZES = re.compile(
     r"(?!output_quality)(\w+_)?(resolution|quality|megapixels|pixels|size|width|height)")

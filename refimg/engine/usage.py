@@ -37,7 +37,7 @@ _EXPECTED_CRITIQUE = Critique(**dict.fromkeys(DIMENSIONS, 70), critique="a lens 
 _EXPECTED_PLAN = "a lens " * 75  # six markers of at most 25 words
 _EXPECTED_QUESTIONS = [Question(text="Is there a lens? " * 2, about="subject")] * 8
 _EXPECTED_ANSWERS = "a lens " * 12 * 8  # a verdict and a reason for each of them
-_IMAGE_TOKENS = 1_100  # of an image of 1024 x 576, as most models count it
+_IMAGE_TOKENS = 1_100  # of an image of 1024 x 576; assumed, since each model counts otherwise
 
 
 def _total(asked: list[list[Message]], answer: str) -> Usage:
