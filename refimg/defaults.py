@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     from refimg.storage.journal import Journal
 
 # %% auto #0
-__all__ = ['world', 'choice', 'director', 'critic', 'inspector', 'image_model', 'real_scorers', 'scorers', 'available', 'prices',
-           'budget', 'estimate', 'retry_limits', 'journal', 'announce']
+__all__ = ['world', 'choice', 'director', 'critic', 'inspector', 'judge', 'with_eyes', 'image_model', 'real_scorers', 'scorers',
+           'available', 'prices', 'budget', 'estimate', 'retry_limits', 'journal', 'announce']
 
 # %% ../nbs/06_defaults.ipynb #fa2b1aea
 _logger = logging.getLogger(__name__)
@@ -117,6 +118,38 @@ def inspector() -> ChatModel:
 
     return Inspector()
 
+
+def judge() -> ChatModel:
+    """Make the chat model that compares two images; a ValueError where there is none named."""
+    if world() == "real":
+        from refimg.adapters.openai import OpenAIChat
+
+        if not (name := _model_name("REFIMG_JUDGE", "")):
+            raise ValueError("REFIMG_JUDGE must be the name of a chat model that sees images, "
+                             "got none")
+        return OpenAIChat(name, timeout=_seconds("REFIMG_LLM_TIMEOUT", 60))
+    from refimg.sandbox.judge import Judge
+
+    return Judge()
+
+
+def with_eyes(
+    given: dict[str, Any],  # fields of a pipeline
+) -> dict[str, Any]:
+    """Add the inspector, the judge and the repair rounds that the environment asks for."""
+    found, text = dict(given), os.environ.get("REFIMG_REPAIR", "").strip()
+    if found.get("repair_rounds") is None:
+        if not re.fullmatch(r"\d{0,2}", text, re.ASCII):
+            raise ValueError(f"REFIMG_REPAIR must be a whole number from 0 to 10, got {text!r}")
+        found["repair_rounds"] = int(text or 0)
+    looks = _model_name("REFIMG_INSPECTOR", "") or found["repair_rounds"]
+    looked = any(scorer.name == "checklist" for scorer in found.get("scorers") or ())
+    if found.get("inspector") is None and looks and not looked:
+        found["inspector"] = inspector()
+    if found.get("judge") is None and _model_name("REFIMG_JUDGE", ""):
+        found["judge"] = judge()
+    return found
+
 # %% ../nbs/06_defaults.ipynb #eb39efd3
 def image_model() -> ImageModel:
     """Make the image model that draws the variations."""
@@ -145,6 +178,8 @@ def real_scorers(
 def scorers(
     image_model: ImageModel | None = None,  # what draws the images; None: files of unknown origin
     view: str | None = None,  # what they see of an image; None: REFIMG_VIEW, or what fits them
+    *,
+    present: bool = False,  # True: without real ones that are missing
 ) -> list[Scorer]:
     """Make the scorers for that model's images: the sandbox's for its own, else the real ones."""
     from refimg.adapters.tiles import VIEWS, check_view
@@ -153,7 +188,7 @@ def scorers(
     seen = None if asked is None else check_view(asked)
     origin = world() if image_model is None else image_model.name
     if not origin.startswith("sandbox"):
-        return [*real_scorers(seen)]
+        return [s for s in real_scorers(seen) if not (present and s.missing())]
     from refimg.sandbox import scorers as own
 
     kinds = (own.SandboxPickScore, own.SandboxClipScore, own.SandboxAesthetic,

@@ -111,6 +111,8 @@ class Candidate:
     seconds: float  # of the model's call
     timestamp: str  # when the bytes arrived, ISO 8601 UTC
     number: int = 1  # the variation, from 1
+    edited: Candidate | None = None  # what it is an edit of; None: it is drawn anew
+    instruction: str = ""  # what the edit was asked to change
     pixels: Image.Image | None = None  # RGB, upright; None: not decoded yet
     raw: dict[str, RawScore] = field(default_factory=dict)  # by scorer
     scores: ImageScores | None = None  # None: not graded yet

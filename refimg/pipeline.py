@@ -11,12 +11,11 @@ from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, 
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
-from .engine.agents import RunAgents
+from .engine.agents import RunAgents, RunModels
 from .engine.costs import price_name
 from refimg.engine.decisions import (
-    Rerun,
     choose,
     human_agreement,
     preferences,
@@ -28,6 +27,7 @@ from .engine.planning import draft_story, plan_story
 from .engine.prompts import compose_prompt, scene_context
 from .engine.protocols import Call, ChatModel, ImageModel, Scorer
 from .engine.results import Event, SceneResult, StoryResult, Variation
+from .engine.reruns import Rerun
 from refimg.engine.run import (
     StoryRun,
     load_capabilities,
@@ -69,29 +69,27 @@ class _Chosen(list):
         self.view = view
 
 
-class _Models(NamedTuple):
-    """The models of a pipeline, none of them missing."""
-
-    director: ChatModel
-    critic: ChatModel
-    image_model: ImageModel
-    scorers: list[Scorer]
+class _Models(RunModels):
+    """The models of a pipeline, as a run pays and asks them."""
 
     @classmethod
-    def filled(
-        cls, director: ChatModel | None, critic: ChatModel | None, image_model: ImageModel | None,
-        scorers: list[Scorer] | None, view: Any,
-    ) -> _Models:
+    def filled(cls, pipeline: Pipeline) -> _Models:
         """Fill in what is None, as the environment says, and announce it."""
         from refimg import defaults
 
+        scorers, view, inspector = pipeline.scorers, pipeline.view, pipeline.inspector
         if view is not None and not isinstance(scorers, _Chosen | None):
             raise ValueError(f"view must be None where scorers are given, got {view!r}")
-        drawing = image_model or defaults.image_model()
+        drawing = pipeline.image_model or defaults.image_model()
         if scorers is None or (isinstance(scorers, _Chosen) and scorers.view != view):
-            scorers = _Chosen(defaults.scorers(drawing, view), view)
-        models = cls(director or defaults.director(), critic or defaults.critic(), drawing, scorers)
-        given = {"director": director, "critic": critic, "image_model": image_model}
+            found = defaults.scorers(drawing, view, present=inspector is not None)
+            scorers = _Chosen(found, view)
+        if inspector and not any(isinstance(scorer, ChecklistScorer) for scorer in scorers):
+            own = [*scorers, ChecklistScorer(inspector)]
+            scorers = _Chosen(own, view) if isinstance(scorers, _Chosen) else own
+        given = {role: getattr(pipeline, role) for role in ("director", "critic", "image_model")}
+        models = cls(given["director"] or defaults.director(),
+                     given["critic"] or defaults.critic(), drawing, scorers, pipeline.judge)
         if chosen := {name: getattr(models, name).name for name in given if given[name] is None}:
             scored_by = ", ".join(scorer.model for scorer in models.scorers) or "none"
             defaults.announce(chosen | {"scorers": scored_by})
@@ -101,18 +99,19 @@ class _Models(NamedTuple):
         """Return the models, paid from the budget where there is one."""
         if budget is None:
             return self
-        director, critic, image_model, scorers = self
-        known = [scorer.through(budget.chat) if isinstance(scorer, ChecklistScorer) else scorer
-                  for scorer in scorers]
-        return _Models(budget.chat(director), budget.chat(critic), budget.images(image_model),
-                       known)
+        scorers = [scorer.through(budget.chat) if isinstance(scorer, ChecklistScorer) else scorer
+                   for scorer in self.scorers]
+        return _Models(budget.chat(self.director), budget.chat(self.critic),
+                       budget.images(self.image_model), scorers,
+                       self.judge and budget.chat(self.judge))
 
     @asynccontextmanager
     async def opened(
         self, limit_usd: float | None, journal: Any, within: Budget | None = None, **run: Any
     ) -> AsyncGenerator[tuple[_Models, bool]]:
         """Yield the models as a run pays them, and whether refimg 0.1 began it."""
-        budget = _budget(limit_usd, within=within, journal=journal, **run)
+        limit = within.limit if within and limit_usd is None else limit_usd
+        budget = _budget(limit, within=within, journal=journal, **run)
         paid, legacy = self.paid(budget), False
         if journal is not None:
             await journal.check()
@@ -148,6 +147,8 @@ class Pipeline:
     image_model: ImageModel | None = None  # draws; None: see `06_defaults`
     scorers: list[Scorer] | None = None  # score the images; None: those that fit the image model
     weights: dict[str, float] | None = None  # scorer's name -> weight; None: see `02_score`
+    inspector: ChatModel | None = None  # looks at each image, and scores it; None: nobody does
+    judge: ChatModel | None = None  # compares the two best images; None: nobody does
     view: Literal["tiles", "center", "whole"] | None = None  # what default scorers see of an image
     num_variations: int = 4  # images per scene, 1–20
     max_enhancement_iterations: int = 4  # of the agents, 0–10; 0: prompts stay as they are
@@ -159,6 +160,8 @@ class Pipeline:
     chain: Literal["anchored", "previous", "first", "none"] | None = None  # what is handed on
     plan: bool = True  # the director gives a story without markers some, in one call
     max_references: int = 3  # images that go along with a request, at most, 0–20
+    repair_rounds: int = 0  # of edits of what the inspector found wrong, at most, 0–10
+    repair_variations: int = 2  # edits of each, 1–20
     keep_traces: bool = False  # True: the files that show how a run went stay
     budget_usd: float | None = None  # USD that a run may spend; None: no limit
     journal: Any = None  # a `Journal` of paid calls; None: none is kept
@@ -174,17 +177,17 @@ class Pipeline:
 
         if overrides.get("chain") is None:
             overrides["chain"] = defaults.choice("REFIMG_CHAIN", CHAINS)
-        pipeline = cls(**overrides)
+        pipeline = cls(**defaults.with_eyes(overrides))
         pipeline._models()
-        own = overrides.get("image_model") is not None or "journal" in overrides
+        own = overrides.get("image_model") or "journal" in overrides
         if not own and defaults.world() == "real":
             pipeline.journal = defaults.journal()
         return pipeline
 
     async def load(self) -> None:
         """Fetch weights, once and with a bar, and load every model, so that no run has to wait."""
-        *models, scorers = self._models()
-        await load_models([*models, *scorers])
+        models = self._models()
+        await load_models([*models[:3], *models.scorers])
 
     def estimate(
         self,
@@ -194,9 +197,8 @@ class Pipeline:
         from refimg import defaults
 
         settings = self._checked(story)
-        _, _, model, scorers = self._models()
-        expected = expected_calls(story, settings, negative=model.takes_negative_prompt,
-                                  checklists=[s for s in scorers if isinstance(s, ChecklistScorer)])
+        _, _, model, scorers, _ = self._models()
+        expected = expected_calls(story, settings, scorers, negative=model.takes_negative_prompt)
         return defaults.estimate(**expected, image_model=price_name(model))
 
     async def draw_subjects(
@@ -226,9 +228,8 @@ class Pipeline:
         """Enhance the prompt of every scene, to look at before images are paid for; no plan."""
         await load_capabilities(self._models().image_model)
         settings = await asyncio.to_thread(self._checked, story)
-        director, critic, drawing, _ = self._models().paid(_budget(self.budget_usd))
-        agents = RunAgents(settings, director, critic, drawing, self._call(story))
-        return await agents.enhance_all(story)
+        paid = self._models().paid(_budget(self.budget_usd))
+        return await RunAgents(settings, paid, self._call(story)).enhance_all(story)
 
     async def run(
         self,
@@ -281,21 +282,34 @@ class Pipeline:
         scene: int,  # the scene to make again, from 1
         *,
         prompt: str | None = None,  # its new prompt; None: the same, not enhanced again
+        only: bool = False,  # True: later scenes stay, and are marked stale
+        on_progress: Callable[[Progress], Any] | None = None,  # sync or async
     ) -> StoryResult:
         """Make that scene, and those after it in the chain, again."""
-        plan = Rerun.plan(result, scene, self.chain, prompt)
-        new = await self._run(
-            plan.story, result.generation_id, plan.output_dir, plan.given, kept=plan.kept,
-            times_rerun=plan.times_rerun, spent=result.cost,
-            planned=result.planned_markers, planner=result.planner,
-            chain=result.settings.get("chain"))
-        return plan.finish(new)
+        plan = Rerun.plan(result, scene, self.chain, prompt, only)
+        return await plan.through(self._run, on_progress)
+
+    async def edit(
+        self,
+        result: StoryResult,  # of an earlier run
+        scene: int,  # from 1
+        instruction: str,  # what to change, in words
+        *,
+        variation: int | None = None,  # the image to edit, from 1; None: the selected one
+        only: bool = False,  # True: later scenes stay, and are marked stale
+        on_progress: Callable[[Progress], Any] | None = None,  # sync or async
+    ) -> StoryResult:
+        """Edit an image of a scene; an edit with a higher overall than its reference becomes it."""
+        models = self._models()
+        await load_capabilities(models.image_model)
+        plan = Rerun.plan(result, scene, self.chain, only=only)
+        plan = plan.with_edit(instruction, variation, models, self.weights)
+        return await plan.through(self._run, on_progress)
 
     def _models(self) -> _Models:
         """Fill in every model that is missing, and return them all."""
-        models = _Models.filled(self.director, self.critic, self.image_model, self.scorers,
-                                self.view)
-        self.director, self.critic, self.image_model, self.scorers = models
+        models = _Models.filled(self)
+        self.director, self.critic, self.image_model, self.scorers, _ = models
         return models
 
     def _checked(
@@ -303,9 +317,8 @@ class Pipeline:
         story: Story,
         enhancements: Sequence[ImagePromptEnhancementResult | None] | None = None,
     ) -> Settings:
-        models = self._models()
-        settings = settings_of(self)
-        check_story(story, settings, models.image_model, enhancements)
+        drawing, settings = self._models().image_model, settings_of(self)
+        check_story(story, settings, drawing, enhancements)
         return settings
 
     def _call(self, story: Story) -> Call:
@@ -325,9 +338,8 @@ class Pipeline:
         name, folder = _run_id(generation_id), check_folder(output_dir)
         settings = await asyncio.to_thread(self._checked, story, enhancements)
         alone = not (self.chain or chain) and settings.chain == "none" and len(story.scenes) > 1
-        limit = within.limit if within and self.budget_usd is None else self.budget_usd
         place = {"output_dir": folder, "generation_id": name}
-        async with models.opened(limit, self.journal, within, **place) as (paid, legacy):
+        async with models.opened(self.budget_usd, self.journal, within, **place) as (paid, legacy):
             if self.chain is None and settings.chain != "none":
                 kind = chain or ("previous" if legacy else settings.chain)
                 settings = settings.model_copy(update={"chain": kind})
@@ -336,7 +348,7 @@ class Pipeline:
                 kept, scenes = rerun.get("kept", {}), len(story.scenes)
                 reporter = ProgressReporter(scenes, scenes - len(kept), on_progress)
                 run = StoryRun(
-                    settings, *paid, story.normalized(), name, folder, traces, reporter,
+                    settings, paid, story.normalized(), name, folder, traces, reporter,
                     self.journal, self._call(story),
                     given=enhancements or (), warnings=[_ALONE] * alone, legacy=legacy, **rerun)
                 return await run.run(check)

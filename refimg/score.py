@@ -251,6 +251,7 @@ def grade(
     raws: Sequence[dict[str, RawScore]],  # from `raw_scores`: all images of one group
     scorers: Sequence[Scorer],  # those that were asked
     weights: dict[str, float] | None = None,  # by scorer name; None: by name, see `WEIGHTS`
+    beside: Sequence[ImageScores] = (),  # of the group's other images, which stay as they are
 ) -> list[ImageScores]:
     """Make one record per image, in order, with the overall of the group rule."""
     check_weights([scorer.name for scorer in scorers], weights)
@@ -259,8 +260,11 @@ def grade(
     mapped = [{s.name: _mapped(s, row[s.name]) for s in scorers} for row in full]
     metrics = [{name: value for name, (value, _) in row.items()} for row in mapped]
     used = [s for s in scorers if not full or any(row[s.name].applicable for row in full)]
-    overalls = group_overalls(metrics, shares(scorers, weights), [s.name for s in used])
-    records = []
+    known = [one.metrics for one in beside]
+    had = {name for one in known for name, value in one.items() if value is not None}
+    like = [{n: v if n in had else None for n, v in m.items()} for m in metrics if known] or metrics
+    overalls = group_overalls([*known, *like], shares(scorers, weights), [s.name for s in used])
+    records, overalls = [], overalls[len(known) :]
     for raw, row, own, (overall, why) in zip(full, mapped, metrics, overalls, strict=True):
         notes = {name: note for name, (_, note) in row.items()} | {"overall": why}
         records.append(ImageScores(

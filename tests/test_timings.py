@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from refimg.engine.run import SceneRun
+from refimg.engine.attempts import Attempts
 from refimg.pipeline import Pipeline, Scene, SceneResult, Story, StoryResult, rescore
 
 from .fakes import FakeChat, FakeImages, FakeScorer, critic, director, picture
@@ -66,14 +66,14 @@ async def test_a_carried_scene_has_the_time_of_all_that_was_tried(tmp_path):
 
 async def test_a_scene_that_broke_off_has_the_time_until_then(tmp_path, monkeypatch):
     """A stage that it never came to took no time."""
-    generate = SceneRun.generate_variations
+    fill = Attempts.fill
 
-    async def broken(scene, queue):
-        if scene.number == 2:
+    async def broken(attempts, *args):
+        if attempts.images.notes.number == 2:
             raise ZeroDivisionError("not meant to happen")
-        await generate(scene, queue)
+        return await fill(attempts, *args)
 
-    monkeypatch.setattr(SceneRun, "generate_variations", broken)
+    monkeypatch.setattr(Attempts, "fill", broken)
     carried = check(await make_pipeline().run(make_story(), output_dir=tmp_path / "i"))[1]
     assert carried.reference_from == "carried"
     assert carried.timings["score"] == 0 and "score_start" not in carried.timings

@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
@@ -25,7 +25,7 @@ from ..enhance import ImagePromptEnhancementResult, enhance_prompt_iterative
 from ..inspection.scorer import ChecklistScorer
 
 # %% auto #0
-__all__ = ['RunAgents']
+__all__ = ['RunModels', 'RunAgents']
 
 # %% ../../nbs/engine/agents.ipynb #a9000008
 @dataclass
@@ -56,14 +56,22 @@ class _RunAgent:
             raise RuntimeError(f"{self.name} cancelled its own call") from error
 
 # %% ../../nbs/engine/agents.ipynb #a900000c
+class RunModels(NamedTuple):
+    """The models of a run, none of them missing but for those that are off by default."""
+
+    director: ChatModel  # writes
+    critic: ChatModel  # criticises
+    image_model: ImageModel  # for whom they write
+    scorers: list[Scorer]  # score the images
+    judge: ChatModel | None = None  # compares the two best images; None: nobody does
+
+
 @dataclass
 class RunAgents:
     """The director and the critic, as one run asks them."""
 
     settings: Settings  # iterations and threshold
-    director: ChatModel  # writes
-    critic: ChatModel  # criticises
-    image_model: ImageModel  # for whom they write
+    models: RunModels  # of the run
     call: Call | None = None  # handed along with each call
     stopped: Callable[[], bool] = lambda: False  # whether the run has stopped
     journal: Any = None  # a `Journal`; None: none is kept
@@ -71,9 +79,13 @@ class RunAgents:
     references: ReferencePlan | None = None  # of the story; None: not known yet
     guidance: Guidance | None = None  # None: by the image model's name
 
-    def _agent(self, role: str, scene: int, other: ChatModel | None = None) -> _RunAgent:
-        """Return one of them, or another; a journal counts the calls of each scene on their own."""
-        model = other or getattr(self, role)
+    def agent(
+        self,
+        role: str,  # what it is asked for, as a journal names it
+        scene: int,  # from 1; 0: the whole story
+        model: ChatModel,  # who is asked
+    ) -> ChatModel:
+        """Return a model as this run asks it; a journal counts the calls of each conversation."""
         if self.journal is not None:
             model = self.journal.chat(model, role=role, scene=scene, **self.where)
         return _RunAgent(model, self.stopped, self.call)
@@ -84,7 +96,8 @@ class RunAgents:
         bill: list[Reply | None],  # gets each reply, None for a call that raised
     ) -> dict[str, str]:
         """Return the markers that all scenes share; a RuntimeError says why there are none."""
-        return (await ask_plan(story, self._agent("director", 0), bill)).markers
+        director = self.agent("director", 0, self.models.director)
+        return (await ask_plan(story, director, bill)).markers
 
     async def enhance(
         self,
@@ -93,18 +106,19 @@ class RunAgents:
         trace_dir: Path | None = None,  # where the steps are written; None: nowhere
     ) -> ImagePromptEnhancementResult:
         """Let the two enhance the prompt of one scene."""
-        guidance = self.guidance or guidance_for(self.image_model.name)
+        guidance = self.guidance or guidance_for(self.models.image_model.name)
+        models = self.models
         return await enhance_prompt_iterative(
             story.scenes[scene - 1].prompt,
             max_iterations=self.settings.max_enhancement_iterations,
             score_threshold=self.settings.score_threshold,
-            director=self._agent("director", scene),
-            critic=self._agent("critic", scene),
+            director=self.agent("director", scene, models.director),
+            critic=self.agent("critic", scene, models.critic),
             context=scene_context(
-                story, scene, image_model=self.image_model.name, legacy=guidance.legacy,
+                story, scene, image_model=models.image_model.name, legacy=guidance.legacy,
                 references=self.references.expected(scene) if self.references else ()),
             guidance=guidance,
-            negative=self.image_model.takes_negative_prompt,
+            negative=models.image_model.takes_negative_prompt,
             trace_dir=trace_dir,
         )
 
@@ -116,7 +130,7 @@ class RunAgents:
     ) -> list[Scorer]:
         """Return the scorers for one scene: a checklist's know what it shows, and are journaled."""
         def each(model: ChatModel) -> ChatModel:
-            return self._agent("inspector", scene, model)
+            return self.agent("inspector", scene, model)
 
         if not any(isinstance(scorer, ChecklistScorer) for scorer in scorers):
             return scorers
@@ -132,7 +146,7 @@ class RunAgents:
     ) -> list[ImagePromptEnhancementResult]:
         """Let the two enhance the prompts of all scenes, as many at once as the settings say."""
         slots = asyncio.Semaphore(self.settings.max_concurrency)
-        most = min(self.settings.max_references, self.image_model.max_references)
+        most = min(self.settings.max_references, self.models.image_model.max_references)
         self.references = ReferencePlan(Chain(story, self.settings.chain), most)
 
         async def one(number: int) -> ImagePromptEnhancementResult:

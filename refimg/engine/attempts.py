@@ -5,15 +5,23 @@
 # %% ../../nbs/engine/attempts.ipynb #aa000004
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+from .candidates import CandidateGroup, ScoringQueue
 from .prompts import compose_prompt
-from .protocols import ImageModel, ImageRequest
+from .protocols import Call, ImageModel, ImageRequest
 from .references import References
 from .settings import Settings
 from .story import Story
 from ..enhance import ImagePromptEnhancementResult
+from ..generate import Candidate
 
 # %% auto #0
-__all__ = ['ATTEMPTS', 'planned_attempt']
+__all__ = ['ATTEMPTS', 'planned_attempt', 'Attempts']
 
 # %% ../../nbs/engine/attempts.ipynb #aa000006
 ATTEMPTS = 3  # for the images of one scene
@@ -38,3 +46,56 @@ def planned_attempt(
         negative_prompt=enhancement.negative_prompt if model.takes_negative_prompt else None,
         aspect_ratio=settings.aspect_ratio, references=references.paths)
     return request, 1 if plain else settings.num_variations
+
+
+@dataclass
+class Attempts:
+    """The images of one scene, asked for as often as it takes."""
+
+    images: CandidateGroup  # of the scene
+    queue: ScoringQueue  # scores what is drawn
+    settings: Settings  # of the run
+    model: ImageModel  # who is asked
+    call: Call | None = None  # handed along to a model that `takes_call`
+    stopped: Callable[[], bool] = lambda: False  # whether the run has stopped
+    reruns: int = 0  # how often the scene has been drawn again
+
+    async def draw(
+        self,
+        request: ImageRequest,  # without seed and slot
+        variation: int,  # from 1
+        attempt: int = 1,  # from 1
+    ) -> Candidate:
+        """Draw one variation, and let it be scored."""
+        if self.stopped():
+            raise asyncio.CancelledError
+        attempt += ATTEMPTS * self.reruns
+        candidate = await self.images.draw(self.model, request, variation, attempt,
+                                           self.settings.seed, self.call)
+        self.queue.add(candidate)
+        return candidate
+
+    async def fill(
+        self,
+        enhancement: ImagePromptEnhancementResult,  # of the scene's prompt
+        story: Story,  # its markers are added to every prompt
+        references: References,  # what goes along
+        legacy: bool = False,  # True: for a run that refimg 0.1 began
+    ) -> tuple[str, Literal["ranked", "fallback"]]:
+        """Draw what can be drawn; return what was sent last, and whether that was a fallback."""
+        notes, failed = self.images.notes, enhancement.stop_reason == "failed"
+        if enhancement.negative_prompt and not self.model.takes_negative_prompt:
+            notes.warn(f"{self.model.name} takes no negative prompt: none was sent")
+        if failed:
+            step = "enhance, so one image from the original prompt"
+            notes.fall_back(step, "; ".join(enhancement.warnings))
+        for attempt in range(1, ATTEMPTS + 1):
+            request, count = planned_attempt(attempt, enhancement, story, notes.number, references,
+                                             self.settings, self.model, legacy)
+            draw = partial(self.draw, request, attempt=attempt)
+            causes = await self.images.draw_all(range(1, count + 1), draw)
+            if self.images.candidates:
+                break
+            said = "; ".join(dict.fromkeys(repr(cause) for cause in causes))
+            notes.fall_back(f"generate, attempt {attempt} of {ATTEMPTS}", said)
+        return request.prompt, "fallback" if failed or attempt == ATTEMPTS else "ranked"

@@ -11,7 +11,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,9 +21,10 @@ from PIL import Image
 
 from .defects import find_defects, is_plain
 from .protocols import Batch, Call, ImageModel, ImageRequest, Scorer
-from .results import Variation, threshold_warning
+from .results import Comparison, Variation, threshold_warning
 from ..generate import Candidate, ImageGenerationResult, request_image, variation_seed
 from ..inspection.checklist import Checklist
+from ..inspection.judge import Judgement
 from ..inspection.scorer import ChecklistScorer
 from refimg.score import (
     ImageScores,
@@ -224,9 +225,24 @@ class CandidateGroup:
     numbered: bool  # True: k is the variation; False: the next free number
     notes: SceneNotes  # of the scene
     arrived: list[Candidate] = field(default_factory=list)  # paid for, perhaps no image
+    ranked: list[Candidate] = field(default_factory=list)  # best first, defective ones last
     candidates: list[Candidate] = field(default_factory=list)  # decoded, in order of variation
     lost: list[Candidate] = field(default_factory=list)  # those that could not be written
     files: dict[int, int] = field(default_factory=dict)  # variation -> k to begin with
+    compared: tuple[Candidate, Candidate, Judgement] | None = None  # the two best, by a judge
+
+    async def draw_all(
+        self,
+        numbers: Iterable[int],  # of the variations
+        draw: Callable[[int], Awaitable[Any]],  # draws one of them
+    ) -> list[BaseException]:
+        """Draw several variations at once; return why some are missing, which is noted."""
+        answers = await asyncio.gather(*map(draw, numbers), return_exceptions=True)
+        causes = [answer for answer in answers if isinstance(answer, BaseException)]
+        self.notes.causes += causes
+        if len(causes) < len(answers):
+            self.notes.warn(*(f"a variation could not be drawn: {cause!r}" for cause in causes))
+        return causes
 
     async def draw(
         self,
@@ -258,26 +274,41 @@ class CandidateGroup:
         scorers: list[Scorer],  # those whose raw scores the candidates hold
         weights: dict[str, float] | None,  # scorer's name -> weight
     ) -> list[tuple[Candidate, ImageScores]]:
-        """Grade the group and return it with its scores, best first, defective ones last."""
-        graded = grade([item.raw for item in self.candidates], scorers, weights)
-        ranked = rank_images_by_quality(list(zip(self.candidates, graded, strict=True)))
-        ranked.sort(key=lambda item: bool(item[0].defects))
-        for rank, (candidate, scores, _) in enumerate(ranked, start=1):
+        """Grade what is new; return all with their scores, best first, defective ones last."""
+        known = [item.scores for item in self.candidates if item.scores]
+        new = [item for item in self.candidates if not item.scores]
+        graded = grade([item.raw for item in new], scorers, weights, known)
+        for candidate, scores in zip(new, graded, strict=True):
             candidate.scores = scores
-            candidate.rank = rank if scores.overall is not None else None
-        for candidate in self.candidates:
             self.notes.warn(*(f"variation {candidate.number}: {d}" for d in candidate.defects))
+        scored = [(item, item.scores) for item in self.candidates if item.scores]
+        ranked = sorted(rank_images_by_quality(scored), key=lambda item: bool(item[0].defects))
+        held = [item for item in ranked if item[0] in self.ranked[:1]]  # what was best before
+        if held and (ranked[0][1].overall or 0) <= (held[0][1].overall or 0):
+            ranked = [*held, *(item for item in ranked if item is not held[0])]
+        self.ranked = [candidate for candidate, *_ in ranked]
+        self.number_ranks()
         return [(candidate, scores) for candidate, scores, _ in ranked]
+
+    def number_ranks(self) -> None:
+        """Give each image its rank by its place; None where it is unscored."""
+        for rank, candidate in enumerate(self.ranked, start=1):
+            scored = candidate.scores and candidate.scores.overall is not None
+            candidate.rank = rank if scored else None
 
     async def save(
         self,
         candidate: Candidate,  # of the group
     ) -> ImageGenerationResult | None:
         """Write an image and return its record; None where it cannot be written."""
-        if not self.files:
-            stem, own = self.folder / self.stem, [item.number for item in self.candidates]
-            free = (k for k in itertools.count(1) if not os.path.lexists(f"{stem}_v{k}.png"))
-            self.files = dict(zip(own, own if self.numbered else free, strict=False))
+        if candidate.image:
+            return candidate.image
+        if candidate.number not in self.files:
+            own = [c.number for c in self.candidates if c.number not in self.files]
+            stem, taken = self.folder / self.stem, {*self.files.values()}
+            free = (k for k in itertools.count(1)
+                    if k not in taken and not os.path.lexists(f"{stem}_v{k}.png"))
+            self.files |= dict(zip(own, own if self.numbered else free, strict=False))
         try:
             await candidate.save(output_dir=self.folder, stem=self.stem, again=self.numbered,
                                  first=self.files[candidate.number])
@@ -295,24 +326,47 @@ class CandidateGroup:
         rest = [c for c in self.candidates if c.image is None and c not in self.lost]
         await asyncio.gather(*map(self.save, rest))
 
-    def trace(self) -> list[dict[str, Any]]:
-        """List path, seed, scores and rank of what is on disk, for the scene's trace."""
-        return [
-            {"path": str(item.image.image_path), "seed": item.image.seed,
-             "scores": item.scores.model_dump(), "rank": item.rank}
-            for item in self.variations()
-        ]
+    def trace(
+        self,
+        sent_prompt: str,  # what the image model was sent
+        model: str,  # its name
+        references: Iterable[Path],  # what went along
+        winner: Variation | None,  # the selected one; None: there is none
+    ) -> dict[str, Any]:
+        """Return what a trace says of the scene's images."""
+        made = [{"path": str(item.image.image_path), "seed": item.image.seed,
+                 "scores": item.scores.model_dump(), "rank": item.rank}
+                for item in self.variations()]
+        return {"scene": self.notes.number, "sent_prompt": sent_prompt, "model": model,
+                "references": [str(path) for path in references], "variations": made,
+                "selected": str(winner.image.image_path) if winner else None}
+
+    @property
+    def _shown(self) -> list[Candidate]:
+        """Those that are scored and on disk, in order of variation."""
+        return [item for item in self.candidates if item.image and item.scores]
+
+    def comparison(self) -> Comparison | None:
+        """Return the record of what a judge saw; None: nobody compared two images."""
+        if not self.compared or not {*self.compared[:2]} <= {*self._shown}:
+            return None
+        *pair, found = self.compared
+        first, second = (self._shown.index(item) + 1 for item in pair)
+        return Comparison(
+            first=first, second=second, winner={"a": first, "b": second}.get(found.verdict),
+            reasons=found.reasons, model=found.model, cost=found.cost, seconds=found.seconds)
 
     def variations(
         self,
         winner: Variation | None = None,  # the selected one; None: there is none
     ) -> list[Variation]:
         """Return the records of those that are scored and on disk, in order of variation."""
-        chosen = winner and winner.image
+        chosen, shown = winner and winner.image, self._shown
         return [
             Variation(image=item.image, scores=item.scores, rank=item.rank,
                       selected=item.image is chosen, defects=item.defects,
-                      inspection=getattr(item.raw.get("checklist"), "inspection", None))
-            for item in self.candidates
-            if item.image is not None and item.scores is not None
+                      inspection=getattr(item.raw.get("checklist"), "inspection", None),
+                      edits=shown.index(item.edited) + 1 if item.edited in shown else None,
+                      instruction=item.instruction)
+            for item in shown if item.image and item.scores
         ]

@@ -131,6 +131,14 @@ class Budget(Ledger):
             raise
         return token
 
+    def affords(
+        self,
+        amount: float,  # USD
+    ) -> bool:
+        """Return whether that is free now, beside what calls in flight may cost."""
+        free = not self.lacks(amount + self.reserved)
+        return free and (self.within is None or self.within.affords(amount))
+
     async def write_down(self) -> None:
         """Write into the book, if there is one, what is gone and what calls in flight may cost."""
         async with self._access:
@@ -270,6 +278,14 @@ class _PaidImages(_Paid):
         ask, most = partial(self._model.generate, request), prices.most_for_image(name)
         return await self._pay(most, ask, lambda image: prices.image_cost(name), call)
 
+    def affords(
+        self,
+        images: int,  # to be drawn
+    ) -> bool:
+        """Tell whether the budget has money for so many images now."""
+        each = self._budget.prices.most_for_image(price_name(self._model))
+        return self._budget.affords(images * each)
+
     async def adopt(self, prediction_id: str, *, call: Call | None = None) -> GeneratedImage | None:
         """Return the image of a prediction that was paid for before; None where there is none."""
         adopt = getattr(self._model, "adopt", None)
@@ -292,6 +308,7 @@ class Estimate(BaseModel, frozen=True):
     low: float | None  # USD, if the first version of every prompt is good enough; None: unknown
     high: float | None  # USD, if all iterations are needed; None: unknown
     images: int  # to be drawn
+    edits: int = 0  # to be drawn beside them, if all repairs are needed
     chat_calls: int  # if all iterations are needed
     unpriced: list[str] = []  # models whose price is not known
 
@@ -300,7 +317,9 @@ def estimate(
     low: Sequence[tuple[Usage, Usage]],  # by scene: director and critic, if one iteration is enough
     high: Sequence[tuple[Usage, Usage]],  # by scene: the same if all iterations are needed
     *,
-    looks: Sequence[tuple[str, Usage]] = (),  # each call of an inspector: the model, and tokens
+    looks: Sequence[tuple[str, Usage]] = (),  # each call about images: the model, and tokens
+    repairs: Sequence[tuple[str, Usage]] = (),  # the same if all repairs are needed, beside them
+    edits: int = 0,  # to be drawn if all repairs are needed
     chat_calls: int,  # of `high`; 0: there are no agents
     images: int,  # to be drawn
     director: str,  # name of the model
@@ -309,16 +328,18 @@ def estimate(
     prices: Prices,  # what calls cost
 ) -> Estimate:
     """Return about what a run will cost."""
-    agents = (director, critic) if chat_calls > len(looks) else ()
-    seen = [prices.chat_cost(name, usage) for name, usage in looks]
+    agents = (director, critic) if chat_calls > len(looks) + len(repairs) else ()
     each = prices.image_cost(image_model)
 
-    def total(scenes: Sequence[tuple[Usage, Usage]]) -> float | None:
-        costs = [prices.chat_cost(name, usage) for scene in scenes if agents
-                 for name, usage in zip(agents, scene, strict=True)]
-        return sum_known([*costs, *seen, *[each] * images])
+    def total(
+        scenes: Sequence[tuple[Usage, Usage]], calls: Sequence[tuple[str, Usage]], drawn: int
+    ) -> float | None:
+        asked = [call for scene in scenes if agents for call in zip(agents, scene, strict=True)]
+        costs = [prices.chat_cost(name, usage) for name, usage in [*asked, *calls]]
+        return sum_known([*costs, *[each] * drawn])
 
-    names = dict.fromkeys([*agents, *(name for name, _ in looks), image_model])
+    names = dict.fromkeys([*agents, *(name for name, _ in [*looks, *repairs]), image_model])
     unpriced = [name for name in names if prices.price_of(name) is None]
-    return Estimate(low=total(low), high=total(high), images=images, chat_calls=chat_calls,
+    return Estimate(low=total(low, looks, images), images=images, edits=edits,
+                    high=total(high, [*looks, *repairs], images + edits), chat_calls=chat_calls,
                     unpriced=unpriced)

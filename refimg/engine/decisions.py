@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +18,6 @@ from .references import Chain, ReferencePlan
 from .results import Event, SceneResult, StoryResult, threshold_warning
 from .settings import check_scorers, describe_scorers
 from .story import Scene, Story
-from ..enhance import ImagePromptEnhancementResult
-from ..generate import check_references
 from refimg.score import (
     ImageScores,
     check_weights,
@@ -33,8 +31,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['ALL_VETOED', 'chain_of', 'choose', 'vetoes', 'veto', 'preference_rows', 'choice', 'preferences', 'human_agreement',
-           'Rerun', 'rescore']
+__all__ = ['ALL_VETOED', 'chain_of', 'check_place', 'scene_of', 'now', 'updated', 'selected', 'choose', 'vetoes', 'veto',
+           'preference_rows', 'choice', 'preferences', 'human_agreement', 'rescore']
 
 # %% ../../nbs/engine/decisions.ipynb #b8000006
 _logger = logging.getLogger("refimg.pipeline")
@@ -53,7 +51,11 @@ def chain_of(
     return Chain(story, kind or result.settings.get("chain", "previous"))
 
 
-def _check_place(name: str, value: Any, most: int) -> None:
+def check_place(
+    name: str,  # "scene" or "variation"
+    value: Any,  # its number
+    most: int,  # how many there are
+) -> None:
     """Raise a ValueError where there is no scene or variation of that number."""
     good = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
     if not good:
@@ -61,26 +63,36 @@ def _check_place(name: str, value: Any, most: int) -> None:
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
 
-def _scene_of(result: StoryResult, scene: int, variation: int) -> SceneResult:
+def scene_of(
+    result: StoryResult,  # of a run
+    scene: int,  # from 1
+    variation: int,  # of that scene, from 1
+) -> SceneResult:
     """Return that scene; a ValueError where it, or that variation of it, is not there."""
-    _check_place("scene", scene, len(result.scenes))
+    check_place("scene", scene, len(result.scenes))
     found = result.scenes[scene - 1]
-    _check_place("variation", variation, len(found.variations))
+    check_place("variation", variation, len(found.variations))
     return found
 
 
-def _now() -> str:
+def now() -> str:
+    """Return the time, ISO 8601 UTC."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _updated(result: StoryResult, scenes: list[SceneResult], event: Event) -> StoryResult:
+def updated(
+    result: StoryResult,  # as it was
+    scenes: list[SceneResult],  # all of them, some of them new
+    event: Event,  # what was done
+    made: Sequence[int] = (),  # scenes that are made again, and fit what they are drawn from
+) -> StoryResult:
     """Return the result with these scenes; what depends on a changed reference is stale."""
     changed = [new.scene for old, new in zip(result.scenes, scenes, strict=True)
                if new.reference != old.reference]
     scenes, chain = list(scenes), chain_of(result)
     for number in changed:
         stale = f"the reference of scene {number} was changed after this scene was drawn"
-        for later in chain.dependents(number):
+        for later in (n for n in chain.dependents(number) if n not in made):
             old = scenes[later - 1].stale
             told = f"{old}; {stale}" if old and stale not in old else old or stale
             scenes[later - 1] = scenes[later - 1].model_copy(update={"stale": told})
@@ -90,7 +102,10 @@ def _updated(result: StoryResult, scenes: list[SceneResult], event: Event) -> St
         "history": [*result.history, event]})
 
 
-def _selected(scene: SceneResult) -> int | None:
+def selected(
+    scene: SceneResult,  # of a result
+) -> int | None:
+    """Return the variation that is the scene's reference, from 1; None: none of them is."""
     numbered = enumerate(scene.variations, start=1)
     return next((number for number, item in numbered if item.selected), None)
 
@@ -125,15 +140,15 @@ def choose(
     blind: bool = False,  # True: the person saw no models, scores and ranks
 ) -> StoryResult:
     """Make that variation the reference; scenes drawn from the old one become stale."""
-    old = _scene_of(result, scene, variation)
-    held, threshold = _selected(old), _threshold(result, scene)
+    old = scene_of(result, scene, variation)
+    held, threshold = selected(old), _threshold(result, scene)
     said = [threshold_warning(old.variations[held - 1].scores, threshold)] if held else []
     new = _with_selection(old, variation, threshold, [*said, ALL_VETOED])
     new = new.model_copy(update={"reference_from": "human"})
-    event = Event(kind="choose", at=_now(), scene=scene, variation=variation, reason=reason,
+    event = Event(kind="choose", at=now(), scene=scene, variation=variation, reason=reason,
                   before={"variation": held, "reference_from": old.reference_from},
                   after={"variation": variation, "blind": blind})
-    return _updated(result, [new if s.scene == scene else s for s in result.scenes], event)
+    return updated(result, [new if s.scene == scene else s for s in result.scenes], event)
 
 # %% ../../nbs/engine/decisions.ipynb #14a96796
 def vetoes(
@@ -161,12 +176,12 @@ def veto(
     blind: bool = False,  # True: the person saw no models, scores and ranks
 ) -> StoryResult:
     """Rule that image out as a reference, where another one is left."""
-    old = _scene_of(result, scene, variation)
+    old = scene_of(result, scene, variation)
     made, out = old.variations, {*vetoes(result, scene), variation}
     left = [k for k in range(1, len(made) + 1) if k not in out]
     best = min(left, key=lambda k: (bool(made[k - 1].defects), made[k - 1].rank or len(made) + k),
                default=None)
-    held, threshold, new = _selected(old), _threshold(result, scene), old
+    held, threshold, new = selected(old), _threshold(result, scene), old
     after: dict[str, Any] = {"blind": blind}
     if best is None:
         warnings = list(dict.fromkeys([*old.warnings, ALL_VETOED]))
@@ -176,9 +191,9 @@ def veto(
         new = _with_selection(old, best, threshold, said)
         new, after = new.model_copy(update={"reference_from": "human"}), {
             "variation": best, "blind": blind}
-    event = Event(kind="veto", at=_now(), scene=scene, variation=variation, reason=reason,
+    event = Event(kind="veto", at=now(), scene=scene, variation=variation, reason=reason,
                   before={"variation": held, "reference_from": old.reference_from}, after=after)
-    return _updated(result, [new if s.scene == scene else s for s in result.scenes], event)
+    return updated(result, [new if s.scene == scene else s for s in result.scenes], event)
 
 # %% ../../nbs/engine/decisions.ipynb #61401daa
 def preference_rows(
@@ -246,79 +261,6 @@ def human_agreement(
                      "agreement": share})
     return pd.DataFrame(rows, columns=["scorer", "pairs", "agreement"])
 
-# %% ../../nbs/engine/decisions.ipynb #b8000019
-@dataclass(frozen=True)
-class Rerun:
-    """A scene that is drawn again, with what depends on it and what stays."""
-
-    result: StoryResult  # as it was
-    scene: int  # from 1
-    again: list[int]  # the scenes that are drawn
-    source: SceneResult | None  # hands its reference to the first of them
-    story: Story  # with the new prompt, if there is one
-    given: list[ImagePromptEnhancementResult | None]  # None: enhanced again
-
-    @classmethod
-    def plan(
-        cls,
-        result: StoryResult,  # of an earlier run
-        scene: int,  # from 1
-        chain: str | None,  # of the pipeline that draws; None: that of the result
-        prompt: str | None = None,  # the scene's new prompt; None: the same, not enhanced again
-    ) -> Rerun:
-        """Find out what is drawn again; a ValueError where that cannot be done."""
-        _check_place("scene", scene, len(result.scenes))
-        if result.story is None:
-            raise ValueError("rerun() needs result.story; "
-                             "pass a result from run() or StoryResult.load()")
-        links = chain_of(result, chain)
-        check_references(result.scenes[n - 1].reference for n in links.predecessors(scene))
-        handed = links.handed(scene)
-        source = result.scenes[handed - 1] if handed else None
-        made = [done.enhancement for done in result.scenes]
-        given = [None if item.stop_reason == "failed" else item for item in made]
-        scenes = list(result.story.scenes)
-        if prompt is not None:
-            scenes[scene - 1] = Scene.model_validate(dict(scenes[scene - 1]) | {"prompt": prompt})
-            given[scene - 1] = None
-        story = result.story.model_copy(update={"scenes": scenes})
-        again = [scene, *links.dependents(scene)]
-        return cls(result, scene, again, source, story, given)
-
-    @property
-    def output_dir(self) -> Path:
-        """The folder of the result's images."""
-        return next(v.image.image_path.parent for s in self.result.scenes for v in s.variations)
-
-    @property
-    def kept(self) -> dict[int, SceneResult]:
-        """The scenes that stay, by number."""
-        return {done.scene: done for done in self.result.scenes if done.scene not in self.again}
-
-    @property
-    def times_rerun(self) -> dict[int, int]:
-        """How often each scene has been drawn again, this time included."""
-        return {done.scene: self.result.times_rerun(done.scene) + (done.scene in self.again)
-                for done in self.result.scenes}
-
-    def finish(
-        self,
-        new: StoryResult,  # what the run of these scenes returned
-    ) -> StoryResult:
-        """Return the new result with the history of the old one and this rerun."""
-        old, prompt = self.result, self.story.scenes[self.scene - 1].prompt
-        rows = [row for row in preference_rows(old) if row["scene"] in self.again]
-        event = Event(
-            kind="rerun", at=_now(), scene=self.scene,
-            before={"prompt": old.scenes[self.scene - 1].prompt, "preferences": rows},
-            after={"prompt": prompt, "scenes": self.again, "settings": new.settings})
-        stale = {"stale": self.source.stale if self.source else None}
-        scenes = [scene.model_copy(update=stale) if scene.scene in self.again else scene
-                  for scene in new.scenes]
-        return new.model_copy(update={
-            "scenes": scenes, "settings": old.settings, "index": old.index,
-            "history": [*old.history, event]})
-
 # %% ../../nbs/engine/decisions.ipynb #cb4596bd
 def _reweighted(group: list[ImageScores], weights: dict[str, float]) -> list[ImageScores]:
     """Return the records of one group with the overall that follows from other weights."""
@@ -360,7 +302,7 @@ def _with_scores(
         item.model_copy(update={"scores": scores, "rank": ranks.get(number)})
         for number, (item, scores) in enumerate(zip(scene.variations, graded, strict=True), 1)
     ]
-    scored, held = scene.model_copy(update={"variations": variations}), _selected(scene)
+    scored, held = scene.model_copy(update={"variations": variations}), selected(scene)
     if held is None:
         return scored
     free = reselect and ranks and scene.reference_from in ("ranked", "first")
@@ -396,7 +338,7 @@ async def rescore(
         name = scenes[number - 1].reference.name
         _logger.info("rescore: the reference of scene %d is now %s", number, name)
     names = None if scorers is None else describe_scorers(scorers)
-    event = Event(kind="rescore", at=_now(), after={
+    event = Event(kind="rescore", at=now(), after={
         "scorers": names, "weights": weights and dict(weights), "reselect": reselect,
         "seconds": seconds, "changed": changed})
-    return _updated(result, scenes, event)
+    return updated(result, scenes, event)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['Variation', 'SentReference', 'SceneResult', 'threshold_warning', 'Event', 'StoryResult']
+__all__ = ['Variation', 'SentReference', 'Comparison', 'SceneResult', 'threshold_warning', 'Event', 'StoryResult']
 
 # %% ../../nbs/engine/results.ipynb #e4564a32
 _logger = logging.getLogger(__name__)
@@ -45,6 +45,8 @@ class Variation(BaseModel, frozen=True):
     selected: bool = False  # True: this image is the scene's reference
     defects: list[CleanText] = []  # what is seen to be wrong with it, from its pixels
     inspection: Inspection | None = None  # what was seen in it; None: nobody looked
+    edits: int | None = None  # the variation, from 1, that it is an edit of; None: it is none
+    instruction: CleanText = ""  # what the edit was asked to change
 
 # %% ../../nbs/engine/results.ipynb #2c7f7936
 class SentReference(BaseModel, frozen=True):
@@ -57,6 +59,18 @@ class SentReference(BaseModel, frozen=True):
     subjects: list[CleanText] = []  # what it showed of the scene; "*": the only subject
 
 
+class Comparison(BaseModel, frozen=True, protected_namespaces=()):
+    """What a judge saw when it compared the two best images of a scene."""
+
+    first: int  # the variation that the scores rank first, from 1
+    second: int  # the variation that they rank second
+    winner: int | None  # one of them; None: it cannot tell, or not in both orders
+    reasons: list[CleanText]  # of the answer with the first one in front, then of the other
+    model: CleanText  # name of the judge
+    cost: float | None = None  # USD; None: not known
+    seconds: float  # that it took
+
+
 class SceneResult(BaseModel, frozen=True):
     """The result of one scene."""
 
@@ -67,17 +81,19 @@ class SceneResult(BaseModel, frozen=True):
     sent_references: list[SentReference] = []  # what went along, image 1 first
     variations: list[Variation]  # in generation order; empty where nothing could be drawn
     reference: Path  # the image that stands for this scene
-    reference_from: Literal["ranked", "first", "fallback", "carried", "human"]
+    reference_from: Literal["ranked", "repaired", "first", "fallback", "carried", "human"]
     below_threshold: bool | None = None  # None: unscored, so neither
     checklist: Checklist | None = None  # what its images were asked; None: nothing
+    comparison: Comparison | None = None  # of the two best images; None: nobody compared them
     stale: str | None = None  # why the scene no longer fits the one it follows; None: it does
     warnings: list[SafeText] = []  # what a person should know
-    timings: dict[str, float] = {}  # seconds: enhance, wait, generate, score, inspect; *_start
+    timings: dict[str, float] = {}  # seconds by stage (inspect, repair too); *_start
 
     @property
     def sandbox(self) -> bool:
         """Whether a stand-in wrote, criticised, drew or scored anything in this scene."""
         names = {self.enhancement.director, self.enhancement.critic}
+        names |= {self.comparison.model} if self.comparison else set()
         for variation in self.variations:
             names |= {variation.image.model_name, *variation.scores.models.values()}
         return any(name.startswith("sandbox") for name in names)
@@ -212,16 +228,15 @@ class StoryResult(BaseModel, frozen=True):
         scene: int,  # from 1
     ) -> dict[str, Any]:
         """Return the settings under which that scene was drawn last."""
-        reruns = [e for e in self.history if e.kind == "rerun" and scene in e.after["scenes"]]
-        return self.settings | (reruns[-1].after.get("settings", {}) if reruns else {})
+        drawn = [event for event in self.history if scene in event.after.get("scenes", ())]
+        return self.settings | (drawn[-1].after.get("settings", {}) if drawn else {})
 
     def times_rerun(
         self,
         scene: int,  # from 1
     ) -> int:
         """Count how often that scene has been drawn again."""
-        reruns = [event for event in self.history if event.kind == "rerun"]
-        return sum(scene in event.after["scenes"] for event in reruns)
+        return sum(scene in event.after.get("scenes", ()) for event in self.history)
 
     def events_since_drawn(
         self,
@@ -230,7 +245,7 @@ class StoryResult(BaseModel, frozen=True):
         """List what happened to that scene's images, in order; earlier images are gone."""
         events: list[Event] = []
         for event in self.history:
-            if event.kind == "rerun" and scene in event.after["scenes"]:
+            if scene in event.after.get("scenes", ()):
                 events = []
             elif event.scene in (scene, None):
                 events.append(event)

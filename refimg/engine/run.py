@@ -16,21 +16,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from . import tasks
-from .agents import RunAgents
-from .attempts import ATTEMPTS, planned_attempt
+from .agents import RunAgents, RunModels
+from .attempts import Attempts
 from .candidates import CandidateGroup, SceneNotes, ScoringQueue
 from .costs import sum_known
-from refimg.engine.protocols import (
-    Call,
-    ChatModel,
-    ImageModel,
-    ImageRequest,
-    Reply,
-    Scorer,
-)
+from .protocols import Call, ImageModel, Reply
 from .guidance import OF_0_1
 from .handover import Handover
 from .references import Chain, ReferencePlan, References
+from .refining import HandEdit, Refinement
 from .outliers import warn_of_outliers
 from .results import SceneResult, StoryResult, Variation
 from .settings import Settings, versions
@@ -42,7 +36,7 @@ from refimg.engine.tasks import (
     run_until_cancelled,
 )
 from ..enhance import EnhancementTrace, ImagePromptEnhancementResult
-from ..generate import GenerationFailed
+from ..generate import Candidate, GenerationFailed
 from ..storage.traces import TraceTree, write_trace
 
 # %% auto #0
@@ -62,16 +56,30 @@ class SceneRun:
     scene: Scene  # as the story has it
     notes: SceneNotes  # warnings, causes, bill and timings
     images: CandidateGroup
+    old: SceneResult | None = None  # of the run before an edit by hand
     enhancement: ImagePromptEnhancementResult = field(init=False, repr=False)  # from `enhance` on
     references: References = field(default_factory=References)  # what goes along
     sent_prompt: str = ""
+    stays: bool = False  # True: all that it was drawn from is as it was, so it is, too
     winner: Variation | None = None
-    source: Literal["ranked", "first", "fallback"] = "ranked"
+    source: Literal["ranked", "repaired", "first", "fallback"] = "ranked"
 
     @property
     def number(self) -> int:
         """The scene's place in the story, from 1."""
         return self.notes.number
+
+    @property
+    def _asked(self) -> HandEdit | None:
+        edit = self.run.edit
+        return edit if edit and edit.scene.scene == self.number else None
+
+    @property
+    def own(self) -> Path | None:
+        """The scene's own reference; None: it has none."""
+        if self.winner:
+            return self.winner.image.image_path
+        return self.old.reference if self.old and (self.stays or self._asked) else None
 
     async def enhance(self) -> None:
         """Give the scene its enhancement: the one handed in, or the agents'."""
@@ -95,6 +103,13 @@ class SceneRun:
         await run.enhanced[self.number]
         ready = run.clock()
         self.references = await run.handover.references(self.number)
+        sent = [reference.path for reference in self.old.sent_references] if self.old else None
+        if sent == [*self.references.paths] and not self._asked:
+            self.stays = True
+            run.handover.give(self.number, self.own)
+            run.reporter.begin("generate", self.number, run.total_cost())
+            run.reporter.finish()
+            return run.reporter.begin("score", self.number, run.total_cost())
         self.notes.warn(*self.references.warnings)
         try:
             async with run.drawing:
@@ -104,82 +119,59 @@ class SceneRun:
             if is_cancelled():
                 raise
             self.notes.fall_back("unexpected error", cause)
-        made = self.winner and self.winner.image
-        run.handover.give(self.number, made and made.image_path, made and made.sha256)
+        run.handover.give(self.number, self.own, self.winner and self.winner.image.sha256)
 
     async def _make_images(self) -> None:
         run = self.run
         texts = {"original": self.scene.prompt, "enhanced": self.enhancement.final_prompt}
         queue = ScoringQueue(
-            run.agents.bound(run.scorers, run.drawn, self.number), texts[run.settings.score_text],
+            run.agents.bound(run.models.scorers, run.drawn, self.number),
+            texts[run.settings.score_text],
             run.group, lambda: run.stopped, await run.handover.standards(self.number), run.looking)
+        attempts = Attempts(
+            self.images, queue, run.settings, run.models.image_model, run.call,
+            lambda: run.stopped, run.times_rerun.get(self.number, 0))
+        refinement = Refinement(attempts, self.references, run.handover.plan.max_references)
         run.reporter.begin("generate", self.number, run.total_cost())
         with self.notes.timed("generate"):
-            await self.generate_variations(queue)
+            if self._asked:
+                await refinement.redo(self._asked)
+            else:
+                self.sent_prompt, self.source = await attempts.fill(
+                    self.enhancement, run.drawn, self.references, run.legacy)
         run.reporter.finish()
         run.reporter.begin("score", self.number, run.total_cost())
-        with self.notes.timed("score"):
-            self.notes.add_looks(await queue.finish())
-            await self.select_reference()
+        try:
+            with self.notes.timed("score"):
+                await queue.finish()
+                self.images.rank(run.models.scorers, run.settings.weights)
+            if not self._asked:
+                await refinement.refine(run.agents, lambda: sum(
+                    not scene.images.arrived for scene in run.scenes))
+        finally:
+            self.notes.add_looks(queue)
+        await self.select_reference(refinement.order(self._asked))
         if self.winner:
             self.notes.log_selection(self.winner, self.source, run.settings.quality_threshold)
         run.group.create_task(self._write_others())
 
-    async def generate_variations(
+    async def select_reference(
         self,
-        queue: ScoringQueue,  # each image goes there as it arrives
+        order: Sequence[Candidate],  # of the images, best first
     ) -> None:
-        """Fill the group with what the image model can be made to draw."""
-        run, made, model = self.run, self.enhancement, self.run.image_model
-        if made.negative_prompt and not model.takes_negative_prompt:
-            self.notes.warn(f"{model.name} takes no negative prompt: none was sent")
-        if made.stop_reason == "failed":
-            self.source, step = "fallback", "enhance, so one image from the original prompt"
-            self.notes.fall_back(step, "; ".join(made.warnings))
-
-        async def draw(request: ImageRequest, variation: int, attempt: int) -> None:
-            if run.stopped:
-                raise asyncio.CancelledError
-            attempt += ATTEMPTS * run.times_rerun.get(self.number, 0)
-            queue.add(await self.images.draw(
-                model, request, variation, attempt, run.settings.seed, run.call))
-
-        for attempt in range(1, ATTEMPTS + 1):
-            request, count = planned_attempt(
-                attempt, made, run.drawn, self.number, self.references, run.settings, model,
-                run.legacy)
-            self.sent_prompt = request.prompt
-            calls = (draw(request, k, attempt) for k in range(1, count + 1))
-            answers = await asyncio.gather(*calls, return_exceptions=True)
-            causes = [cause for cause in answers if cause is not None]
-            self.notes.causes += causes
-            if self.images.candidates:
-                for cause in causes:
-                    self.notes.warn(f"a variation could not be drawn: {cause!r}")
-                self.source = "fallback" if attempt == ATTEMPTS else self.source
-                return
-            said = "; ".join(dict.fromkeys(repr(cause) for cause in causes))
-            self.notes.fall_back(f"generate, attempt {attempt} of {ATTEMPTS}", said)
-
-    async def select_reference(self) -> None:
-        """Set the winner: the best image that can be written."""
-        for item, scores in self.images.rank(self.run.scorers, self.run.settings.weights):
-            if image := await self.images.save(item):
+        """Set the winner: the first image that can be written."""
+        for item in order:
+            if (image := await self.images.save(item)) and (scores := item.scores):
                 self.winner = Variation(image=image, scores=scores, rank=item.rank, selected=True)
-                if self.source == "ranked" and scores.overall is None:
-                    self.source = "first"
+                if self.source == "ranked":
+                    made = "repaired" if item.edited else "ranked"
+                    self.source = "first" if scores.overall is None else made
                 return
 
     async def _write_others(self) -> None:
         await self.images.save_rest()
-        trace = {
-            "scene": self.number,
-            "sent_prompt": self.sent_prompt,
-            "model": self.run.image_model.name,
-            "references": [str(path) for path in self.references.paths],
-            "variations": self.images.trace(),
-            "selected": str(self.winner.image.image_path) if self.winner else None,
-        }
+        trace = self.images.trace(self.sent_prompt, self.run.models.image_model.name,
+                                  self.references.paths, self.winner)
         write_trace(self.run.traces.usable(self.number), "generation_trace.json", trace)
 
     def result(
@@ -187,6 +179,9 @@ class SceneRun:
         reference: Path,  # its own, or the one that stands in
     ) -> SceneResult:
         """Make the record of the scene."""
+        if self.old and (self.stays or (self._asked and not self.winner)):
+            told = [text for text in self.notes.warnings if text not in self.old.warnings]
+            return self.old.model_copy(update={"warnings": [*self.old.warnings, *told]})
         overall = self.winner.scores.overall if self.winner else None
         threshold = self.run.settings.quality_threshold
         if self.winner is None:
@@ -198,7 +193,7 @@ class SceneRun:
             sent_references=self.run.handover.sent.get(self.number, []) if self.sent_prompt else [],
             reference=reference, reference_from=self.source if self.winner else "carried",
             below_threshold=None if overall is None else overall < threshold,
-            checklist=self.notes.checklist,
+            checklist=self.notes.checklist, comparison=self.images.comparison(),
             warnings=self.notes.warnings, timings=stages | self.notes.timings)
 
 # %% ../../nbs/engine/run.ipynb #b6000010
@@ -207,10 +202,7 @@ class StoryRun:
     """The state of one run, and what its scenes share."""
 
     settings: Settings
-    director: ChatModel
-    critic: ChatModel
-    image_model: ImageModel
-    scorers: list[Scorer]
+    models: RunModels
     story: Story  # as `Story.normalized` returns it
     generation_id: str
     folder: Path  # where images go, absolute
@@ -226,6 +218,7 @@ class StoryRun:
     planned: dict[str, Any] | None = None  # the plan's markers, of this run or an earlier one
     planner: str | None = None  # who planned
     legacy: bool = False  # True: refimg 0.1 began it, and it goes on in the words of 0.1
+    edit: HandEdit | None = None  # of one scene's image; None: all scenes are made anew
     stopped: bool = False
     deadline: float = 0.0  # on the run's clock, once it is stopped
     scenes: list[SceneRun] = field(default_factory=list)
@@ -235,18 +228,18 @@ class StoryRun:
     def __post_init__(self) -> None:
         self.started = time.perf_counter()
         self.given = self.given or [None] * len(self.story.scenes)
-        most = min(self.settings.max_references, self.image_model.max_references)
-        plan = ReferencePlan(Chain(self.story, self.settings.chain), most)
-        self.handover = Handover(plan, any(s.name in _COMPARING for s in self.scorers))
+        models, most = self.models, self.settings.max_references
+        plan = ReferencePlan(Chain(self.story, self.settings.chain),
+                             min(most, models.image_model.max_references))
+        compares = models.judge or any(s.name in _COMPARING for s in models.scorers)
+        self.handover = Handover(plan, bool(compares))
         self.bill: list[Reply | None] = []  # the calls for the plan
         self.agents = RunAgents(
-            self.settings, self.director, self.critic, self.image_model, self.call,
-            lambda: self.stopped, self.journal,
+            self.settings, models, self.call, lambda: self.stopped, self.journal,
             {"output_dir": self.folder, "generation_id": self.generation_id}, plan,
             OF_0_1 if self.legacy else None)
-        self.enhancing = asyncio.Semaphore(self.settings.max_concurrency)
-        self.drawing = asyncio.Semaphore(self.settings.max_concurrency)
-        self.looking = asyncio.Semaphore(self.settings.max_concurrency)
+        slots = [asyncio.Semaphore(self.settings.max_concurrency) for _ in range(3)]
+        self.enhancing, self.drawing, self.looking = slots
 
     def clock(self) -> float:
         """Return the seconds since the run began."""
@@ -288,12 +281,12 @@ class StoryRun:
         """Let the director decide what the scenes share; without a plan the run goes on."""
         try:
             self.planned = await self.agents.plan(self.story, self.bill)
-            self.planner = self.director.name
+            self.planner = self.models.director.name
         except RuntimeError as error:
             self.scenes[0].notes.warn(f"the story is not planned: {error}")
 
     async def _make_scenes(self) -> None:
-        warnings, model = list(self.warnings), self.image_model
+        warnings, model = list(self.warnings), self.models.image_model
         if self.settings.seed is not None and not model.takes_seed:
             warnings.append(f"{model.name} takes no seed: none is sent")
         for told in warnings:
@@ -306,7 +299,8 @@ class StoryRun:
             stem = f"{self.generation_id}_scene_{number:02d}"
             notes = SceneNotes(number, self.clock, warnings=list(warnings))
             images = CandidateGroup(self.folder, stem, self.journal is not None, notes)
-            self.scenes.append(SceneRun(self, scene, notes, images))
+            old = self.edit.before.get(number) if self.edit else None
+            self.scenes.append(SceneRun(self, scene, notes, images, old))
         made = any(self.given) or self.times_rerun or self.legacy
         if self.settings.plans(self.story) and not made:
             await self._plan()
@@ -324,7 +318,7 @@ class StoryRun:
     def fill_missing_references(self) -> dict[int, Path]:
         """Return the reference of every scene: its own, or the nearest one that stands in."""
         own = {number: scene.reference for number, scene in self.kept.items()}
-        own |= {s.number: s.winner.image.image_path for s in self.scenes if s.winner}
+        own |= {scene.number: scene.own for scene in self.scenes if scene.own}
         if not own:
             raise GenerationFailed([cause for scene in self.scenes for cause in scene.notes.causes])
         first = self.story.initial_reference_image

@@ -16,6 +16,8 @@ from pydantic import BaseModel, Field, ValidationError
 from .protocols import CleanText, ImageModel, Scorer, visible_text
 from .story import Story
 from ..generate import check_model
+from ..inspection.checklist import check_sight
+from ..inspection.scorer import ChecklistScorer
 from ..score import check_weights
 from ..storage.files import read_image
 
@@ -51,6 +53,10 @@ class Settings(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_na
     chain: Literal["anchored", "previous", "first", "none"]  # which scenes hand on a reference
     plan: bool  # True: a story without markers is given some
     max_references: int = Field(ge=0, le=20)  # images that go along with a request, at most
+    inspector: CleanText | None = None  # name of the chat model that looks at every image
+    judge: CleanText | None = None  # name of the chat model that compares the two best
+    repair_rounds: int = Field(0, ge=0, le=10)  # of edits of what failed, at most
+    repair_variations: int = Field(2, ge=1, le=20)  # edits of each
     keep_traces: bool  # True: the files that show how a run went stay
     max_concurrency: int = Field(ge=1, le=1000)  # scenes at once, per stage
     budget_usd: float | None  # USD that a run may spend; None: no limit
@@ -130,9 +136,14 @@ def settings_of(
 ) -> Settings:
     """Check a pipeline's models, scorers and settings, and return them as plain values."""
     values = {name: getattr(pipeline, name) for name in Settings.model_fields}
-    for role in ("director", "critic", "image_model"):
-        _check_named(role, values[role], "name")
-        values[role] = values[role].name
+    if pipeline.judge is not None:
+        check_sight(pipeline.judge, "judge")
+    lookers = [s.inspector for s in pipeline.scorers or () if isinstance(s, ChecklistScorer)]
+    values["inspector"] = lookers[0] if lookers else None
+    for role in ("director", "critic", "image_model", "inspector", "judge"):
+        if values[role] is not None or role in ("director", "critic", "image_model"):
+            _check_named(role, values[role], "name")
+            values[role] = values[role].name
     check_scorers(pipeline.scorers, pipeline.weights)
     values["scorers"] = describe_scorers(pipeline.scorers)
     if pipeline.weights is not None:
@@ -140,9 +151,12 @@ def settings_of(
     journal = pipeline.journal
     if journal is not None and not (hasattr(journal, "chat") and hasattr(journal, "images")):
         raise ValueError(f"journal must be a Journal or None, got {journal!r}")
+    settings = Settings.checked(values | {"chain": pipeline.chain or "none"})
+    if settings.repair_rounds and not lookers:
+        raise ValueError("inspector must be a chat model that sees images where repair_rounds is "
+                         f"above 0, got {pipeline.inspector!r}")
     if pipeline.chain is not None:
-        return Settings.checked(values)
-    settings = Settings.checked(values | {"chain": "none"})
+        return settings
     most = min(settings.max_references, pipeline.image_model.max_references)
     chain = {0: "none", 1: "previous"}.get(most, "anchored")
     return settings.model_copy(update={"chain": chain})
@@ -181,6 +195,9 @@ def check_story(
     except ValueError as error:
         raise ValueError(f"story cannot be written as JSON: {error}") from error
     _check_enhancements(story, enhancements)
+    if settings.repair_rounds and not min(settings.max_references, image_model.max_references):
+        raise ValueError(f"repair_rounds must be 0, since {image_model.name} is sent no reference "
+                         f"images, got {settings.repair_rounds}")
     chained = len(story.scenes) > 1 and settings.chain != "none"
     image = story.initial_reference_image
     if image_model.max_references == 0 and (chained or image is not None):

@@ -13,17 +13,20 @@ from .guidance import DEFAULT, Guidance, guidance_for
 from .instructions import DIMENSIONS
 from .planning import plan_messages
 from .prompts import scene_context
-from .protocols import Message, Usage
+from .protocols import Message, Scorer, Usage
 from .references import Chain, ReferencePlan
 from .settings import Settings
 from .story import Story
 from ..enhance import Critique, Iteration, critic_messages, director_messages
 from refimg.inspection.checklist import (
+    Answer,
     Question,
     Questions,
     checklist_messages,
     inspector_messages,
 )
+from ..inspection.judge import judge_messages
+from ..inspection.repair import edit_messages
 from ..inspection.scorer import ChecklistScorer
 
 # %% auto #0
@@ -37,7 +40,18 @@ _EXPECTED_CRITIQUE = Critique(**dict.fromkeys(DIMENSIONS, 70), critique="a lens 
 _EXPECTED_PLAN = "a lens " * 75  # six markers of at most 25 words
 _EXPECTED_QUESTIONS = [Question(text="Is there a lens? " * 2, about="subject")] * 8
 _EXPECTED_ANSWERS = "a lens " * 12 * 8  # a verdict and a reason for each of them
+_EXPECTED_FAILED = [(_EXPECTED_QUESTIONS[0], Answer(question=0, verdict="no",
+                                                    reason="a lens " * 8))] * 2
+_EXPECTED_EDIT, _EXPECTED_VERDICT = "a lens " * 20, "a lens " * 25
 _IMAGE_TOKENS = 1_100  # of an image of 1024 x 576; assumed, since each model counts otherwise
+
+_Call = tuple[str, Usage]  # the name of the model, and tokens
+
+
+def _with_images(usage: Usage, images: int) -> Usage:
+    """Add the tokens of images that go along."""
+    return Usage(input_tokens=(usage.input_tokens or 0) + images * _IMAGE_TOKENS,
+                 output_tokens=usage.output_tokens)
 
 
 def _total(asked: list[list[Message]], answer: str) -> Usage:
@@ -73,23 +87,31 @@ def _expected_looks(
     scorer: ChecklistScorer,  # asked about every image
     prompt: str,  # of the scene
     context: str,  # of the scene, as its author gets it
-    images: int,  # of the scene
-) -> list[tuple[str, Usage]]:
-    """Estimate by call what a checklist costs for one scene: the name of the model, and tokens."""
+    settings: Settings,  # of the run
+) -> tuple[list[_Call], list[_Call]]:
+    """Estimate by call what a checklist costs for one scene, and what all repair rounds cost."""
     shapes = [Questions(questions=_EXPECTED_QUESTIONS).model_dump_json(), _EXPECTED_ANSWERS]
     asked = checklist_messages(prompt, context), inspector_messages(_EXPECTED_QUESTIONS)
     writing, looking = (_total([messages], answer)
                         for messages, answer in zip(asked, shapes, strict=True))
-    looking = looking.model_copy(update={"input_tokens": looking.input_tokens + _IMAGE_TOKENS})
-    return [(scorer.author.name, writing), *[(scorer.inspector.name, looking)] * images]
+    look = (scorer.inspector.name, _with_images(looking, 1))
+    editing = settings.director, _total([edit_messages(prompt, _EXPECTED_FAILED)], _EXPECTED_EDIT)
+    repair = [editing, *[look] * settings.repair_variations] * settings.repair_rounds
+    return [(scorer.author.name, writing), *[look] * settings.num_variations], repair
+
+
+def _comparing(judge: str, prompt: str) -> list[_Call]:
+    """Estimate what the comparison of two images costs, in both orders."""
+    asked = _total([judge_messages(prompt)], _EXPECTED_VERDICT)
+    return [(judge, _with_images(asked, 2))] * 2
 
 
 def expected_calls(
     story: Story,  # what a run would make references for
     settings: Settings,  # of that run
+    scorers: Sequence[Scorer] = (),  # of which a checklist is asked about every image
     *,
     negative: bool = False,  # True: the director also writes a negative prompt
-    checklists: Sequence[ChecklistScorer] = (),  # asked about every image
 ) -> dict[str, Any]:
     """Return what a run will ask for, as `costs.estimate` takes it: usages, calls and images."""
     model, guidance = settings.image_model, guidance_for(settings.image_model)
@@ -101,10 +123,15 @@ def expected_calls(
     planning = [(_total([plan_messages(story)], _EXPECTED_PLAN), _total([], ""))] * planned
     low, high = (planning + [expected_usage(*scene, n, negative=negative, guidance=guidance)
                              for scene in scenes] for n in (min(1, most), most))
-    looks = [call for scorer in checklists for prompt, context in scenes
-              for call in _expected_looks(scorer, prompt, context, settings.num_variations)]
-    return {"low": low, "high": high, "looks": looks,
+    seen = [_expected_looks(scorer, *scene, settings) for scene in scenes for scorer in scorers
+            if isinstance(scorer, ChecklistScorer)]
+    looks = [call for looks, _ in seen for call in looks]
+    looks += [call for prompt, _ in scenes if settings.judge
+              for call in _comparing(settings.judge, prompt)]
+    repairs = [call for _, repairs in seen for call in repairs]
+    edits = len(scenes) * settings.repair_rounds * settings.repair_variations
+    return {"low": low, "high": high, "looks": looks, "repairs": repairs, "edits": edits,
             "images": len(scenes) * settings.num_variations,
             "chat_calls": planned + len(scenes) * (2 * most + (negative and most > 0))
-            + len(looks),
+            + len(looks) + len(repairs),
             "director": settings.director, "critic": settings.critic}

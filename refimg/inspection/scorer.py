@@ -22,10 +22,10 @@ from refimg.inspection.checklist import (
 )
 
 # %% auto #0
-__all__ = ['ChecklistScorer']
+__all__ = ['InspectedScore', 'ChecklistScorer']
 
 # %% ../../nbs/inspection/scorer.ipynb #c4ec0027
-class _InspectedScore(RawScore, frozen=True):
+class InspectedScore(RawScore, frozen=True):
     """The score of an image that was inspected, with what was seen."""
 
     inspection: Inspection | None = None
@@ -138,6 +138,6 @@ class ChecklistScorer:
                 return RawScore(None, str(error))
             wrong = [f"{question.text} {answer.verdict}, {answer.reason}".rstrip(" ,")
                      for question, answer in checklist.failed(found.answers)]
-            return _InspectedScore(found.score, "; ".join(wrong), inspection=found)
+            return InspectedScore(found.score, "; ".join(wrong), inspection=found)
 
         return await asyncio.gather(*map(look, batch.images))
