@@ -130,7 +130,8 @@ async def test_the_repair_turn_says_what_is_wrong(bad, told):
 
 @pytest.mark.parametrize("answers, why", [
     (["no", changed(scenes=[])], "unusable after one repair turn: scenes must be exactly 2, got 0"),
-    (['{"scenes": ' * 3000], "RecursionError"), ([RuntimeError("down")], "RuntimeError: down"),
+    (['{"scenes": ' * 3000] * 2, "nested too deeply"),
+    ([RuntimeError("down")], "RuntimeError: down"),
     ([asyncio.CancelledError("gone")], "CancelledError: gone"),
 ])  # fmt: skip
 async def test_a_draft_that_stays_unusable_is_an_error_that_says_why(answers, why):

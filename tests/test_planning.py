@@ -66,6 +66,14 @@ async def test_one_call_and_one_repair_turn():
     assert planned.scenes == story().scenes
 
 
+async def test_an_answer_nested_too_deeply_is_a_bad_answer_like_others():
+    model = FakeChat(['{"style": ' * 3000, json.dumps(GOOD)])
+    assert (await plan_story(story(), director=model)).consistency_markers == GOOD
+    assert len(model.calls) == 2
+    told = read_fences(model.calls[1][0][3].content)["error"]
+    assert told == "the answer is nested too deeply"
+
+
 @pytest.mark.parametrize("answers", [["no", "no"], [RuntimeError("down")]])
 async def test_a_story_that_cannot_be_planned_is_as_it_was(answers, caplog):
     def say(*_):

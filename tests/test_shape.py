@@ -348,7 +348,7 @@ LAYERS = (
      "engine.many", "engine.decisions", "engine.sheets"),
     ("engine.results", "engine.settings", "engine.planning", "engine.usage", "engine.defects",
      "engine.outliers"),
-    ("enhance", "generate", "score", "inspection"),
+    ("enhance", "generate", "score", "inspection", "engine.asking"),
     ("engine.story", "engine.references", "engine.prompts", "engine.tasks", "engine.costs"),
     ("storage",),
     ("engine.protocols", "engine.calibration", "engine.subjects", "engine.fence",

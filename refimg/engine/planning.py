@@ -5,22 +5,19 @@
 # %% ../../nbs/engine/planning.ipynb #be6c6c9c
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
-from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field
 
 from .answers import last_object
+from .asking import ask_for
 from .fence import fence
 from .instructions import DRAFT, PLAN
 from .protocols import ChatModel, Message, Reply, visible_text
 from .story import Story
-from .tasks import is_cancelled
-from ..enhance import ask_with_repair
 
 # %% auto #0
 __all__ = ['Plan', 'plan_messages', 'ask_plan', 'plan_story', 'DraftedScene', 'DraftedSubject', 'Draft', 'draft_messages',
@@ -88,31 +85,14 @@ def plan_messages(
     return [Message(role="system", content=PLAN), Message(role="user", content=fenced)]
 
 
-_T = TypeVar("_T")
-
-
-async def _ask(
-    director: ChatModel, messages: list[Message], read: Callable[[str], _T],
-    schema: type[BaseModel], bill: list[Reply | None] | None = None,
-) -> _T:
-    """Return what `read` makes of the answer; a RuntimeError says why there is nothing to read."""
-    try:
-        return await ask_with_repair(director, messages, read, schema, bill)
-    except (Exception, asyncio.CancelledError) as error:
-        if is_cancelled():
-            raise
-        told = f"{type(error).__name__}: {error}"
-        what = schema.__name__.lower()
-        raise RuntimeError(f"the director's {what}: {told[:300]}") from error
-
-
 async def ask_plan(
     story: Story,  # without markers
     director: ChatModel,  # who is asked
     bill: list[Reply | None] | None = None,  # gets each reply, None for a call that raised
 ) -> Plan:
     """Return the director's plan; a RuntimeError says why there is none."""
-    return await _ask(director, plan_messages(story), Plan.parse, Plan, bill)
+    messages = plan_messages(story)
+    return await ask_for("director's plan", director, messages, Plan.parse, Plan, bill)
 
 # %% ../../nbs/engine/planning.ipynb #2bf2a91e
 _logger = logging.getLogger(__name__)
@@ -225,5 +205,5 @@ async def draft_story(
 
         director = defaults.director()
         defaults.announce({"director": director.name})
-    return await _ask(director, draft_messages(text, scenes), partial(Draft.parse, number=scenes),
-                      Draft)
+    messages, read = draft_messages(text, scenes), partial(Draft.parse, number=scenes)
+    return await ask_for("director's draft", director, messages, read, Draft)

@@ -8,23 +8,22 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from PIL import Image
 from pydantic import AfterValidator, BaseModel, BeforeValidator, field_validator
 
 from ..engine.answers import last_object
-from ..engine.costs import sum_known
+from ..engine.asking import ask_for, cost_of
 from ..engine.fence import fence
 from ..engine.instructions import CHECKLIST, INSPECTOR
 from ..engine.intent import quotations
 from ..engine.protocols import ChatModel, CleanText, Message, Reply
 from ..engine.subjects import Subject
-from ..engine.tasks import is_cancelled
-from ..enhance import ask_with_repair
 from ..storage.images import decode_image, read_image
 
 # %% auto #0
@@ -182,33 +181,6 @@ class Answers(BaseModel, frozen=True):
     answers: list[Answer]
 
 
-_T = TypeVar("_T")
-
-
-async def _ask(
-    model: ChatModel, role: str, messages: list[Message], read: Callable[[Any], _T],
-    schema: type[BaseModel], bill: list[Reply | None],
-) -> _T:
-    """Return what `read` makes of the answer; a RuntimeError says why there is nothing to read."""
-    def read_last(answer: str) -> _T:
-        try:
-            return last_object(answer, read)
-        except RecursionError:
-            raise ValueError("the answer is nested too deeply") from None
-
-    try:
-        return await ask_with_repair(model, messages, read_last, schema, bill)
-    except (Exception, asyncio.CancelledError) as error:
-        if is_cancelled():
-            raise
-        told = f"{type(error).__name__}: {error}"
-        raise RuntimeError(f"the {role}: {told[:300]}") from error
-
-
-def _cost(bill: Sequence[Reply | None]) -> float | None:
-    return sum_known(reply and reply.cost for reply in bill)
-
-
 def checklist_messages(
     prompt: str,  # the scene's own
     context: str = "",  # markers and notes of the scene, one a line
@@ -241,8 +213,9 @@ async def ask_checklist(
                          author=author.name)
 
     messages = checklist_messages(prompt, context, subjects)
-    found = await _ask(author, "checklist", messages, read, Questions, bill)
-    return found.model_copy(update={"cost": _cost(bill[begun:])})
+    read_last = partial(last_object, read=read)
+    found = await ask_for("checklist", author, messages, read_last, Questions, bill)
+    return found.model_copy(update={"cost": cost_of(bill[begun:])})
 
 
 async def write_checklist(
@@ -319,10 +292,11 @@ async def ask_inspector(
         told = body.get("answers") if isinstance(body, dict) else body
         return checklist.check(Answers.model_validate({"answers": told}).answers)
 
-    answers = await _ask(inspector, "inspector", messages, read, Answers, bill)
+    read_last = partial(last_object, read=read)
+    answers = await ask_for("inspector", inspector, messages, read_last, Answers, bill)
     score = 100 * sum(checklist.points(answers)) / len(answers)
     return Inspection(answers=answers, model=inspector.name, score=score,
-                      cost=_cost(bill[begun:]), seconds=time.monotonic() - started)
+                      cost=cost_of(bill[begun:]), seconds=time.monotonic() - started)
 
 
 async def inspect_image(

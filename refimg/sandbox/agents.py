@@ -20,11 +20,12 @@ from ..engine.fence import read_fences
 from ..engine.guidance import own_context
 from ..engine.intent import lost_intent
 from .aspects import ASPECTS, covered, tones
+from .questions import PLACED, instruct, meant
 from .sentences import FINISHES, MOODS, PALETTES, Brief
 from .world import VOCABULARY, read_prompt
 
 # %% auto #0
-__all__ = ['open_aspects', 'asked_for', 'write', 'plan', 'draft', 'Director', 'rate', 'wishes', 'Critic']
+__all__ = ['open_aspects', 'asked_for', 'write', 'plan', 'draft', 'mend', 'Director', 'rate', 'wishes', 'Critic']
 
 # %% ../../nbs/sandbox/agents.ipynb #128af75b
 _TONED = {
@@ -100,13 +101,6 @@ def plan(
     return found
 
 # %% ../../nbs/sandbox/agents.ipynb #ccd1522e
-_PLACED = {"coast": "on a rocky coast", "beach": "on a sandy beach", "harbour": "at the harbour",
-           "forest": "in a forest", "mountains": "in the mountains", "meadow": "in a meadow",
-           "city": "on a city street", "desert": "in the desert", "lake": "by a lake"}
-_WHEN = {"dawn": "at dawn", "day": "in the afternoon", "sunset": "at sunset", "dusk": "at dusk",
-         "night": "at night"}
-_SKIES = {"clear": "under a clear sky", "cloudy": "under an overcast sky", "rain": "in the rain",
-          "snow": "in the snow", "fog": "in fog", "storm": "in a storm"}
 _LIFELESS = {"boat", "bicycle", "lantern", "car", "balloon"}
 
 
@@ -122,18 +116,31 @@ def draft(
     name, kind = subjects[subject][0], "object" if subject in _LIFELESS else "character"
     markers = plan(f"{name}\n{brief}")
     looks = markers.pop("subject_description")
-    start = [*_PLACED].index(asked.select("setting", [*_PLACED]))
+    places, hours, skies = PLACED["setting"], PLACED["time"], PLACED["weather"]
+    start = [*places].index(asked.select("setting", [*places]))
     scenes: list[dict[str, Any]] = []
     for at in range(number):
-        where = asked.stated.get("setting") or [*_PLACED][(start + at) % len(_PLACED)]
-        when = asked.stated.get("time") or [*_WHEN][at * len(_WHEN) // number]
+        where = asked.stated.get("setting") or [*places][(start + at) % len(places)]
+        when = asked.stated.get("time") or [*hours][at * len(hours) // number]
         sky = asked.stated.get("weather") or asked.select("weather", ["clear", "cloudy"])
-        framing = ("wide shot", "medium shot", "close-up")[(at + at // len(_PLACED)) % 3]
-        scene = f"A {framing} of the {name} {_PLACED[where]} {_WHEN[when]}, {_SKIES[sky]}"
+        framing = ("wide shot", "medium shot", "close-up")[(at + at // len(places)) % 3]
+        scene = f"A {framing} of the {name} {places[where]} {hours[when]}, {skies[sky]}"
         notes = {"continuity_note": f"the same {name}", "transition_note": "a slow dissolve"}
         scenes.append({"prompt": scene, "subjects": [name]} | (notes if at else {}))
     return {"scenes": scenes, "consistency_markers": markers,
             "subjects": [{"name": name, "description": looks, "kind": kind}]}
+
+# %% ../../nbs/sandbox/agents.ipynb #ed17b003
+def mend(
+    prompt: str,  # the scene's own
+    failed: Sequence[str],  # lines of question, verdict and reason
+) -> str:
+    """Return the instruction by which an image is edited."""
+    asked = (meant(re.split(r" – (?:no|unsure|yes):", line)[0]) for line in failed)
+    wanted, stated = dict(filter(None, asked)), read_prompt(prompt)
+    if wanted.get("companion", "") == stated.get("companion") and "relation" in stated:
+        wanted["relation"] = stated["relation"]
+    return instruct(wanted) or "Make it what was asked for."
 
 # %% ../../nbs/sandbox/agents.ipynb #096d61e9
 _DEFECTS = "blur, noise, low contrast, harsh exposure, text, watermark, border, cropped subject"
@@ -158,8 +165,10 @@ class Director:
         messages: list[Message],  # as `enhance` sends them to a director
         schema: type[BaseModel] | None = None,  # not used
     ) -> Reply:
-        """Answer with the next version of the prompt, a plan, a draft, or a negative prompt."""
+        """Answer with a prompt, a plan, a draft, an edit instruction, or a negative prompt."""
         given = _material(messages)
+        if "failed" in given:
+            return Reply(text=mend(given.get("prompt", ""), given["failed"].splitlines()))
         if "brief" in given:
             return Reply(text=json.dumps(draft(given["brief"], int(given["number_of_scenes"]))))
         if "story" in given:

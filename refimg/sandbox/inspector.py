@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import re
 from functools import cache
 from typing import Any
 
@@ -17,54 +16,14 @@ from pydantic import BaseModel
 from ..engine.fence import read_fences
 from ..engine.protocols import Batch, Message, Reply
 from .painter import PAINTER_VERSION
+from .questions import meant, questions_about
 from .scorers import SandboxClipScore, SandboxPickScore
-from .world import VOCABULARY, read_prompt
+from .world import VOCABULARY
 from ..storage.extras import missing_extra
 from ..storage.images import decode_image
 
 # %% auto #0
 __all__ = ['lead', 'Inspector']
-
-# %% ../../nbs/sandbox/inspector.ipynb #15ec0007
-_ASKED = {  # attribute: what its question is about, and its words
-    "subject": ("subject", "Is there a {}?"),
-    "count": ("count", "Is the number of them {}?"),
-    "colour": ("attribute", "Is the main thing {}?"),
-    "companion": ("relation", "Is there a {} as well?"),
-    "setting": ("setting", "Is the place this: {}?"),
-    "time": ("setting", "Is the time this: {}?"),
-    "weather": ("setting", "Is the weather this: {}?"),
-    "framing": ("style", "Is the framing this: {}?"),
-    "style": ("style", "Is the style this: {}?"),
-}
-_OF_SUBJECT = ("count", "colour")
-
-
-def _ask_about(
-    prompt: str,  # the scene's own
-    context: str = "",  # markers and notes of the scene, one a line
-) -> list[dict[str, Any]]:
-    """Return the questions of a scene, as a model would write them."""
-    stated, asked = read_prompt(f"{prompt}\n{context}"), []
-    for attribute, (about, words) in _ASKED.items():
-        if attribute in stated:
-            parent = 0 if attribute in _OF_SUBJECT and "subject" in stated else None
-            value = VOCABULARY[attribute][stated[attribute]][0]
-            asked.append({"text": words.format(value), "about": about, "parent": parent})
-    if not asked:
-        asked.append({"text": "Is there anything to be seen?", "about": "subject", "parent": None})
-    return asked
-
-
-def _meant(question: str) -> tuple[str, str] | None:
-    """Return attribute and value that a question asks for; None: the sandbox does not know it."""
-    for attribute, (_, words) in _ASKED.items():
-        found = re.fullmatch(re.escape(words).replace(r"\{\}", "(.+)"), question)
-        for value, names in VOCABULARY[attribute].items():
-            if found and found[1] in names:
-                return attribute, value
-    read = [*read_prompt(question).items()]
-    return read[0] if len(read) == 1 and read[0][0] in _ASKED else None
 
 # %% ../../nbs/sandbox/inspector.ipynb #15ec0011
 _SCENES = (
@@ -130,9 +89,9 @@ class Inspector:
 
     def _verdict(self, question: str, seen: list[Any], image: bytes) -> tuple[str, str]:
         """Return the verdict on one question, and the reason."""
-        if (meant := _meant(question)) is None:
+        if (asked := meant(question)) is None:
             return "unsure", "the sandbox's eyes do not know this"
-        attribute, value = meant
+        attribute, value = asked
         ahead, rival = lead(seen, attribute, value)
         ahead += _TRUST.get(attribute, _OTHERS)
         if abs(ahead) < _CLOSE:
@@ -166,5 +125,5 @@ class Inspector:
             told: dict[str, Any] = {"answers": await asyncio.to_thread(
                 self._look, given["questions"], asked.images[0])}
         else:
-            told = {"questions": _ask_about(given.get("prompt", ""), given.get("context", ""))}
+            told = {"questions": questions_about(given.get("prompt", ""), given.get("context", ""))}
         return Reply(text=json.dumps(told), cost=0.0)

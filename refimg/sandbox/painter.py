@@ -25,7 +25,7 @@ from ..storage.files import encode_png, read_image
 
 # %% auto #0
 __all__ = ['PAINTER_VERSION', 'RATIOS', 'paint_picture', 'truth', 'choose_attributes', 'merge_references', 'restated',
-           'error_rates', 'frame_size', 'answer', 'Painter']
+           'error_rates', 'read_instruction', 'edit_attributes', 'frame_size', 'answer', 'Painter']
 
 # %% ../../nbs/sandbox/painter.ipynb #5604dee3
 PAINTER_VERSION = 1  # rises whenever the same attributes and seed give another image
@@ -55,7 +55,7 @@ def paint_picture(
         view.add_light(x, y, radius, colour, strength * (0.45 + 0.55 * view.light.lamps))
     view.paint_weather()
     image = finish_image(view, attributes["style"], palette)
-    said = {"painter": PAINTER_VERSION, "attributes": dict(attributes), "look": look}
+    said = {"painter": PAINTER_VERSION, "attributes": dict(attributes), "look": look, "seed": seed}
     image.info["refimg-truth"] = json.dumps(said)
     return image
 
@@ -99,6 +99,7 @@ def choose_attributes(
     error: float | Mapping[str, float] = 0.2,  # probability of a mistake, for all or by attribute
     reference: Mapping[str, str] | None = None,  # what the reference image shows
     follow: float = _FOLLOW,  # probability that it decides what the prompt leaves open, 0..1
+    company: float = 0.34,  # probability of a companion that the prompt does not name
 ) -> dict[str, str]:
     """Return the attributes of the image to draw."""
     rates = error if isinstance(error, Mapping) else dict.fromkeys(VOCABULARY, error)
@@ -121,7 +122,7 @@ def choose_attributes(
             taken = (stated.get("companion", ""),) if attribute == "subject" else ()
             shown = (reference or {}).get(attribute) if attribute in _CARRIED else None
             decide(attribute, shown, taken)
-    if "companion" in stated or stream(seed, "company").random() < 0.34:
+    if "companion" in stated or stream(seed, "company").random() < company:
         for attribute in ("companion", "relation"):
             decide(attribute, None, (chosen["subject"],))
     return chosen
@@ -160,6 +161,38 @@ def error_rates(
         rates |= dict.fromkeys(restated(prompt), restated_error)
     return rates
 
+# %% ../../nbs/sandbox/painter.ipynb #ed17a003
+_EDIT = re.compile(r"Edit image 1:(?P<instruction>[^\n]*)")
+_EDIT_ERROR, _EDIT_LOSS = 0.2, 0.03
+
+
+def read_instruction(
+    text: str,  # what to change
+) -> dict[str, str]:
+    """Return the attributes that an instruction names, with the values they should have."""
+    for said in (text, f"The main thing: {text}"):
+        one, other = (read_prompt(re.sub(r"\bmain thing(?=s?\b)", stand_in, said, flags=re.I))
+                      for stand_in in ("horse", "musician"))
+        if same := {a: value for a, value in one.items() if other.get(a) == value}:
+            return same
+    return {}
+
+
+def edit_attributes(
+    shown: Mapping[str, str],  # what the image shows
+    named: Mapping[str, str],  # what the instruction names, as `read_instruction` returns it
+    seed: int,  # of the edit
+    error: float = _EDIT_ERROR,  # probability that what is named fails, 0..1
+    loss: float = _EDIT_LOSS,  # probability that something else is lost, 0..1
+) -> dict[str, str]:
+    """Return the attributes of the edited image."""
+    rates = dict.fromkeys(VOCABULARY, loss) | dict.fromkeys(named, error)
+    wanted = {**shown, **named}
+    if "companion" not in named and shown.get("companion") == wanted.get("subject"):
+        rates["companion"] = 1.0
+    own = int(stream(seed, "edit").integers(2**32))
+    return choose_attributes(wanted, own, rates, company=loss)
+
 # %% ../../nbs/sandbox/painter.ipynb #2c9b5f06
 RATIOS = ("16:9", "9:16", "1:1", "4:3", "3:4")
 
@@ -190,22 +223,32 @@ def answer(
     restated_error: float | None = None,  # the same for a restated attribute; None: as `error`
     follow: float = _FOLLOW,  # probability that a reference is followed, 0..1
     prefer_first: bool = False,  # as `merge_references` takes it
+    edit_error: float = _EDIT_ERROR,  # probability that an edit fails, 0..1
+    edit_loss: float = _EDIT_LOSS,  # probability that an edit loses another attribute, 0..1
 ) -> GeneratedImage:
     """Paint the image for a request: PNG bytes and the seed that was really used."""
     seed = secrets.randbelow(2**32) if request.seed is None else request.seed
-    stated, rates = read_prompt(request.prompt), error_rates(request.prompt, error, restated_error)
     references = [read_image(Path(path)) for path in request.references]
     said = [truth(image) or {} for image in references]
     shown = [own.get("attributes", {}) for own in said]
-    sources = merge_references(shown, stated, seed, prefer_first)
-    handed_on = {a: shown[place][a] for a, place in sources.items() if a in shown[place]}
-    chosen = choose_attributes(stated, seed, rates, handed_on, follow)
-    look = said[sources["subject"]].get("look") if sources else None
-    if not isinstance(look, int) or stream(seed, "same look").random() >= follow:
-        look = None
+    edit = _EDIT.match(request.prompt) if shown and shown[0] else None
+    if edit:
+        named = read_instruction(edit["instruction"])
+        chosen = edit_attributes(shown[0], named, seed, edit_error, edit_loss)
+        composition, look = said[0].get("seed"), said[0].get("look")
+    else:
+        stated = read_prompt(request.prompt)
+        rates = error_rates(request.prompt, error, restated_error)
+        sources = merge_references(shown, stated, seed, prefer_first)
+        handed_on = {a: shown[place][a] for a, place in sources.items() if a in shown[place]}
+        chosen = choose_attributes(stated, seed, rates, handed_on, follow)
+        followed = sources and stream(seed, "same look").random() < follow
+        composition, look = seed, said[sources["subject"]].get("look") if followed else None
     foreign = [image for image, own in zip(references, said, strict=True) if not own]
     palette = _palette(foreign[0]) if foreign else None
-    image = paint_picture(chosen, seed, *frame_size(request.aspect_ratio, width), look, palette)
+    image = paint_picture(
+        chosen, composition if isinstance(composition, int) else seed,
+        *frame_size(request.aspect_ratio, width), look if isinstance(look, int) else None, palette)
     return GeneratedImage(data=encode_png(image, {}), seed=seed)
 
 # %% ../../nbs/sandbox/painter.ipynb #e9722dcc
@@ -226,22 +269,27 @@ class Painter:
         restated_error: float | None = None,  # the same for a restated one; None: as `error`
         follow: float = _FOLLOW,  # probability that a reference is followed, 0..1
         prefer_first: bool = False,  # as `merge_references` takes it
+        edit_error: float = _EDIT_ERROR,  # probability that an edit fails, 0..1
+        edit_loss: float = _EDIT_LOSS,  # probability that an edit loses something else, 0..1
     ):
         if not 32 <= width <= 4096:
             raise ValueError(f"width must be from 32 to 4096 pixels, got {width!r}")
-        if not 0 <= error <= 1:
-            raise ValueError(f"error must be a probability from 0 to 1, got {error!r}")
+        rates = {"error": error, "follow": follow, "edit_error": edit_error,
+                 "edit_loss": edit_loss}
+        for name, rate in rates.items():
+            if not 0 <= rate <= 1:
+                raise ValueError(f"{name} must be a probability from 0 to 1, got {rate!r}")
         if restated_error is not None and not 0 <= restated_error <= 1:
             raise ValueError(f"restated_error must be from 0 to 1 or None, got {restated_error!r}")
-        if not 0 <= follow <= 1:
-            raise ValueError(f"follow must be a probability from 0 to 1, got {follow!r}")
         self.width, self.error, self.restated_error = width, error, restated_error
         self.follow, self.prefer_first = follow, prefer_first
+        self.edit_error, self.edit_loss = edit_error, edit_loss
 
     async def generate(
         self,
         request: ImageRequest,  # what to paint
     ) -> GeneratedImage:
         """Paint the image for a request, in a thread."""
-        settings = (self.width, self.error, self.restated_error, self.follow, self.prefer_first)
+        settings = (self.width, self.error, self.restated_error, self.follow, self.prefer_first,
+                    self.edit_error, self.edit_loss)
         return await asyncio.to_thread(answer, request, *settings)
