@@ -65,15 +65,16 @@ class Attempts:
         request: ImageRequest,  # without seed and slot
         variation: int,  # from 1
         attempt: int = 1,  # from 1
-    ) -> Candidate:
+        edited: Candidate | None = None,  # what it is an edit of; None: it is drawn anew
+        instruction: str = "",  # what the edit is asked to change
+    ) -> None:
         """Draw one variation, and let it be scored."""
         if self.stopped():
             raise asyncio.CancelledError
         attempt += ATTEMPTS * self.reruns
-        candidate = await self.images.draw(self.model, request, variation, attempt,
-                                           self.settings.seed, self.call)
-        self.queue.add(candidate)
-        return candidate
+        self.queue.add(await self.images.draw(
+            self.model, request, variation, attempt, self.settings.seed, self.call, edited,
+            instruction))
 
     async def fill(
         self,

@@ -170,7 +170,8 @@ class ScoringQueue:
                 self.sent[path] = None
                 with suppress(ValueError):
                     self.sent[path] = read_image(path)
-        sent = [image for path in asked.references if (image := self.sent[path])]
+        others = asked.references[1:] if candidate.edited else asked.references
+        sent = [image for path in others if (image := self.sent[path])]
         candidate.defects = find_defects(pixels, sent, f"{self.text}\n{asked.prompt}")
 
     async def _look(self, candidate: Candidate) -> None:
@@ -252,6 +253,8 @@ class CandidateGroup:
         attempt: int,  # from 1
         seed: int | None,  # of the run; None: none is sent
         call: Call | None = None,  # handed along to a model that `takes_call`
+        edited: Candidate | None = None,  # what it is an edit of; None: it is drawn anew
+        instruction: str = "",  # what the edit is asked to change
     ) -> Candidate:
         """Ask the model for one variation, and add it to the group."""
         own = variation_seed(seed, self.notes.number, variation, attempt)
@@ -264,6 +267,7 @@ class CandidateGroup:
             self.notes.bill.append(None)
             raise
         self.notes.bill.append(candidate.generated.cost)
+        candidate.edited, candidate.instruction = edited, instruction
         self.arrived.append(candidate)
         await candidate.decode()
         self.candidates = sorted([*self.candidates, candidate], key=lambda item: item.number)
@@ -304,7 +308,7 @@ class CandidateGroup:
         if candidate.image:
             return candidate.image
         if candidate.number not in self.files:
-            own = [c.number for c in self.candidates if c.number not in self.files]
+            own = [c.number for c in self.candidates if not c.image and c.number not in self.files]
             stem, taken = self.folder / self.stem, {*self.files.values()}
             free = (k for k in itertools.count(1)
                     if k not in taken and not os.path.lexists(f"{stem}_v{k}.png"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from pydantic import BaseModel
@@ -96,10 +97,7 @@ class Refinement:
             aspect_ratio=self.settings.aspect_ratio,
             references=(image.image_path, *(reference.path for reference in also)))
 
-        async def draw(number: int) -> None:
-            made = await self.attempts.draw(request, number)
-            made.edited, made.instruction = edited, instruction
-
+        draw = partial(self.attempts.draw, request, edited=edited, instruction=instruction)
         count = self.settings.repair_variations
         causes = await self.images.draw_all(range(first, first + count), draw)
         if len(causes) == count:
