@@ -33,13 +33,7 @@ from .storage.documents import is_json, write_yaml
 from .storage.extras import EXTRAS, missing_extra
 from .storage.files import check_id, clean_text
 from .storage.secrets import redact
-from refimg.storage.terminal import (
-    host_of,
-    is_utf8,
-    json_line,
-    read_standard_input,
-    terminal_text,
-)
+from .storage.terminal import host_of, is_utf8, json_line, read_standard_input, terminal_text
 
 # %% auto #0
 __all__ = ['app', 'Commands', 'enhance', 'generate', 'score', 'draft', 'estimate', 'run', 'report', 'load', 'doctor']
@@ -166,6 +160,9 @@ _Seed = Annotated[int | None, typer.Option(help="Makes images repeatable where t
 _Aspect = Annotated[str, typer.Option("--aspect-ratio", help="Of the images, width:height.")]
 _View = Annotated[str | None, typer.Option(
     help="What scorers see of an image: tiles, center or whole.")]
+_Repair = Annotated[int | None, typer.Option(
+    "--repair", help="Repair rounds of what an inspector finds wrong, 0 to 10.")]
+_Judge = Annotated[bool, typer.Option("--judge", help="Let a judge compare the two best images.")]
 
 
 def _examples(*lines: str) -> str:
@@ -261,15 +258,19 @@ def estimate(
     story: _StoryFile,  # what would be run
     variations: _Variations = 4,  # images a scene, 1–20
     iterations: _Iterations = 4,  # iterations of the two agents, 0–10
+    repair: _Repair = None,  # None: REFIMG_REPAIR, or none
+    judge: _Judge = False,  # True: REFIMG_JUDGE names it
     json_value: _Json = False,  # True: the record as JSON
 ) -> None:
     """Estimate what a run would cost."""
-    settings = {"num_variations": variations, "max_enhancement_iterations": iterations}
-    told = Pipeline.from_env(**settings).estimate(_story_of(story))
+    told = Pipeline.from_env(
+        num_variations=variations, max_enhancement_iterations=iterations, repair_rounds=repair,
+        judge=defaults.judge() if judge else None).estimate(_story_of(story))
     usd = f"no price is known for {', '.join(told.unpriced)}"
     if told.low is not None and told.high is not None:
         usd = f"{told.low:.2f} to {told.high:.2f} USD"
-    counts = f"{told.images} images, at most {told.chat_calls} answers of the agents"
+    edits = f" and at most {told.edits} edits" * (told.edits > 0)
+    counts = f"{told.images} images{edits}, at most {told.chat_calls} answers of chat models"
     _answer(told, json_value, [f"{usd}: {counts}"])
 
 # %% ../nbs/07_cli.ipynb #0b626d40
@@ -322,6 +323,8 @@ def run(
     chain: Annotated[str | None, typer.Option(
         help="What scenes hand on: anchored, previous, first or none.")] = None,  # None: default
     view: _View = None,  # None: REFIMG_VIEW, or what fits the scorers
+    repair: _Repair = None,  # None: REFIMG_REPAIR, or none
+    judge: _Judge = False,  # True: REFIMG_JUDGE names it
     budget_usd: Annotated[float | None, typer.Option(
         help="What the run may spend at most.")] = None,  # None: no limit
     json_value: _Json = False,  # True: the whole record as JSON
@@ -334,7 +337,8 @@ def run(
     async def work() -> StoryResult:
         pipeline = Pipeline.from_env(
             num_variations=variations, max_enhancement_iterations=iterations,
-            aspect_ratio=aspect_ratio, seed=seed, chain=chain, view=view, budget_usd=budget_usd)
+            aspect_ratio=aspect_ratio, seed=seed, chain=chain, view=view, budget_usd=budget_usd,
+            repair_rounds=repair, judge=defaults.judge() if judge else None)
         _tell(f"generation {name}, images in {output_dir}")
         return await pipeline.run(
             tale, generation_id=name, output_dir=output_dir, on_progress=lambda step: _tell(

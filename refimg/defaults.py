@@ -178,8 +178,6 @@ def real_scorers(
 def scorers(
     image_model: ImageModel | None = None,  # what draws the images; None: files of unknown origin
     view: str | None = None,  # what they see of an image; None: REFIMG_VIEW, or what fits them
-    *,
-    present: bool = False,  # True: without real ones that are missing
 ) -> list[Scorer]:
     """Make the scorers for that model's images: the sandbox's for its own, else the real ones."""
     from refimg.adapters.tiles import VIEWS, check_view
@@ -188,7 +186,7 @@ def scorers(
     seen = None if asked is None else check_view(asked)
     origin = world() if image_model is None else image_model.name
     if not origin.startswith("sandbox"):
-        return [s for s in real_scorers(seen) if not (present and s.missing())]
+        return [*real_scorers(seen)]
     from refimg.sandbox import scorers as own
 
     kinds = (own.SandboxPickScore, own.SandboxClipScore, own.SandboxAesthetic,

@@ -82,8 +82,9 @@ class _Models(RunModels):
             raise ValueError(f"view must be None where scorers are given, got {view!r}")
         drawing = pipeline.image_model or defaults.image_model()
         if scorers is None or (isinstance(scorers, _Chosen) and scorers.view != view):
-            found = defaults.scorers(drawing, view, present=inspector is not None)
-            scorers = _Chosen(found, view)
+            found = defaults.scorers(drawing, view)
+            lacks = [s for s in found if inspector and getattr(s, "missing", lambda: None)()]
+            scorers = _Chosen([s for s in found if s not in lacks], view)
         if inspector and not any(isinstance(scorer, ChecklistScorer) for scorer in scorers):
             own = [*scorers, ChecklistScorer(inspector)]
             scorers = _Chosen(own, view) if isinstance(scorers, _Chosen) else own

@@ -345,7 +345,7 @@ LAYERS = (
     ("__main__", "cli", "fleet", "view.gallery", "gallery"),
     ("pipeline",),
     ("engine.run", "engine.agents", "engine.attempts", "engine.candidates", "engine.handover",
-     "engine.many", "engine.decisions", "engine.sheets"),
+     "engine.refining", "engine.many", "engine.decisions", "engine.reruns", "engine.sheets"),
     ("engine.results", "engine.settings", "engine.planning", "engine.usage", "engine.defects",
      "engine.outliers"),
     ("enhance", "generate", "score", "inspection", "engine.asking"),

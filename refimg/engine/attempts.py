@@ -21,31 +21,10 @@ from ..enhance import ImagePromptEnhancementResult
 from ..generate import Candidate
 
 # %% auto #0
-__all__ = ['ATTEMPTS', 'planned_attempt', 'Attempts']
+__all__ = ['Attempts']
 
 # %% ../../nbs/engine/attempts.ipynb #aa000006
-ATTEMPTS = 3  # for the images of one scene
-
-
-def planned_attempt(
-    attempt: int,  # from 1 to `ATTEMPTS`
-    enhancement: ImagePromptEnhancementResult,  # of the scene's prompt
-    story: Story,  # its markers are added to every prompt
-    number: int,  # the scene, from 1
-    references: References,  # what goes along
-    settings: Settings,  # how many images, and their shape
-    model: ImageModel,  # who is asked
-    legacy: bool = False,  # True: for a run that refimg 0.1 began
-) -> tuple[ImageRequest, int]:
-    """Return what is asked for, and how many images of it."""
-    plain = enhancement.stop_reason == "failed" or attempt == ATTEMPTS
-    text = story.scenes[number - 1].prompt if plain else enhancement.final_prompt
-    request = ImageRequest(
-        prompt=compose_prompt(
-            text, story, number, references=references.sentences, legacy=legacy),
-        negative_prompt=enhancement.negative_prompt if model.takes_negative_prompt else None,
-        aspect_ratio=settings.aspect_ratio, references=references.paths)
-    return request, 1 if plain else settings.num_variations
+_ATTEMPTS = 3  # for the images of one scene
 
 
 @dataclass
@@ -60,6 +39,25 @@ class Attempts:
     stopped: Callable[[], bool] = lambda: False  # whether the run has stopped
     reruns: int = 0  # how often the scene has been drawn again
 
+    def planned(
+        self,
+        attempt: int,  # from 1
+        enhancement: ImagePromptEnhancementResult,  # of the scene's prompt
+        story: Story,  # its markers are added to every prompt
+        references: References,  # what goes along
+        legacy: bool = False,  # True: for a run that refimg 0.1 began
+    ) -> tuple[ImageRequest, int]:
+        """Return what an attempt asks for, and how many images of it."""
+        plain = enhancement.stop_reason == "failed" or attempt == _ATTEMPTS
+        number, unwanted = self.images.notes.number, enhancement.negative_prompt
+        text = story.scenes[number - 1].prompt if plain else enhancement.final_prompt
+        request = ImageRequest(
+            prompt=compose_prompt(
+                text, story, number, references=references.sentences, legacy=legacy),
+            negative_prompt=unwanted if self.model.takes_negative_prompt else None,
+            aspect_ratio=self.settings.aspect_ratio, references=references.paths)
+        return request, 1 if plain else self.settings.num_variations
+
     async def draw(
         self,
         request: ImageRequest,  # without seed and slot
@@ -71,7 +69,7 @@ class Attempts:
         """Draw one variation, and let it be scored."""
         if self.stopped():
             raise asyncio.CancelledError
-        attempt += ATTEMPTS * self.reruns
+        attempt += _ATTEMPTS * self.reruns
         self.queue.add(await self.images.draw(
             self.model, request, variation, attempt, self.settings.seed, self.call, edited,
             instruction))
@@ -90,13 +88,12 @@ class Attempts:
         if failed:
             step = "enhance, so one image from the original prompt"
             notes.fall_back(step, "; ".join(enhancement.warnings))
-        for attempt in range(1, ATTEMPTS + 1):
-            request, count = planned_attempt(attempt, enhancement, story, notes.number, references,
-                                             self.settings, self.model, legacy)
+        for attempt in range(1, _ATTEMPTS + 1):
+            request, count = self.planned(attempt, enhancement, story, references, legacy)
             draw = partial(self.draw, request, attempt=attempt)
             causes = await self.images.draw_all(range(1, count + 1), draw)
             if self.images.candidates:
                 break
             said = "; ".join(dict.fromkeys(repr(cause) for cause in causes))
-            notes.fall_back(f"generate, attempt {attempt} of {ATTEMPTS}", said)
-        return request.prompt, "fallback" if failed or attempt == ATTEMPTS else "ranked"
+            notes.fall_back(f"generate, attempt {attempt} of {_ATTEMPTS}", said)
+        return request.prompt, "fallback" if failed or attempt == _ATTEMPTS else "ranked"

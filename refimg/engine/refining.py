@@ -27,7 +27,7 @@ from ..inspection.scorer import InspectedScore
 from ..storage.images import read_image
 
 # %% auto #0
-__all__ = ['HandEdit', 'Thrifty', 'Refinement']
+__all__ = ['HandEdit', 'Refinement']
 
 # %% ../../nbs/engine/refining.ipynb #4ef10007
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class HandEdit:
 
 
 @dataclass
-class Thrifty:
+class _Thrifty:
     """A director who asks for edits only while there is money for them."""
 
     director: ChatModel  # the model inside
@@ -164,7 +164,7 @@ class Refinement:
 
         try:
             if settings.repair_rounds:
-                director = agents.agent("repair", number, Thrifty(models.director, affords))
+                director = agents.agent("repair", number, _Thrifty(models.director, affords))
                 with self.images.notes.timed("repair"):
                     await self.repair(director)
             if models.judge:

@@ -87,7 +87,7 @@ class Rerun:
             raise ValueError("image_model must be one that takes a reference image, got "
                              f"{models.image_model.name!r}")
         old, done = self.result.scenes[self.scene - 1], self.result
-        number = variation or selected(old) or 0
+        number = selected(old) or 0 if variation is None else variation
         scene_of(done, self.scene, number)
         files = check_references(item.image.image_path for item in old.variations)
         drawn = done.settings_of(self.scene)

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['Variation', 'SentReference', 'Comparison', 'SceneResult', 'threshold_warning', 'Event', 'StoryResult']
+__all__ = ['ReferenceFrom', 'Variation', 'SentReference', 'Comparison', 'SceneResult', 'threshold_warning', 'Event',
+           'StoryResult']
 
 # %% ../../nbs/engine/results.ipynb #e4564a32
 _logger = logging.getLogger(__name__)
@@ -71,6 +72,9 @@ class Comparison(BaseModel, frozen=True, protected_namespaces=()):
     seconds: float  # that it took
 
 
+ReferenceFrom = Literal["ranked", "repaired", "first", "fallback", "carried", "human"]
+
+
 class SceneResult(BaseModel, frozen=True):
     """The result of one scene."""
 
@@ -81,7 +85,7 @@ class SceneResult(BaseModel, frozen=True):
     sent_references: list[SentReference] = []  # what went along, image 1 first
     variations: list[Variation]  # in generation order; empty where nothing could be drawn
     reference: Path  # the image that stands for this scene
-    reference_from: Literal["ranked", "repaired", "first", "fallback", "carried", "human"]
+    reference_from: ReferenceFrom
     below_threshold: bool | None = None  # None: unscored, so neither
     checklist: Checklist | None = None  # what its images were asked; None: nothing
     comparison: Comparison | None = None  # of the two best images; None: nobody compared them

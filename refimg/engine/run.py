@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from . import tasks
 from .agents import RunAgents, RunModels
@@ -26,7 +26,7 @@ from .handover import Handover
 from .references import Chain, ReferencePlan, References
 from .refining import HandEdit, Refinement
 from .outliers import warn_of_outliers
-from .results import SceneResult, StoryResult, Variation
+from .results import ReferenceFrom, SceneResult, StoryResult, Variation
 from .settings import Settings, versions
 from .story import Scene, Story
 from refimg.engine.tasks import (
@@ -62,7 +62,7 @@ class SceneRun:
     sent_prompt: str = ""
     stays: bool = False  # True: all that it was drawn from is as it was, so it is, too
     winner: Variation | None = None
-    source: Literal["ranked", "repaired", "first", "fallback"] = "ranked"
+    source: ReferenceFrom = "ranked"
 
     @property
     def number(self) -> int:
@@ -71,8 +71,7 @@ class SceneRun:
 
     @property
     def _asked(self) -> HandEdit | None:
-        edit = self.run.edit
-        return edit if edit and edit.scene.scene == self.number else None
+        return edit if (edit := self.run.edit) and edit.scene.scene == self.number else None
 
     @property
     def own(self) -> Path | None:
@@ -163,7 +162,9 @@ class SceneRun:
         for item in order:
             if (image := await self.images.save(item)) and (scores := item.scores):
                 self.winner = Variation(image=image, scores=scores, rank=item.rank, selected=True)
-                if self.source == "ranked":
+                if self.old and image.image_path == self.old.reference:
+                    self.source = self.old.reference_from
+                elif self.source == "ranked":
                     made = "repaired" if item.edited else "ranked"
                     self.source = "first" if scores.overall is None else made
                 return

@@ -138,13 +138,13 @@ def settings_of(
     values = {name: getattr(pipeline, name) for name in Settings.model_fields}
     if pipeline.judge is not None:
         check_sight(pipeline.judge, "judge")
-    lookers = [s.inspector for s in pipeline.scorers or () if isinstance(s, ChecklistScorer)]
+    check_scorers(pipeline.scorers, pipeline.weights)
+    lookers = [s.inspector for s in pipeline.scorers if isinstance(s, ChecklistScorer)]
     values["inspector"] = lookers[0] if lookers else None
     for role in ("director", "critic", "image_model", "inspector", "judge"):
         if values[role] is not None or role in ("director", "critic", "image_model"):
             _check_named(role, values[role], "name")
             values[role] = values[role].name
-    check_scorers(pipeline.scorers, pipeline.weights)
     values["scorers"] = describe_scorers(pipeline.scorers)
     if pipeline.weights is not None:
         values["weights"] = {name: float(w) for name, w in pipeline.weights.items()} or None
