@@ -202,6 +202,9 @@ FREE: dict[str, dict[str, str]] = {  # word -> where it may stand -> why
     "judge": {
         "refimg.inspection": "the judge of DESIGN: a chat model that compares two images",
         "nbs/inspection/": "the judge of DESIGN: a chat model that compares two images",
+        "refimg.sandbox.judge": "its stand-in", "nbs/sandbox/judge.ipynb": "its stand-in",
+        "nbs/pages/model-card.md": "its stand-in, and what was measured of it",
+        "nbs/pages/notebooks.md": "the names of both notebooks",
     },
     "picture": {
         "refimg.sandbox.world": "a word of the sandbox's language",

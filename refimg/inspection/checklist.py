@@ -27,12 +27,15 @@ from ..engine.subjects import Subject
 from ..storage.images import decode_image, read_image
 
 # %% auto #0
-__all__ = ['Question', 'Answer', 'Checklist', 'Inspection', 'counted', 'Questions', 'Answers', 'checklist_messages',
+__all__ = ['plain_word', 'Question', 'Answer', 'Checklist', 'Inspection', 'counted', 'Questions', 'Answers', 'checklist_messages',
            'ask_checklist', 'write_checklist', 'as_jpeg', 'check_sight', 'inspector_messages', 'ask_inspector',
            'inspect_image']
 
 # %% ../../nbs/inspection/checklist.ipynb #c4ec0007
-def _plain_word(value: Any) -> Any:
+def plain_word(
+    value: Any,  # as a model writes it: "Yes."
+) -> Any:
+    """Return a word as it is listed, "yes"; anything else as it is."""
     return value.strip().strip(".").casefold() if isinstance(value, str) else value
 
 
@@ -42,7 +45,7 @@ class Question(BaseModel, frozen=True):
     text: Annotated[CleanText, AfterValidator(lambda text: " ".join(text.split()))]  # one line
     about: Annotated[
         Literal["subject", "attribute", "count", "relation", "action", "setting", "style", "text",
-                "identity"], BeforeValidator(_plain_word)]  # what kind of thing it asks for
+                "identity"], BeforeValidator(plain_word)]  # what kind of thing it asks for
     parent: int | None = None  # the earlier one, from 0
 
 
@@ -50,7 +53,7 @@ class Answer(BaseModel, frozen=True):
     """What somebody who looked at an image answered to one question."""
 
     question: int  # its place in the checklist, from 0
-    verdict: Annotated[Literal["yes", "no", "unsure"], BeforeValidator(_plain_word)]
+    verdict: Annotated[Literal["yes", "no", "unsure"], BeforeValidator(plain_word)]
     reason: CleanText = ""  # what can be seen
 
 
