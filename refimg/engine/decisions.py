@@ -305,10 +305,11 @@ def _with_scores(
     scored, held = scene.model_copy(update={"variations": variations}), selected(scene)
     if held is None:
         return scored
-    free = reselect and ranks and scene.reference_from in ("ranked", "first")
+    free = reselect and ranks and scene.reference_from in ("ranked", "repaired", "first")
     said = [threshold_warning(scene.variations[held - 1].scores, threshold)]
     new = _with_selection(scored, ranked[0][0] if free else held, threshold, said)
-    return new.model_copy(update={"reference_from": "ranked"}) if free else new
+    source = "repaired" if scored.variations[ranked[0][0] - 1].edits else "ranked"
+    return new.model_copy(update={"reference_from": source}) if free else new
 
 
 async def rescore(

@@ -48,6 +48,7 @@ __all__ = ['WON', 'ROW', 'number_text', 'seed_text', 'verdict_text', 'warnings_o
 # %% ../../nbs/view/tables.ipynb #e15a3f66
 WON = {
     "ranked": "★ winner",
+    "repaired": "★ winner, repaired",
     "first": "★ taken first, unscored",
     "fallback": "★ fallback",
     "carried": "★ carried",
