@@ -205,6 +205,9 @@ FREE: dict[str, dict[str, str]] = {  # word -> where it may stand -> why
         "refimg.sandbox.judge": "its stand-in", "nbs/sandbox/judge.ipynb": "its stand-in",
         "nbs/pages/model-card.md": "its stand-in, and what was measured of it",
         "nbs/pages/notebooks.md": "the names of both notebooks",
+        "refimg.cli": "the option --judge", "refimg.defaults": "who the judge is",
+        "refimg.engine.candidates": "what it said", "refimg.engine.results": "what it said",
+        "refimg.engine.refining": "who asks it", "nbs/engine/refining.ipynb": "who asks it",
     },
     "picture": {
         "refimg.sandbox.world": "a word of the sandbox's language",

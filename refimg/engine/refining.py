@@ -47,7 +47,7 @@ class _Thrifty:
     """A director who asks for edits only while there is money for them."""
 
     director: ChatModel  # the model inside
-    affords: Callable[[], bool]  # whether there is money for one more round
+    affords: Callable[[], bool]  # whether there is money for one more repair
 
     def __post_init__(self) -> None:
         self.name = self.director.name
