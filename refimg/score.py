@@ -260,13 +260,14 @@ def grade(
     metrics = [{name: value for name, (value, _) in row.items()} for row in mapped]
     used = [s for s in scorers if not full or any(row[s.name].applicable for row in full)]
     overalls = group_overalls(metrics, shares(scorers, weights), [s.name for s in used])
+    models = {scorer.name: scorer.model for scorer in used}
+    calibrations = {scorer.name: scorer.calibration for scorer in used}
     records = []
     for raw, row, own, (overall, why) in zip(full, mapped, metrics, overalls, strict=True):
         notes = {name: note for name, (_, note) in row.items()} | {"overall": why}
         records.append(ImageScores(
             metrics=own, overall=overall, raw={name: found.value for name, found in raw.items()},
-            models={scorer.name: scorer.model for scorer in used},
-            calibrations={scorer.name: scorer.calibration for scorer in used},
+            models=models, calibrations=calibrations,
             notes={name: note for name, note in notes.items() if note}))
     return records
 
