@@ -183,6 +183,8 @@ def parse_critique(
 ) -> Critique:
     """Find the last critique in the answer; a ValueError says what is wrong where there is none."""
     def read(body: dict[str, Any]) -> Critique:
+        with suppress(ValidationError):  # most critiques are as they should be
+            return Critique.model_validate(body)
         flat = flat_object(body, Critique.model_fields.keys(), DIMENSIONS.keys())
         if flat.get("improvements") is None:
             with suppress(ValidationError):

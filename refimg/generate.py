@@ -88,8 +88,8 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_workers.cache_clear)
 
 
-async def _in_thread(kind: str, function: Callable[..., _T], *args: Any) -> _T:
-    return await asyncio.get_running_loop().run_in_executor(_workers(kind), function, *args)
+def _in_thread(kind: str, function: Callable[..., _T], *args: Any) -> asyncio.Future[_T]:
+    return asyncio.get_running_loop().run_in_executor(_workers(kind), function, *args)
 
 
 def _decode(data: bytes) -> Image.Image:
@@ -119,17 +119,15 @@ class Candidate:
     rank: int | None = None  # in its group, from 1
     defects: list[str] = field(default_factory=list)  # what is seen to be wrong with it
     image: ImageGenerationResult | None = None  # None: not on disk (yet)
-    _decoding: asyncio.Task | None = field(default=None, init=False, repr=False)
-    _saving: asyncio.Task | None = field(default=None, init=False, repr=False)
+    _decoding: asyncio.Future | None = field(default=None, init=False, repr=False)
+    _saving: asyncio.Future | None = field(default=None, init=False, repr=False)
 
     async def decode(self) -> Candidate:
         """Decode the bytes, once; a ValueError says why they are no image, or a blank one."""
-        async def work() -> None:
-            self.pixels = await _in_thread("pixels", _decode, self.generated.data)
-
         if self.pixels is None:
-            self._decoding = self._decoding or asyncio.ensure_future(work())
-            await asyncio.shield(self._decoding)
+            data = self.generated.data
+            self._decoding = self._decoding or _in_thread("pixels", _decode, data)
+            self.pixels = await asyncio.shield(self._decoding)
         return self
 
     async def save(
@@ -141,25 +139,21 @@ class Candidate:
         again: bool = False,  # True: a file from there on with the same bytes is it
     ) -> ImageGenerationResult:
         """Write the image, once, also if the caller is cancelled meanwhile."""
-        async def work() -> ImageGenerationResult:
-            await self.decode()
-            where = Path(os.path.expanduser(output_dir)), stem, first, again
-            self.image = await _in_thread("disk", self._write, self.pixels, *where)
-            return self.image
-
-        self._saving = self._saving or asyncio.ensure_future(work())
+        where = output_dir, stem, first, again
+        self._saving = self._saving or _in_thread("disk", self._write, *where)
         return await asyncio.shield(self._saving)
 
     def _write(
-        self, pixels: Image.Image, folder: Path, stem: str, first: int, again: bool
+        self, folder: str | Path, stem: str, first: int, again: bool
     ) -> ImageGenerationResult:
         request, answer = self.request, self.generated
+        pixels = self.pixels = self.pixels or _decode(answer.data)
         seed = request.seed if answer.seed is None else answer.seed
         notes = {"prompt": request.prompt, "model": self.model_name}
         png = encode_png(pixels, notes if seed is None else notes | {"seed": str(seed)})
-        path = save_numbered(png, folder.absolute(), stem, first, again)
-        return ImageGenerationResult(
-            image_path=path,
+        path = save_numbered(png, folder, stem, first, again)
+        self.image = ImageGenerationResult(
+            image_path=path.absolute(),
             model_name=self.model_name,
             prompt=request.prompt,
             seed=seed,
@@ -173,6 +167,7 @@ class Candidate:
             timestamp=self.timestamp,
             provider_id=answer.provider_id,
         )
+        return self.image
 
 
 async def request_image(

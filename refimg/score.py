@@ -265,12 +265,13 @@ def grade(
     like = [{n: v if n in had else None for n, v in m.items()} for m in metrics if known] or metrics
     overalls = group_overalls([*known, *like], shares(scorers, weights), [s.name for s in used])
     records, overalls = [], overalls[len(known) :]
+    models = {scorer.name: scorer.model for scorer in used}
+    calibrations = {scorer.name: scorer.calibration for scorer in used}
     for raw, row, own, (overall, why) in zip(full, mapped, metrics, overalls, strict=True):
         notes = {name: note for name, (_, note) in row.items()} | {"overall": why}
         records.append(ImageScores(
             metrics=own, overall=overall, raw={name: found.value for name, found in raw.items()},
-            models={scorer.name: scorer.model for scorer in used},
-            calibrations={scorer.name: scorer.calibration for scorer in used},
+            models=models, calibrations=calibrations,
             notes={name: note for name, note in notes.items() if note}))
     return records
 

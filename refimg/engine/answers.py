@@ -26,7 +26,7 @@ _MARKS = (  # what opens reasoning, and what closes it
     (r"<unused94>", r"<unused95>"),
     (r"<\|channel>thought", r"<channel\|>"),
 )
-_OPENING = re.compile(r"[<\[◁]")  # what every mark and every control token begins with
+_OPENING = re.compile(r"[<◁]|\[[A-Za-z/]")  # what every mark and every control token begins with
 _FINAL = r"<\|channel\|>\s*final\b[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>"
 
 

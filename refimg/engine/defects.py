@@ -154,8 +154,9 @@ def is_plain(
     image: Image.Image,  # RGB
 ) -> bool:
     """Tell whether the image is one colour all over, and no dark one: nothing is to be found."""
-    values = np.asarray(image.getextrema())  # (3, 2)
-    return bool(np.ptp(values, axis=1).max() <= _PLAIN and values.max() > 64)
+    lows, highs = zip(*image.getextrema(), strict=True)
+    widest = max(high - low for low, high in zip(lows, highs, strict=True))
+    return widest <= _PLAIN and max(highs) > 64
 
 
 def find_defects(

@@ -78,8 +78,8 @@ def _inner_capital(word: str) -> bool:
 def _names(text: str) -> list[str]:
     """List the names in a text, those of several words in one piece."""
     def is_name(word: str) -> bool:
-        bare = re.split(r"['\u2019]", word.casefold())[0]
-        return (word[0].isupper() or _inner_capital(word)) and bare not in _NO_NAMES
+        capital = word[0].isupper() or _inner_capital(word)
+        return capital and re.split(r"['\u2019]", word.casefold())[0] not in _NO_NAMES
 
     names: list[str] = []
     for sentence in re.split(r"(?<=[.!?…])\s+|\n+", text):
@@ -94,7 +94,8 @@ def _names(text: str) -> list[str]:
                 name = " ".join(words[place] for place in places)
                 names.append(re.sub(r"['\u2019]s$", "", name))
     latin = re.findall(r"[A-Za-z][A-Za-z'\u2019-]*[A-Za-z]", text)
-    if len(latin) < sum(c.isalpha() and not c.isupper() and not c.islower() for c in text):
+    caseless = (c.isalpha() and not c.isupper() and not c.islower() for c in text)
+    if not text.isascii() and len(latin) < sum(caseless):
         names += latin
     return [] if text.isupper() else names + _FOREIGN.findall(text)
 
@@ -187,5 +188,6 @@ def lost_intent(
     text, east = f" {' '.join(kept)} ", "".join(kept)
     for kind, phrases in (("name", _names(original)), ("quotation", quotations(original))):
         lost |= {p: kind for p in phrases if not _is_said(_words(p), kept, text, east)}
-    lost |= {p: "negation" for p, noun in _negations(original) if not _is_left_out(noun, kept)}
+    denied = [] if {"no", "without"}.isdisjoint(words) else _negations(original)
+    lost |= {p: "negation" for p, noun in denied if not _is_left_out(noun, kept)}
     return [f"{kind} lost from the original prompt: {what}" for what, kind in lost.items()]

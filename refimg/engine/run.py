@@ -270,6 +270,7 @@ class StoryRun:
                 await self.reporter.drain(listener, patience)
             finally:
                 listener.cancel()
+                self.scenes.clear()  # each holds its run: its pixels would wait for the collector
 
     @property
     def drawn(self) -> Story:

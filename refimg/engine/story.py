@@ -53,8 +53,8 @@ def map_paths(
     if isinstance(value, Path):
         return change(value)
     if isinstance(value, BaseModel):
-        fields = {name: getattr(value, name) for name in type(value).model_fields}
-        return value.model_copy(update={k: map_paths(v, change) for k, v in fields.items()})
+        names = type(value).model_fields
+        return value.model_copy(update={n: map_paths(getattr(value, n), change) for n in names})
     if isinstance(value, (list, tuple)):
         return type(value)(map_paths(item, change) for item in value)
     if isinstance(value, dict):

@@ -71,8 +71,9 @@ class Notifier:
         self,
         step: BaseModel,  # handed to the callback as it is
     ) -> None:
-        """Put a report in the queue."""
-        self.queue.put_nowait(step)
+        """Put a report in the queue, if somebody listens."""
+        if self.callback:
+            self.queue.put_nowait(step)
 
     async def deliver(self) -> None:
         """Call the caller's function for each report, until `drain` ends it."""
@@ -165,7 +166,7 @@ async def watch_cancellation(
             if not broken:
                 _logger.warning("cancellation_check raised %r; taken as: go on", error)
             broken = True
-        await asyncio.sleep(TICK)
+        await asyncio.sleep(TICK)  # also without a check: a Stop in Jupyter wakes no loop
 
 
 async def run_until_cancelled(

@@ -83,9 +83,10 @@ def _system(process: int) -> str:
 
 def _write_temporary(
     folder: Path, data: bytes, *, private: bool = False, durable: bool = False
-) -> Path:
+) -> str:
     unique = f"{_names.getrandbits(64):016x}"
-    path = folder / f".refimg-{_system(os.getpid())}-{os.getpid()}-{unique}.tmp"
+    name = f".refimg-{_system(os.getpid())}-{os.getpid()}-{unique}.tmp"
+    path = os.path.join(folder, name)  # joining Paths takes many times as long
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     try:
         number, rest = os.open(path, flags, 0o600 if private else 0o666), memoryview(data)
@@ -97,7 +98,8 @@ def _write_temporary(
         finally:
             os.close(number)
     except BaseException:
-        path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            os.unlink(path)
         raise
     return path
 
@@ -143,7 +145,8 @@ def write_atomic(
     try:
         os.replace(written, path)
     except BaseException:
-        written.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            os.unlink(written)
         raise
     if durable:
         sync_folder(path.parent)
@@ -196,7 +199,7 @@ def _twice(work: Callable[..., _T], *args: Any, **how: Any) -> _T:
         return work(*args, **how)
 
 
-def _claim(written: Path, target: Path) -> bool:
+def _claim(written: str, target: Path) -> bool:
     try:
         os.link(written, target)
         return True
@@ -217,7 +220,7 @@ def _claim(written: Path, target: Path) -> bool:
 
 def save_numbered(
     data: bytes,  # the finished PNG
-    folder: Path,  # made if it is missing
+    folder: str | Path,  # made if it is missing
     stem: str,  # file name before the number, see `check_stem`
     first: int = 1,  # the smallest number to try
     again: bool = False,  # True: a file on the way that holds the same bytes is taken as it is
@@ -235,6 +238,6 @@ def save_numbered(
                     or (again and target.is_file() and cmp(written, target, shallow=False)))
     finally:
         with suppress(OSError):  # then it is swept later
-            written.unlink(missing_ok=True)
+            os.unlink(written)
     _twice(sync_folder, folder)
     return made

@@ -178,7 +178,7 @@ class TraceTree:
 
     def _take(self) -> bool:
         """Make the tree, or empty one that a killed run left; tell whether it is new."""
-        for path in self.path.parent.glob(".refimg-*"):
+        for path in self.path.parent.glob(f".refimg-*-{16 * '[0-9a-f]'}"):
             name = re.fullmatch(r"\.refimg-(.+)-[0-9a-f]{16}", path.name)
             with suppress(OSError):
                 if name and (name[1] == self.path.name or is_old(path)):
