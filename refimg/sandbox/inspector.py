@@ -23,7 +23,7 @@ from ..storage.extras import missing_extra
 from ..storage.images import decode_image
 
 # %% auto #0
-__all__ = ['lead', 'Inspector']
+__all__ = ['see', 'lead', 'Inspector']
 
 # %% ../../nbs/sandbox/inspector.ipynb #15ec0011
 _SCENES = (
@@ -59,19 +59,27 @@ def _vectors(attribute: str) -> list[Any]:
     return found
 
 
+def see(
+    image: bytes,  # encoded
+) -> list[Any]:
+    """Return by tower the vector of an image."""
+    batch = Batch((decode_image(image),), "")
+    return [tower().embedder.images(batch, "whole")[0] for tower in _TOWERS]
+
+
 def lead(
     images: list[Any],  # by tower, the vector of the image
     attribute: str,  # what is asked for
     value: str,  # of the vocabulary
 ) -> tuple[float, str]:
-    """Return how far the value is ahead of its best rival, which is named; below 0: behind."""
+    """Return how far the value is ahead of its best rival, trust included, and that rival."""
     near = dict.fromkeys(VOCABULARY[attribute], 0.0)
     for texts, seen in zip(_vectors(attribute), images, strict=True):
         for name, cosine in zip(near, (texts @ seen).tolist(), strict=True):
             near[name] += cosine
     own = near.pop(value)
     rival = max(near, key=lambda name: near[name])
-    return own - near[rival], rival
+    return own - near[rival] + _TRUST.get(attribute, _OTHERS), rival
 
 # %% ../../nbs/sandbox/inspector.ipynb #15ec0013
 class Inspector:
@@ -93,7 +101,6 @@ class Inspector:
             return "unsure", "the sandbox's eyes do not know this"
         attribute, value = asked
         ahead, rival = lead(seen, attribute, value)
-        ahead += _TRUST.get(attribute, _OTHERS)
         if abs(ahead) < _CLOSE:
             return "unsure", f"it may be {value} or {rival}"
         digest = hashlib.sha256(image + question.encode()).digest()
@@ -102,9 +109,7 @@ class Inspector:
         return ("yes", f"it looks like {value}") if right else ("no", f"it looks like {rival}")
 
     def _look(self, questions: str, image: bytes) -> list[dict[str, Any]]:
-        batch = Batch((decode_image(image),), "")
-        seen = [tower().embedder.images(batch, "whole")[0] for tower in _TOWERS]
-        answers = []
+        seen, answers = see(image), []
         for line in questions.splitlines():
             number, _, question = line.partition(". ")
             verdict, reason = self._verdict(question, seen, image)
