@@ -7,9 +7,11 @@ Every prompt states four attributes or more; its four images get each of them wr
 Right is the share of what is stated that was drawn, and "all right" the share of selected images
 that show all of it. "Trained" selects by the sandbox's PickScore, CLIP-Score and aesthetic at their
 weights. The judge is asked about the two best of them, and a win of the second swaps; it prefers
-the first image in 15 of 100 questions whatever it sees. "Checklist" selects by the inspector alone,
-and its ties go to the earlier image. The intervals are over prompts. All models are the sandbox's:
-the figures say that selection works as it is written, and nothing about real models.
+the first image in 15 of 100 questions whatever it sees. Asked once it is told the best image first,
+or second; "judge" is asked in both orders, as `judge_pair` does it. "Checklist" selects by the
+inspector alone, and its ties go to the earlier image. The intervals are over prompts. All models
+are the sandbox's: the figures say that selection works as it is written, and nothing about real
+models.
 """
 
 import argparse
@@ -101,7 +103,9 @@ def show(title: str, lines: list[list]) -> None:
 
 
 def written(found: Interval) -> str:
-    """A mean with its interval."""
+    """A mean with its interval, where units differ."""
+    if np.isnan(found.low):
+        return f"{found.mean:+.3f}"
     return f"{found.mean:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
 
 
@@ -115,8 +119,9 @@ def selections(rows: list[dict]) -> dict[str, list[int]]:
         return [row["best"][row["judge"][way][at] == loses] for row in rows]
 
     return {"first image": [0] * len(rows), "trained": best("trained"),
-            "trained, judge once": judged("once", 0), "trained, judge": judged("both", 0),
-            "trained, judge, exchanged": judged("both", 1), "checklist": best("checklist"),
+            "judge once, best first": judged("once", 0),
+            "judge once, best second": judged("once", 1), "judge": judged("both", 0),
+            "judge, exchanged": judged("both", 1), "checklist": best("checklist"),
             "oracle": best("right")}
 
 
@@ -132,7 +137,7 @@ def show_selections(rows: list[dict]) -> dict:
         key = name.replace(",", "").replace(" ", "_")
         result[f"right_{key}"] = round(float(own.mean()), 4)
         result[f"all_right_{key}"] = round(float((own == 1).mean()), 4)
-        if name in ("trained, judge", "checklist"):
+        if name in ("judge", "judge once, best second", "checklist"):
             result |= {f"{part}_{key}": [round(float(x), 4) for x in gain[:3]]
                        for part, gain in zip(("gain", "gain_all"), gains, strict=True)}
     show(f"{len(rows)} prompts, best of {COUNT}", lines)

@@ -13,7 +13,7 @@ from PIL import Image
 from refimg.engine.fence import read_fences
 from refimg.engine.protocols import Message, Reply
 from refimg.inspection import Judgement, ask_judge, judge_pair
-from refimg.inspection.judge import judge_messages
+from refimg.inspection.judge import Verdict, judge_messages
 from refimg.sandbox.judge import Judge
 from refimg.sandbox.painter import choose_attributes, paint_picture
 from refimg.sandbox.world import read_prompt
@@ -47,6 +47,7 @@ class Looking:
         return verdict("tie" if one == two else "first" if one > two else "second")
 
     async def reply(self, messages, schema=None):
+        assert schema is Verdict
         self.asked.append(messages)
         number = len(self.asked)
         self.now += 1

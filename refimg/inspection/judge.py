@@ -23,10 +23,10 @@ from ..engine.protocols import ChatModel, CleanText, Message, Reply
 from .checklist import as_jpeg, check_sight, plain_word
 
 # %% auto #0
-__all__ = ['Judgement', 'judge_messages', 'ask_judge', 'judge_pair']
+__all__ = ['Verdict', 'Judgement', 'judge_messages', 'ask_judge', 'judge_pair']
 
 # %% ../../nbs/inspection/judge.ipynb #7d6e0008
-class _Verdict(BaseModel, frozen=True):
+class Verdict(BaseModel, frozen=True):
     """What a judge answers to two images in one order."""
 
     winner: Annotated[Literal["first", "second", "tie"], BeforeValidator(plain_word)]
@@ -67,17 +67,17 @@ async def ask_judge(
         one, other, *rest = await asyncio.to_thread(lambda: [*map(as_jpeg, shown)])
     except (ValueError, OSError) as error:
         raise RuntimeError(f"the judge: {error}") from error
-    read = partial(last_object, read=_Verdict.model_validate)
+    read = partial(last_object, read=Verdict.model_validate)
     try:
         found = await asyncio.gather(*(
-            ask_for("judge", judge, judge_messages(prompt, (*pair, *rest)), read, _Verdict, own)
+            ask_for("judge", judge, judge_messages(prompt, (*pair, *rest)), read, Verdict, own)
             for pair, own in zip(((one, other), (other, one)), bills, strict=True)
         ), return_exceptions=True)
     finally:
         replies = [reply for own in bills for reply in own]
         if bill is not None:
             bill += replies
-    verdicts: list[_Verdict] = []
+    verdicts: list[Verdict] = []
     for answer in found:
         if isinstance(answer, BaseException):
             raise answer
