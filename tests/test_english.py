@@ -202,6 +202,7 @@ FREE: dict[str, dict[str, str]] = {  # word -> where it may stand -> why
     "judge": {
         "refimg.inspection": "the judge of DESIGN: a chat model that compares two images",
         "nbs/inspection/": "the judge of DESIGN: a chat model that compares two images",
+        "refimg.view.checks": "what that judge answered", "nbs/view/checks.ipynb": "the same",
     },
     "picture": {
         "refimg.sandbox.world": "a word of the sandbox's language",

@@ -13,6 +13,7 @@ from refimg.view.charts import (
     timeline,
 )
 from refimg.view.html import Html, element, sandbox_models, thumbnail, visible
+from refimg.view.repairs import repairs
 from refimg.view.report import report
 from refimg.view.sheet import contact_sheet
 from refimg.view.tables import (
@@ -35,6 +36,7 @@ __all__ = [
     "element",
     "iteration_histogram",
     "progress_bar",
+    "repairs",
     "report",
     "sandbox_models",
     "save_table",

@@ -17,10 +17,11 @@ from ..engine.results import StoryResult
 from ..engine.story import Story
 from ..pipeline import Pipeline
 from ..storage.files import check_id
+from .figures import text_html
 from .gallery_state import GalleryPage, GalleryState
 from .gallery_subjects import subject_cards
 from .html import Html, counted, diff_html, element, note_text, root_html
-from .tables import metric_names, text_html
+from .tables import metric_names
 
 # %% auto #0
 __all__ = ['ImageCard', 'GalleryWidgets', 'Gallery']

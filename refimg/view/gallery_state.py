@@ -29,6 +29,15 @@ from ..engine.story import Story
 from ..engine.subjects import Subject
 from ..enhance import ImagePromptEnhancementResult
 from ..storage.files import check_id, decode_image, encode_png, save_numbered
+from refimg.view.figures import (
+    ROW,
+    WON,
+    borrowed_figure,
+    figure_html,
+    text_html,
+    variation_figure,
+    warnings_html,
+)
 from refimg.view.html import (
     BADGE,
     QUIET,
@@ -42,15 +51,6 @@ from refimg.view.html import (
     root_html,
     sandbox_badge,
     table_html,
-)
-from refimg.view.tables import (
-    ROW,
-    WON,
-    borrowed_figure,
-    figure_html,
-    text_html,
-    variation_figure,
-    warnings_html,
 )
 
 # %% auto #0
