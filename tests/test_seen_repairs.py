@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from refimg.engine.results import Comparison, Event
 from refimg.inspection.checklist import Answer, Checklist, Inspection, Question
 from refimg.pipeline import SceneResult, StoryResult, Variation
 from refimg.score import ImageScores
-from refimg.view import repairs, report, score_table, variation_grid
+from refimg.view import failure_chart, repairs, report, score_table, variation_grid
 from refimg.view.checks import Checks, checklist_html, comparison_html
 from refimg.view.html import root_html
 from refimg.view.repairs import Edits
@@ -16,6 +18,7 @@ from refimg.view.tables import history_table
 
 from .test_report import Page
 from .test_view import FEW, HOSTILE, chain_of, read, scene_of, shot, story_of, variation, views
+from .test_view_charts import alt, written
 
 ASKED = [
     Question(text="Is there a fox?", about="subject"),
@@ -251,6 +254,53 @@ def test_the_history_says_what_became_of_an_edit(repaired):
     same = event.model_copy(update={"after": {"variation": 1, "asked": 1}})
     told = read(root_html(history_table(result.model_copy(update={"history": [same]})))).words
     assert "selected: v1; the edits did not win" in told
+
+
+# the chart
+
+
+def test_the_chart_counts_what_failed_as_first_drawn_and_of_the_selected(repaired):
+    told = alt(failure_chart(story_of([repaired])))
+    assert ("2 of 4 answers failed in the images as first drawn, 1 of 4 in the selected ones"
+            in told)
+    for text in ("attribute: 1 of 1 as first drawn, 0 of 1 selected",
+                 "style: 0 of 1 as first drawn, 1 of 1 selected"):
+        assert text in told, text
+    assert "1/1" in written(failure_chart(story_of([repaired])))
+
+
+def test_images_at_which_nobody_looked_are_not_counted(repaired):
+    blank = [v.model_copy(update={"inspection": None}) for v in repaired.variations]
+    missing = repaired.model_copy(update={"variations": blank})
+    told = words(failure_chart(story_of([missing])))
+    assert "No image of this run was inspected." in told
+    some = repaired.model_copy(update={"variations": [*blank[:3], repaired.variations[3]]})
+    assert "0 of 0 answers failed" in alt(failure_chart(story_of([some])))
+
+
+def test_the_chart_is_marked_where_a_stand_in_looked(repaired):
+    mark = "sandbox · not from real models"
+    assert mark not in alt(failure_chart(story_of([repaired])))
+    odd = repaired.model_copy(update={
+        "checklist": checklist().model_copy(update={"author": "sandbox-x"})})
+    assert mark in alt(failure_chart(story_of([odd])))
+
+
+def test_a_hundred_scenes_still_make_a_chart(repaired):
+    many = [repaired.model_copy(update={"scene": number}) for number in range(1, 101)]
+    assert "Failed questions of 100 scenes by kind" in alt(failure_chart(story_of(many)))
+
+
+def test_the_report_has_the_chart_only_where_somebody_looked(repaired, tmp_path, monkeypatch):
+    def text(result) -> str:
+        return Page(report(result, tmp_path / "r.html")).text
+
+    assert "What fails" in text(story_of([repaired]))
+    assert "What fails" not in text(chain_of(tmp_path, 1))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    told = text(story_of([repaired]))
+    assert "The charts are left out" in told and "What fails" not in told
+    assert "✗ Is the fox red? no" in told and "Edits of v1" in told
 
 
 # hostile texts

@@ -12,6 +12,7 @@ from refimg.view.charts import (
     score_distributions,
     timeline,
 )
+from refimg.view.failures import failure_chart
 from refimg.view.html import Html, element, sandbox_models, thumbnail, visible
 from refimg.view.repairs import repairs
 from refimg.view.report import report
@@ -34,6 +35,7 @@ __all__ = [
     "contact_sheet",
     "dimension_rise",
     "element",
+    "failure_chart",
     "iteration_histogram",
     "progress_bar",
     "repairs",

@@ -25,6 +25,7 @@ from refimg.view.charts import (
     timeline,
 )
 from .checks import checklist_html, comparison_html
+from .failures import failure_chart
 from .figures import is_edit, number_text, seed_text, warnings_html, warnings_of
 from refimg.view.html import (
     Html,
@@ -244,6 +245,8 @@ def report(
             pool.submit(image_html, variation.image.image_path, "", width)
         charts = [element("p", f"The charts are left out: {absent}.")] if absent else [
             draw(result) for draw in draws]
+        seen = any(v.inspection for scene in result.scenes for v in scene.variations)
+        charts += [failure_chart(result)] if seen and not absent else []
         compared = any(v.scores.metrics.get("consistency") is not None
                        for scene in result.scenes for v in scene.variations if v.selected)
         together = [consistency_chart(result)] if compared and not absent else []
