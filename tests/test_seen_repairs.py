@@ -30,7 +30,7 @@ ASKED = [
 
 def seen(*verdicts: str, reason: str = "it looks like {}", cost: float | None = 0.25) -> Inspection:
     """What an inspector answered, one verdict per question."""
-    answers = [Answer(question=k, verdict=verdict, reason=reason.format(k))
+    answers = [Answer(question=k, verdict=verdict, reason=reason.replace("{}", str(k)))
                for k, verdict in enumerate(verdicts)]
     return Inspection(answers=answers, model="acme/eyes", score=50.0, cost=cost, seconds=1.0)
 

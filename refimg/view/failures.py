@@ -85,10 +85,10 @@ class _Failures(Chart):
                 if not (total := asked[number, kind]):
                     continue
                 wrong = failed[number, kind]
-                cell = {"left": place - 0.44, "height": 0.8}
-                axes.barh(row, 0.88, color=PAPER, edgecolor=THIN, linewidth=0.8, **cell)
+                left = place - 0.44
+                axes.barh(row, 0.88, left=left, color=PAPER, edgecolor=THIN, linewidth=0.8)
                 if wrong:
-                    axes.barh(row, 0.88 * wrong / total, color=ORANGE, linewidth=0, **cell)
+                    axes.barh(row, 0.88 * wrong / total, left=left, color=ORANGE, linewidth=0)
                 if len(numbers) <= _MOST // 2 or (wrong and len(numbers) <= _MOST):
                     axes.text(place, row, f"{wrong}/{total}", ha="center", va="center",
                               fontsize=8.5, color="#000000" if wrong else FAINT)

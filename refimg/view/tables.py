@@ -237,8 +237,8 @@ def history_table(
                             ("changed", "another reference: scene "),
                             ("subject", "another image of "), ("look", "its look: ")):
             told += [words + numbers(after[name])] if after.get(name) else []
-        if event.kind == "edit":
-            told.insert(0, f"{counted(after.get('asked', 0), 'edit')} of it asked for")
+        if event.kind == "edit" and after.get("asked"):
+            told.insert(0, f"{counted(after['asked'], 'edit')} of it asked for")
             held = after.get("variation") == event.before.get("variation")
             told += ["the edits did not win"] if held else []
         if after.get("prompt") not in (None, event.before.get("prompt")):
