@@ -139,7 +139,7 @@ def variation_figure(
     lines = [" · ".join(values), *(f"{name}: {note_text(note)}" for name, note in notes.items()),
              *(f"⚠ {note_text(defect)}" for defect in variation.defects), seed_text(variation)]
     asked = visible(variation.instruction) if is_edit(variation) and edited is None else ""
-    lines += [f"asked: {clipped(asked, 200)}"] if asked else []
+    lines.insert(0, f"asked for: {clipped(asked, 200)}" if asked else "")
     mark = WON[scene.reference_from] if variation.selected else None
     alt = f"Scene {scene.scene}, variation {number}: {clipped(scene.prompt, 120)}"
     return figure_html(image_html(path, alt, width), verdict_text(number, variation), mark,
