@@ -208,6 +208,7 @@ FREE: dict[str, dict[str, str]] = {  # word -> where it may stand -> why
         "refimg.cli": "the option --judge", "refimg.defaults": "who the judge is",
         "refimg.engine.candidates": "what it said", "refimg.engine.results": "what it said",
         "refimg.engine.refining": "who asks it", "nbs/engine/refining.ipynb": "who asks it",
+        "refimg.view.checks": "what that judge answered", "nbs/view/checks.ipynb": "the same",
     },
     "picture": {
         "refimg.sandbox.world": "a word of the sandbox's language",

@@ -405,7 +405,7 @@ async def test_blind_a_scene_without_pictures_names_none_of_another_scene(p, res
 async def test_blind_nothing_can_be_sorted(p, result):
     gallery = Gallery(p, result)
     gallery._repr_mimebundle_()
-    [switch] = [w for w in widgets(gallery.widgets.box) if isinstance(w, ipywidgets.Checkbox)]
+    switch = gallery.widgets.blind
     assert not gallery.widgets.sort.disabled
     switch.value = True
     assert gallery.widgets.sort.disabled
@@ -417,7 +417,7 @@ async def test_pictures_are_sorted_by_what_is_asked_for(p, result):
     gallery._repr_mimebundle_()
     ranks = [result.scenes[0].variations[c.number - 1].rank for c in gallery.widgets.cards]
     assert ranks == [1, 2, 3]
-    [sort] = [w for w in widgets(gallery.widgets.box) if isinstance(w, ipywidgets.Dropdown)]
+    sort = gallery.widgets.sort
     assert sort.options == ("overall", "pickscore", "flat", "as drawn")
     sort.value = "as drawn"
     assert [c.number for c in gallery.widgets.cards] == [1, 2, 3]

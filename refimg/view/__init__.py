@@ -12,7 +12,9 @@ from refimg.view.charts import (
     score_distributions,
     timeline,
 )
+from refimg.view.failures import failure_chart
 from refimg.view.html import Html, element, sandbox_models, thumbnail, visible
+from refimg.view.repairs import repairs
 from refimg.view.report import report
 from refimg.view.sheet import contact_sheet
 from refimg.view.tables import (
@@ -33,8 +35,10 @@ __all__ = [
     "contact_sheet",
     "dimension_rise",
     "element",
+    "failure_chart",
     "iteration_histogram",
     "progress_bar",
+    "repairs",
     "report",
     "sandbox_models",
     "save_table",

@@ -27,8 +27,9 @@ from refimg.view.frame import (
     Chart,
     label_text,
 )
+from .figures import number_text
 from .html import Html, counted, seconds_text
-from .tables import metric_names, number_text
+from .tables import metric_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,6 +17,7 @@ from PIL import Image
 
 from ..engine.results import StoryResult
 from ..storage.extras import require_extra
+from .figures import text_html
 from refimg.view.html import (
     BOX,
     QUIET,
@@ -29,7 +30,6 @@ from refimg.view.html import (
     sandbox_models,
     title_of,
 )
-from .tables import text_html
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -17,20 +17,16 @@ from ..engine.results import StoryResult
 from ..engine.story import Story
 from ..pipeline import Pipeline
 from ..storage.files import check_id
+from .gallery_edits import EditForm, prompt_fields, source_of, text_field
 from .gallery_state import GalleryPage, GalleryState
 from .gallery_subjects import subject_cards
-from .html import Html, counted, diff_html, element, note_text, root_html
-from .tables import metric_names, text_html
+from .html import Html, counted, element, note_text
+from .tables import metric_names
 
 # %% auto #0
 __all__ = ['ImageCard', 'GalleryWidgets', 'Gallery']
 
 # %% ../../nbs/view/gallery.ipynb #46390e51
-def _source(content: Html | None) -> str:
-    """Return the source of a piece of a page, for an HTML widget."""
-    return str(root_html(content)) if content else ""
-
-
 class ImageCard:
     """The place of one image, with its buttons: choose, veto, zoom."""
 
@@ -56,7 +52,7 @@ class ImageCard:
         gallery, self.box.layout.display = self.gallery, None if number else "none"
         if number:
             held = gallery.shown.variations[number - 1].selected and not gallery.blind
-            self.number, self.html.value = number, _source(gallery.page.image(number))
+            self.number, self.html.value = number, source_of(gallery.page.image(number))
             self.choose.description = f"{'keep' if held else 'choose'} v{number}"
             self.veto.description = f"veto v{number}"
             self.look.description = f"{'close' if number in gallery.closer else 'zoom'} v{number}"
@@ -140,56 +136,25 @@ class GalleryWidgets:
         face = (g.result is not None, g.enhancements is not None, most, g.page.subjects)
         if face != self.face:
             self.buttons, self.face = [], face
-            self.body.children = self._result_face(most) if g.result else self._prompts_face()
+            self.body.children = self._result_face(most) if g.result else prompt_fields(self)
             self.lock(g.busy)
-        self.head.value = _source(g.page.head())
+        self.head.value = source_of(g.page.head())
         if g.result:
             self._show_result()
 
     def _show_result(self) -> None:
         g = self.gallery
-        self.prompt.value = _source(g.page.scene())
+        self.prompt.value = source_of(g.page.scene())
         for card, number in zip_longest(self.cards, g.order()):
             card.show(number)
-        self.closer.value = _source(g.page.closer() if g.closer else None)
+        self.closer.value = source_of(g.page.closer() if g.closer else None)
         self.sort.disabled = g.blind
-        self.decided.value = _source(g.page.decided())
-        self.price.value = _source(element("div", g.price_again(g.scene)))
+        self.decided.value = source_of(g.page.decided())
+        self.price.value = source_of(element("div", g.price_again(g.scene)))
         held = g.scene, g.shown.enhancement.final_prompt
         if self.edited != held:
             self.edited, self.editor.value = held, held[1]
-
-    def _text(self, label: str, text: str) -> Any:
-        from ipywidgets import Layout, Textarea
-
-        return Textarea(text, description=label, rows=5, continuous_update=False,
-                        layout=Layout(width="auto"))
-
-    def _prompts_face(self) -> list[Any]:
-        from ipywidgets import HTML
-
-        g, rows = self.gallery, []
-        for place, scene in enumerate(g.to_draw.scenes):
-            head, prompt = element("strong", f"Scene {place + 1}"), text_html(scene.prompt)
-            rows.append(HTML(_source(element("div", head, element("div", prompt)))))
-            if g.enhancements:
-                field = self._text(f"prompt {place + 1}", g.prompts[place])
-                shown = HTML(_source(diff_html(scene.prompt, field.value)))
-
-                def change(event: Any, place: int = place, shown: Any = shown) -> None:
-                    g.prompts[place] = event.new
-                    prompt = g.to_draw.scenes[place].prompt
-                    shown.value = _source(diff_html(prompt, event.new))
-
-                field.observe(change, "value")
-                rows += [field, shown]
-        if g.enhancements:
-            price = g.price(g.to_draw, prompts=False)
-            button = self.button("Draw the images", lambda: g.begin(g.run, "Drawing …"))
-        else:
-            price = f"{g.price(g.to_draw)}, prompts and all"
-            button = self.button("Enhance the prompts", lambda: g.begin(g.enhance, "Enhancing …"))
-        return [*rows, HTML(_source(element("div", price))), button]
+        self.edit.show()
 
     def _result_face(self, most: int) -> list[Any]:
         from ipywidgets import HTML, Checkbox, Dropdown, GridBox, HBox, Layout, Text, ToggleButtons
@@ -213,15 +178,15 @@ class GalleryWidgets:
         self.why = Text(placeholder="in your own words", description="or")
         self.reasons.observe(lambda e: e.new and setattr(self.why, "value", e.new), "value")
         self.prompt, self.closer, self.price, self.decided = (HTML() for _ in range(4))
-        self.editor, self.edited = self._text("prompt", ""), None
+        self.editor, self.edited = text_field("prompt", ""), None
         self.again = self.button("Draw this scene again", self._draw_again)
-        self.cards = [ImageCard(self) for _ in range(most)]
+        self.cards, self.edit = [ImageCard(self) for _ in range(most)], EditForm(self)
         grid = GridBox([card.box for card in self.cards], layout=Layout(
             grid_template_columns="repeat(auto-fill, minmax(220px, 1fr))", grid_gap="12px"))
         wrap = Layout(flex_flow="row wrap")
         return [*subject_cards(self), self.scene, HBox([self.sort, self.blind], layout=wrap),
                 self.prompt, HBox([self.reasons, self.why], layout=wrap), grid, self.closer,
-                self.decided, self.editor, self.price, self.again]
+                self.decided, self.editor, self.price, self.again, self.edit.box]
 
     def _draw_again(self) -> None:
         scene, text = self.gallery.scene, self.editor.value
@@ -281,6 +246,20 @@ class Gallery(GalleryState):
         self.closer = []
         self.keep(await self.pipeline.rerun(old, scene))
 
+    async def edit(
+        self,
+        scene: int,  # from 1
+        instruction: str,  # what to change, in words
+        variation: int | None = None,  # of that scene, from 1; None: the selected one
+        *,
+        only: bool = True,  # False: later scenes that depend on it are drawn again
+    ) -> None:
+        """Let an image be edited, and save the result; an edit that is better is selected."""
+        self.check_file()
+        self.closer = []
+        self.keep(await self.pipeline.edit(
+            self.drawn, scene, instruction, variation=variation, only=only))
+
     def keep(
         self,
         result: StoryResult,  # the next one
@@ -294,9 +273,13 @@ class Gallery(GalleryState):
         story: Story,  # the scenes that would be drawn
         *,
         prompts: bool = True,  # False: their prompts are there
+        edits: bool = False,  # True: an image of each is edited, no other is drawn
     ) -> str:
         """Say how many images a run over the story makes, and for about how much."""
         drawing = replace(self.pipeline, max_enhancement_iterations=0)
+        if edits:
+            each = self.pipeline.repair_variations
+            drawing = replace(drawing, num_variations=each, repair_rounds=0)
         estimate = (self.pipeline if prompts else drawing).estimate(story)
         images = counted(estimate.images, "image")
         if estimate.low is None or estimate.high is None:
@@ -316,6 +299,24 @@ class Gallery(GalleryState):
         part = self.story.model_copy(update={"scenes": [self.story.scenes[k - 1] for k in again]})
         which = f"Scene{'s' * (len(again) > 1)} {', '.join(map(str, again))}"
         return f"{which}: {self.price(part, prompts=False)}."
+
+    def price_edit(
+        self,
+        scene: int,  # from 1
+        *,
+        only: bool = True,  # False: later scenes that depend on it are drawn again
+    ) -> str:
+        """Say what editing an image of that scene makes and costs."""
+        if self.story is None:
+            return "The result does not hold its story, so no image of it can be edited."
+        part = self.story.model_copy(update={"scenes": [self.story.scenes[scene - 1]]})
+        told = f"Edits: {self.price(part, prompts=False, edits=True)}."
+        later = chain_of(self.drawn, self.pipeline.chain).dependents(scene)
+        if only or not later:
+            return told
+        rest = self.story.model_copy(update={"scenes": [self.story.scenes[k - 1] for k in later]})
+        which = f"scene{'s' * (len(later) > 1)} {', '.join(map(str, later))}"
+        return f"{told} Then {which}: {self.price(rest, prompts=False)}."
 
     def say(
         self,

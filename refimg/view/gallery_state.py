@@ -29,6 +29,15 @@ from ..engine.story import Story
 from ..engine.subjects import Subject
 from ..enhance import ImagePromptEnhancementResult
 from ..storage.files import check_id, decode_image, encode_png, save_numbered
+from refimg.view.figures import (
+    ROW,
+    WON,
+    borrowed_figure,
+    figure_html,
+    text_html,
+    variation_figure,
+    warnings_html,
+)
 from refimg.view.html import (
     BADGE,
     QUIET,
@@ -42,15 +51,6 @@ from refimg.view.html import (
     root_html,
     sandbox_badge,
     table_html,
-)
-from refimg.view.tables import (
-    ROW,
-    WON,
-    borrowed_figure,
-    figure_html,
-    text_html,
-    variation_figure,
-    warnings_html,
 )
 
 # %% auto #0
@@ -71,7 +71,8 @@ def _goes_on(new: StoryResult, old: StoryResult) -> bool:
     made, had = (
         [[v.image.sha256 for v in scene.variations] for scene in result.scenes
          if scene.scene not in again] for result in (new, old))
-    return not _redrawn(old, new) and made == had and after[:len(before)] == before
+    grown = all(now[:len(then)] == then for now, then in zip(made, had, strict=True))  # by edits
+    return not _redrawn(old, new) and grown and after[:len(before)] == before
 
 
 def _forgets(new: StoryResult, old: StoryResult) -> bool:
@@ -349,7 +350,8 @@ class GalleryPage:
         out, chosen = vetoes(result, scene.scene), choice(result, scene.scene)
         if self.state.blind:
             alt = f"Scene {scene.scene}, variation {number}: {clipped(scene.prompt, 120)}"
-            mark = WON["human"] if chosen and chosen.variation == number else None
+            held = scene.reference_from == "human" and chosen and chosen.variation == number
+            mark = WON["human"] if held else None
             image = image_html(scene.variations[number - 1].image.image_path, alt, width)
             figure = figure_html(image, f"v{number}", mark, [])
         else:

@@ -277,8 +277,10 @@ def title_of(
 def model_names(
     scene: SceneResult,
 ) -> Iterator[str]:
-    """Name every model that had a part in the scene: agents, image models, scorers."""
+    """Name every model that had a part in the scene: agents, image models, scorers, inspectors."""
     yield from (scene.enhancement.director, scene.enhancement.critic)
+    yield from (asked.author for asked in [scene.checklist] if asked)
+    yield from (seen.model for seen in [scene.comparison] if seen)
     for variation in scene.variations:
         yield variation.image.model_name
         yield from variation.scores.models.values()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,9 @@ from refimg.view.charts import (
     score_words,
     timeline,
 )
+from .checks import checklist_html, comparison_html
+from .failures import failure_chart
+from .figures import is_edit, number_text, seed_text, warnings_html, warnings_of
 from refimg.view.html import (
     Html,
     counted,
@@ -40,12 +43,8 @@ from refimg.view.html import (
 from refimg.view.tables import (
     figures_html,
     history_table,
-    number_text,
     score_table,
-    seed_text,
     strip_html,
-    warnings_html,
-    warnings_of,
 )
 from .together import consistency_chart
 
@@ -66,20 +65,31 @@ def _costs(result: StoryResult) -> Html:
         failed = scene.enhancement.stop_reason == "failed"
         return None if failed else sum_known(u and u.input_tokens + u.output_tokens for u in used)
 
-    def row(name: str, scenes: list[SceneResult], usd: float | None) -> list[str]:
+    parts = [*WORK, *(part for part in ("inspect", "repair")
+                      if any(part in scene.timings for scene in result.scenes))]
+
+    def priced(scene: SceneResult) -> Iterator[float | None]:
+        yield from (scene.enhancement.cost, *(v.image.cost for v in scene.variations))
+        seen = [scene.checklist, scene.comparison, *(v.inspection for v in scene.variations)]
+        yield from (call.cost for call in seen if call)
+
+    def row(
+        name: str, scenes: list[SceneResult], usd: float | None, least: bool = False
+    ) -> list[str]:
         more = any(s.enhancement.stop_reason in ("error", "failed")
                    or s.enhancement.negative_prompt is not None for s in scenes)
-        spent = [sum_known(scene.timings.get(part) for scene in scenes) for part in WORK]
+        spent = [sum_known(scene.timings.get(part) for scene in scenes) for part in parts]
         return [name, _told(sum_known(map(tokens, scenes)), ",.0f", more),
                 str(sum(len(scene.variations) for scene in scenes)),
-                *(_told(seconds, ",.1f") for seconds in spent), _told(usd, ",.4f")]
+                *(_told(seconds, ",.1f") for seconds in spent), _told(usd, ",.4f", least)]
 
     rows = []
     for s in result.scenes:
-        usd = sum_known([s.enhancement.cost, *(v.image.cost for v in s.variations)])
-        rows.append(row(f"scene {s.scene}", [s], usd if s.variations else None))
+        usd = sum_known(priced(s)) if s.variations else None
+        unseen = s.checklist is not None and any(v.inspection is None for v in s.variations)
+        rows.append(row(f"scene {s.scene}", [s], usd, unseen or any(map(is_edit, s.variations))))
     rows.append(row("run", result.scenes, result.cost))
-    head = ["", "tokens", "images", *(f"{part}, s" for part in WORK), "USD"]
+    head = ["", "tokens", "images", *(f"{part}, s" for part in parts), "USD"]
     total = _told(result.timings.get("total"), ",.1f")
     told = (f"From start to end {total} seconds. The run's USD are those of all its calls, also of "
             "those whose image was lost.")
@@ -148,7 +158,9 @@ def _scene(scene: SceneResult, width: int) -> list[Html | None]:
         else element("p", f"Not enhanced: {made.stop_reason}."),
         folded_html("the prompt that was sent", lines_html(sent)) if sent
         else element("p", "Nothing was sent."), _sent_references(scene),
-        element("h3", "Variations"), figures_html(scene, width),
+        element("h3", "Variations"), figures_html(scene, width), checklist_html(scene),
+        element("h3", "The two best compared") if scene.comparison else None,
+        comparison_html(scene),
         element("h3", "Warnings") if warnings_of(scene) else None, warnings_html(scene),
     ]
 
@@ -233,6 +245,8 @@ def report(
             pool.submit(image_html, variation.image.image_path, "", width)
         charts = [element("p", f"The charts are left out: {absent}.")] if absent else [
             draw(result) for draw in draws]
+        seen = any(v.inspection for scene in result.scenes for v in scene.variations)
+        charts += [failure_chart(result)] if seen and not absent else []
         compared = any(v.scores.metrics.get("consistency") is not None
                        for scene in result.scenes for v in scene.variations if v.selected)
         together = [consistency_chart(result)] if compared and not absent else []

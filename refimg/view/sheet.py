@@ -11,8 +11,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from ..engine.results import SceneResult, StoryResult
 from ..storage.files import read_image
+from .figures import WON, verdict_text
 from .html import model_names, plain_letters, sandbox_models, scenes_of, title_of
-from .tables import WON, verdict_text
 
 # %% auto #0
 __all__ = ['contact_sheet']

@@ -15,9 +15,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..engine.results import SceneResult, StoryResult, Variation
+from ..engine.results import SceneResult, StoryResult
 from ..engine.tasks import Progress
 from ..storage.files import write_atomic
+from .checks import Checks, comparison_html
+from refimg.view.figures import (
+    ROW,
+    WON,
+    borrowed_figure,
+    is_edit,
+    number_text,
+    seed_text,
+    text_html,
+    variation_figure,
+    warnings_html,
+    warnings_of,
+)
 from refimg.view.html import (
     CELL,
     QUIET,
@@ -34,144 +47,28 @@ from refimg.view.html import (
     seconds_text,
     table_html,
     title_of,
-    visible,
 )
+from .repairs import repairs_html
 
 if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['WON', 'ROW', 'number_text', 'seed_text', 'verdict_text', 'warnings_of', 'figure_html', 'variation_figure',
-           'borrowed_figure', 'text_html', 'warnings_html', 'figures_html', 'variation_grid', 'metric_names',
-           'score_table', 'strip_html', 'chain_strip', 'history_table', 'progress_bar', 'save_table']
-
-# %% ../../nbs/view/tables.ipynb #e15a3f66
-WON = {
-    "ranked": "★ winner",
-    "repaired": "★ winner, repaired",
-    "first": "★ taken first, unscored",
-    "fallback": "★ fallback",
-    "carried": "★ carried",
-    "human": "★ chosen by a person",
-}
-
-
-def number_text(
-    value: float | None,  # 0–100
-) -> str:
-    """Write one decimal, or a dash."""
-    return "–" if value is None else f"{value:.1f}"
-
-
-def seed_text(
-    variation: Variation,
-) -> str:
-    """Write the seed in words."""
-    return "seedless" if variation.image.seed is None else f"seed {variation.image.seed}"
-
-
-def verdict_text(
-    number: int,  # from 1
-    variation: Variation,
-) -> str:
-    """Say which variation it is, its rank, its overall and its defects."""
-    mark = "".join(f" · ⚠ {defect.partition(':')[0]}" for defect in variation.defects)
-    if variation.scores.overall is None:
-        return f"v{number} · unscored{mark}"
-    rank = f" · rank {variation.rank}" if variation.rank else ""
-    return f"v{number}{rank} · overall {number_text(variation.scores.overall)}{mark}"
-
-
-def warnings_of(
-    scene: SceneResult,
-) -> list[str]:
-    """List what a person should know: the scene's warnings, and why it is stale."""
-    return [*scene.warnings, *([f"stale: {scene.stale}"] if scene.stale else [])]
-
-# %% ../../nbs/view/tables.ipynb #98d10c0d
-_FIGURE = "max-width:300px;min-width:0;margin:0;padding:6px;box-sizing:border-box;"
-_PLAIN = "border:1px solid rgba(128,128,128,.45);border-radius:6px"
-_FRAMED = "border:1px solid #2f80d8;outline:3px solid #2f80d8;outline-offset:-1px;border-radius:6px"
-_MARK = "background:#1f66b5;color:#ffffff;border-radius:3px;padding:0 .4em;font-weight:600"
-
-
-def figure_html(
-    image: Html,
-    title: str,
-    mark: str | None,  # how the image was selected; None: it was not
-    lines: list[str],  # below the title
-) -> Html:
-    """Show an image with its caption; one with a mark is framed as well."""
-    head = element("div", element("strong", title))
-    badge = element("div", element("span", mark, style=_MARK)) if mark else None
-    rest = [element("div", line, style=QUIET) for line in lines]
-    caption = element("figcaption", head, badge, *rest, style="margin-top:.4em;font-size:.92em")
-    return element("figure", image, caption, style=_FIGURE + (_FRAMED if mark else _PLAIN))
-
-
-def variation_figure(
-    scene: SceneResult,
-    number: int,  # of the variation, from 1
-    width: int = 256,  # pixels
-) -> Html:
-    """Show one variation with everything that is known of it."""
-    variation = scene.variations[number - 1]
-    scores, path = variation.scores, variation.image.image_path
-    missing = [name for name, value in scores.metrics.items() if value is None]
-    notes = dict.fromkeys(missing, "no reason was recorded") | scores.notes
-    if scores.overall is None:
-        notes.setdefault("overall", "no reason was recorded")
-        notes = {"unscored" if name == "overall" else name: note for name, note in notes.items()}
-    values = [f"{name} {number_text(value)}" for name, value in scores.metrics.items()]
-    lines = [" · ".join(values), *(f"{name}: {note_text(note)}" for name, note in notes.items()),
-             *(f"⚠ {note_text(defect)}" for defect in variation.defects), seed_text(variation)]
-    mark = WON[scene.reference_from] if variation.selected else None
-    alt = f"Scene {scene.scene}, variation {number}: {clipped(scene.prompt, 120)}"
-    return figure_html(image_html(path, alt, width), verdict_text(number, variation), mark,
-                       [line for line in lines if line])
-
-
-def borrowed_figure(
-    scene: SceneResult,  # one that has no image of its own
-    width: int = 256,  # pixels
-) -> Html:
-    """Show the reference that a scene borrows."""
-    alt = f"Scene {scene.scene} has no image of its own; borrowed: {scene.reference.name}"
-    lines = ["no image of its own: this one stands in", scene.reference.name]
-    return figure_html(image_html(scene.reference, alt, width), "carried", WON["carried"], lines)
+__all__ = ['figures_html', 'variation_grid', 'metric_names', 'score_table', 'strip_html', 'chain_strip', 'history_table',
+           'progress_bar', 'save_table']
 
 # %% ../../nbs/view/tables.ipynb #99584846
-ROW = (
-    "display:grid;grid-template-columns:repeat(auto-fill,minmax(212px,1fr));gap:12px;"
-    "align-items:start;margin:.5em 0"
-)
-
-
-def text_html(
-    text: str,
-    longest: int = 1500,  # characters
-) -> Html:
-    """Show a text that somebody else wrote, in its own writing direction."""
-    return element("bdi", clipped(visible(text), longest))
-
-
-def warnings_html(
-    scene: SceneResult,
-) -> Html | None:
-    """List what a person should know; None where there is nothing."""
-    items = [element("li", element("bdi", note_text(text))) for text in warnings_of(scene)]
-    return element("ul", *items, style="margin:.3em 0;padding-left:1.4em") if items else None
-
-
 def figures_html(
     scene: SceneResult,
     width: int = 256,  # pixels
 ) -> Html:
-    """Show the variations in the order of generation, and what stands in for them."""
-    figures = [variation_figure(scene, k, width) for k in range(1, len(scene.variations) + 1)]
+    """Show the variations as they were drawn, what stands in for them, and below it the edits."""
+    figures = [variation_figure(scene, number, width)
+               for number, made in enumerate(scene.variations, start=1) if not is_edit(made)]
     if not any(v.selected for v in scene.variations):
         figures.insert(0, borrowed_figure(scene, width))
-    return element("div", *figures, style=ROW)
+    row, edits = element("div", *figures, style=ROW), repairs_html(scene, width)
+    return element("div", row, edits) if edits else row
 
 
 def variation_grid(
@@ -183,8 +80,8 @@ def variation_grid(
     warned = element("div", "⚠ warnings") if warnings_of(scene) else None
     sent = element("details", element("summary", "the prompt that was sent"),
                    element("div", text_html(scene.sent_prompt, 4000)), style=QUIET)
-    return root_html(head, prompt, figures_html(scene), warned, warnings_html(scene),
-                     sent if scene.sent_prompt else None)
+    return root_html(head, prompt, figures_html(scene), comparison_html(scene), warned,
+                     warnings_html(scene), sent if scene.sent_prompt else None)
 
 # %% ../../nbs/view/tables.ipynb #628121a9
 _SUP = "font-size:.75em;line-height:0;vertical-align:super;margin-left:.15em"
@@ -222,9 +119,12 @@ class _ScoreTable:
         if variation.defects:
             defects = note_text("; ".join(variation.defects))
             cells[1] = self.cell(f"v{number} ⚠", f"⚠ {defects}", bold)
+        notes = dict(scores.notes)
+        if not bold and Checks(scene, number).answers:
+            notes.pop("checklist", None)
         for name in ("overall", *self.metrics):
             value = scores.overall if name == "overall" else scores.metrics.get(name)
-            note = scores.notes.get(name, None if value is not None else "no reason was recorded")
+            note = notes.get(name, None if value is not None else "no reason was recorded")
             note = None if note is None else f"{name}: {note_text(note)}"
             cells.append(self.cell(number_text(value), note, bold))
         tail = [seed_text(variation).removeprefix("seed "), image.model_name, image.image_path.name]
@@ -303,11 +203,13 @@ def strip_html(
         overall = own.scores.overall if own else None
         score = "unscored" if overall is None else f"overall {overall:.1f}"
         told = " · ".join([scene.reference_from, *([score] if own else [])])
-        notes = warnings_of(scene)
+        notes, place = warnings_of(scene), scene.variations.index(own) + 1 if own else 0
+        failed = Checks(scene, place).failed if own else None
+        wrong = f"✗ {'; '.join(map(note_text, failed.values()))}" if failed else ""
         warned = f"⚠ {len(notes)}: {note_text(notes[0])}" if notes else ""
         alt = f"Reference of scene {scene.scene}: {clipped(scene.prompt, 120)}"
         cards.append(_card(image_html(scene.reference, alt, width), f"Scene {scene.scene}",
-                           [line for line in (told, origin, warned) if line], arrow))
+                           [line for line in (told, origin, wrong, warned) if line], arrow))
         before = scene.reference
     return element("div", *cards, style=ROW)
 
@@ -335,6 +237,10 @@ def history_table(
                             ("changed", "another reference: scene "),
                             ("subject", "another image of "), ("look", "its look: ")):
             told += [words + numbers(after[name])] if after.get(name) else []
+        if event.kind == "edit" and after.get("asked"):
+            told.insert(0, f"{counted(after['asked'], 'edit')} of it asked for")
+            held = after.get("variation") == event.before.get("variation")
+            told += ["the edits did not win"] if held else []
         if after.get("prompt") not in (None, event.before.get("prompt")):
             told.append(f"new prompt: {after['prompt']}")
         told += ["decided without seeing the scores"] if after.get("blind") else []
