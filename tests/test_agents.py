@@ -240,7 +240,7 @@ async def test_the_agents_live_on_the_messages_alone():
 
 async def test_a_director_asked_by_hand_takes_the_message_as_the_prompt():
     reply = await Director().reply([Message(role="user", content="A knight.")])
-    assert reply.text.startswith("A knight. ") and reply.usage is None and reply.cost is None
+    assert reply.text.startswith("A knight. ") and reply.usage is None and reply.cost == 0
 
 
 async def test_a_fence_in_a_prompt_moves_no_agent():

@@ -135,7 +135,8 @@ class ScoringQueue:
         self.scorers, self.text, self.group, self.stopped = scorers, text, group, stopped
         self.references, self.slots = references, slots or asyncio.Semaphore(1)
         self.looks: list[asyncio.Task] = []
-        self.looked = 0.0  # that images were looked at, added up
+        self.looking = 0  # images that are looked at
+        self.begun = self.looked = 0.0  # when that began; the seconds that it took
         self.sent: dict[Path, Image.Image | None] = {}  # files that went along; None: gone
         self.waiting: deque[Candidate] = deque()
         self.task: asyncio.Task | None = None
@@ -179,10 +180,14 @@ class ScoringQueue:
         async with self.slots:
             if candidate.pixels is None or self.stopped():
                 return
-            begun = time.perf_counter()
             batch = Batch((candidate.pixels,), self.text, self.references)
-            candidate.raw.update((await awaited_scores(batch, self.scorers))[0])
-            self.looked += time.perf_counter() - begun
+            self.begun = self.begun if self.looking else time.perf_counter()
+            self.looking += 1
+            try:
+                candidate.raw.update((await awaited_scores(batch, self.scorers))[0])
+            finally:
+                self.looking -= 1
+                self.looked += 0 if self.looking else time.perf_counter() - self.begun
 
     async def _work(self) -> None:
         def score_waiting() -> None:

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from itertools import dropwhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -196,19 +197,34 @@ def veto(
     return updated(result, [new if s.scene == scene else s for s in result.scenes], event)
 
 # %% ../../nbs/engine/decisions.ipynb #61401daa
+def _last_choice(result: StoryResult, scene: int) -> Event | None:
+    """Return the scene's last choice by a person; None if there is none, or a veto undid it."""
+    events = [e for e in result.events_since_drawn(scene) if e.kind == "choose"
+              or (e.kind == "veto" and "variation" in e.after)]
+    last = events[-1] if events else None
+    undone = last is None or last.kind == "veto" or last.variation in vetoes(result, scene)
+    return None if undone else last
+
+
+def _seen(result: StoryResult, scene: SceneResult, event: Event) -> range:
+    """Return the numbers of the images that were there when a person decided."""
+    since = dropwhile(lambda e: e is not event, result.events_since_drawn(scene.scene))
+    there = (e.before["variations"] for e in since if e.kind == "edit")
+    return range(1, next(there, len(scene.variations)) + 1)
+
+
 def preference_rows(
     result: StoryResult,  # with choices or vetoes
 ) -> list[dict[str, Any]]:
     """List the pairs of images that a person has ordered, of the images that are there."""
     rows = []
     for scene in result.scenes:
-        numbers, out = range(1, len(scene.variations) + 1), vetoes(result, scene.scene)
-        made = choice(result, scene.scene)
+        out, made = vetoes(result, scene.scene), _last_choice(result, scene.scene)
         won = made.variation if made else None
         pairs = [(k, lost, event) for lost, event in out.items()
-                 for k in numbers if k not in out and k != won]
+                 for k in _seen(result, scene, event) if k not in out and k != won]
         if made and won:
-            pairs = [*((won, k, made) for k in numbers if k != won), *pairs]
+            pairs = [*((won, k, made) for k in _seen(result, scene, made) if k != won), *pairs]
         for k, m, event in pairs:
             better, other = scene.variations[k - 1], scene.variations[m - 1]
             a, b = ({"overall": v.scores.overall, **v.scores.metrics} for v in (better, other))
@@ -227,12 +243,9 @@ def choice(
     result: StoryResult,  # with its history
     scene: int,  # from 1
 ) -> Event | None:
-    """Return the scene's last choice by a person; None if there is none, or a veto undid it."""
-    events = [e for e in result.events_since_drawn(scene) if e.kind == "choose"
-              or (e.kind == "veto" and "variation" in e.after)]
-    last = events[-1] if events else None
-    undone = last is None or last.kind == "veto" or last.variation in vetoes(result, scene)
-    return None if undone else last
+    """Return the scene's last choice by a person; None if there is none, or it holds no more."""
+    made = _last_choice(result, scene)
+    return made if made and made.variation == selected(result.scenes[scene - 1]) else None
 
 
 def preferences(

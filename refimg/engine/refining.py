@@ -144,10 +144,12 @@ class Refinement:
         return [*better, *held]
 
     def failed(self) -> list[tuple[Question, Answer]]:
-        """List what an inspector found wrong with the best image; nothing where nobody looked."""
+        """List what is wrong with the best image, else what is unsure; [] where nobody looked."""
         best, checklist = self.images.ranked[:1], self.queue.checklist
         seen = [getattr(item.raw.get("checklist"), "inspection", None) for item in best]
-        return checklist.failed(seen[0].answers) if checklist and seen and seen[0] else []
+        if not checklist or not seen or not seen[0]:
+            return []
+        return checklist.failed(seen[0].answers) or checklist.failed(seen[0].answers, most=0.5)
 
     async def refine(
         self,

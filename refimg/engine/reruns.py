@@ -147,7 +147,8 @@ class Rerun:
             before |= {"prompt": old.scenes[number - 1].prompt}
             after |= {"prompt": self.story.scenes[number - 1].prompt}
         else:
-            before |= {"variation": selected(old.scenes[number - 1]),
+            before |= {"variations": len(old.scenes[number - 1].variations),
+                       "variation": selected(old.scenes[number - 1]),
                        "reference_from": old.scenes[number - 1].reference_from}
             after |= {"variation": selected(new.scenes[number - 1]),
                       "asked": new.settings["repair_variations"]}

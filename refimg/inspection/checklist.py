@@ -105,13 +105,14 @@ class Checklist(BaseModel, frozen=True):
     def failed(
         self,
         answers: Sequence[Answer],  # one per question
+        most: float = 0.0,  # points of what counts as failed; .5: also what is unsure
     ) -> list[tuple[Question, Answer]]:
         """List what is wrong, without what only follows from it."""
         points = self.points(answers)
         return [
             (question, answer) for question, answer, own in zip(
                 self.questions, self.check(answers), points, strict=True)
-            if not own and (question.parent is None or points[question.parent])]
+            if own <= most and (question.parent is None or points[question.parent])]
 
 
 class Inspection(BaseModel, frozen=True, protected_namespaces=()):

@@ -282,7 +282,8 @@ class Critic:
         given = _material(messages)
         original, context = given.get("original", ""), given.get("context", "")
         text = given.get("prompt", original)
-        return Reply(text=await asyncio.to_thread(self.critique, text, original, context))
+        found = await asyncio.to_thread(self.critique, text, original, context)
+        return Reply(text=found, cost=0.0)
 
     def critique(
         self,

@@ -249,7 +249,7 @@ def answer(
     image = paint_picture(
         chosen, composition if isinstance(composition, int) else seed,
         *frame_size(request.aspect_ratio, width), look if isinstance(look, int) else None, palette)
-    return GeneratedImage(data=encode_png(image, {}), seed=seed)
+    return GeneratedImage(data=encode_png(image, {}), seed=seed, cost=0.0)
 
 # %% ../../nbs/sandbox/painter.ipynb #e9722dcc
 class Painter:
