@@ -166,18 +166,20 @@ class Director:
         schema: type[BaseModel] | None = None,  # not used
     ) -> Reply:
         """Answer with a prompt, a plan, a draft, an edit instruction, or a negative prompt."""
-        given = _material(messages)
+        return Reply(text=await self._answer(_material(messages)), cost=0.0)
+
+    async def _answer(self, given: dict[str, str]) -> str:
         if "failed" in given:
-            return Reply(text=mend(given.get("prompt", ""), given["failed"].splitlines()))
+            return mend(given.get("prompt", ""), given["failed"].splitlines())
         if "brief" in given:
-            return Reply(text=json.dumps(draft(given["brief"], int(given["number_of_scenes"]))))
+            return json.dumps(draft(given["brief"], int(given["number_of_scenes"])))
         if "story" in given:
-            return Reply(text=json.dumps(plan(given["story"], given.get("brand", ""))))
+            return json.dumps(plan(given["story"], given.get("brand", "")))
         if "original" not in given:
-            return Reply(text=_DEFECTS)
+            return _DEFECTS
         asked = json.loads(given.get("critique", "{}")).get("improvements", [])
         context, last = given.get("context", ""), given.get("last_version", "")
-        return Reply(text=await asyncio.to_thread(write, given["original"], context, last, asked))
+        return await asyncio.to_thread(write, given["original"], context, last, asked)
 
 # %% ../../nbs/sandbox/agents.ipynb #86b6f58d
 _WEIGHTS = {

@@ -33,7 +33,8 @@ _SCENES = (
 _ELSE = {"framing": "medium shot", "count": "a", "colour": "red", "subject": "dog",
          "setting": "meadow", "time": "afternoon", "weather": "cloudy", "style": "oil painting"}
 _CLOSE = 0.03  # of cosines: so near to the bar nobody can tell
-_TRUST = {"subject": 0.16, "count": 0.21, "colour": 0.12, "companion": 0.2}  # how far a value may be behind a rival
+_TRUST = {  # how far a value may be behind a rival
+    "subject": 0.16, "count": 0.21, "colour": 0.12, "companion": 0.2}
 _OTHERS = 0.06  # the same for the other attributes; of 220 images that were not used to measure
 _TOWERS = (SandboxClipScore, SandboxPickScore)
 
