@@ -35,7 +35,7 @@ from refimg.validate.statistics import paired_interval
 from tools.train_sandbox.pictures import attributes_by_chance
 
 LONG = True
-SEED, WIDTH, ROUNDS = 31_2026, 256, 2
+SEED, WIDTH, ROUNDS = 32_2026, 256, 2
 DOUBLED = 0.035  # of verdicts turned around, as many as are wrong without it
 WORLDS = {  # name: edit failure, turned verdicts
     "repaired": (0.2, 0.0), "edits fail at .5": (0.5, 0.0),

@@ -422,8 +422,8 @@ def doctor(
     """Say what is installed, set and present on this machine."""
     from refimg.storage.journal import default_folder
 
-    roles = {"director": defaults.director, "critic": defaults.critic,
-             "image_model": defaults.image_model}
+    roles = (defaults.director, defaults.critic, defaults.image_model, defaults.inspector,
+             defaults.judge)
     with contextlib.redirect_stdout(sys.stderr):
         found = {
             "versions": {"python": platform.python_version()}
@@ -433,8 +433,7 @@ def doctor(
             "hosts": {what: host_of(os.environ.get(name, "").strip() or default)
                       or f"{name} is no address" for what, (name, default) in _ADDRESSES.items()},
             "world": _found(defaults.world),
-            "models": {role: _found(lambda make=make: make().name)
-                       for role, make in roles.items()},
+            "models": {make.__name__: _found(lambda make=make: make().name) for make in roles},
             "weights": _found(lambda: {
                 name: why or "ready" for name, why in defaults.available().items()}),
             "prices": _found(lambda: len(defaults.prices().rows())),

@@ -1,10 +1,11 @@
-"""A server that nobody here wrote: `transformers serve`, with a tiny model of random weights.
+"""A server that nobody here wrote: `transformers serve`, with tiny models of random weights.
 
 It accepts the schema and ignores it, and answers rubbish: the run ends on its fallbacks.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -18,10 +19,20 @@ from refimg import Pipeline, Scene, Story
 from refimg.adapters.openai import OpenAIChat
 from refimg.adapters.towers import import_transformers
 from refimg.enhance import Critique, critic_messages, parse_critique
-from tests.fakes import FakeImages, FakeScorer
+from refimg.inspection import Checklist, Question, inspect_image, judge_pair
+from tests.fakes import FakeImages, FakeScorer, picture
+from tests.tiny_vlm import qwen
 
 pytestmark = [pytest.mark.slow, pytest.mark.all]
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+
+
+DECODER = """
+import torchvision.transforms.functional as tensors
+from transformers import image_processing_backends, image_utils
+image_processing_backends.load_image_as_tensor = lambda source: tensors.pil_to_tensor(
+    image_utils.load_image(source))
+"""  # a torchvision without its extension decodes no files
 
 
 def tiny_model(folder) -> None:
@@ -53,8 +64,21 @@ def served(tmp_path_factory):
     """Base URL and model name of a running `transformers serve`, and what it logs."""
     folder = tmp_path_factory.mktemp("tiny-model")
     tiny_model(folder)
+    yield from serving(folder)
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory):
+    """The same with a Qwen2.5-VL, which sees images."""
+    folder = qwen(tmp_path_factory.mktemp("tiny-eyes"))
+    ends = {"do_sample": True, "eos_token_id": [*range(0, 300, 3)]}  # it stops after some words
+    (folder / "generation_config.json").write_text(json.dumps(ends))
+    yield from serving(folder)
+
+
+def serving(folder):
     code = "from refimg.adapters.towers import import_transformers; import_transformers()\n"
-    code += "from transformers.cli.transformers import main; main()"
+    code += DECODER + "from transformers.cli.transformers import main; main()"
     command = [sys.executable, "-c", code, "serve", str(folder), "--port", "0", "--device", "cpu"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     server = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
@@ -102,3 +126,26 @@ async def test_a_run_ends_on_its_fallbacks(served, tmp_path):
     ]
     assert len(images.requests) == 2 and all(path.is_file() for path in result.references)
     assert result.scenes[0].enhancement.critic.startswith("openai:")
+
+
+async def test_eyes_that_answer_rubbish_leave_a_reason(seeing):
+    url, model, _ = seeing
+    eyes = OpenAIChat(model, base_url=url)
+    asked = Checklist(prompt="A boat.", author="x", questions=[
+        Question(text="Is there a boat?", about="subject")])
+    with pytest.raises(RuntimeError, match="inspector: .*unusable after one repair turn"):
+        await inspect_image(picture(90), asked, inspector=eyes)
+
+
+async def test_a_run_with_such_eyes_is_scored_by_the_others(seeing, tmp_path):
+    url, model, _ = seeing
+    eyes = OpenAIChat(model, base_url=url)
+    pipeline = Pipeline(image_model=FakeImages(), scorers=[FakeScorer()], inspector=eyes,
+                        judge=eyes, repair_rounds=1, num_variations=2, plan=False,
+                        max_enhancement_iterations=0)
+    result = await pipeline.run(Story(scenes=[Scene(prompt="A boat.")]), output_dir=tmp_path)
+    (scene,) = result.scenes
+    assert scene.reference_from == "ranked" and scene.comparison is None
+    assert any("the two best images are not compared" in text for text in scene.warnings)
+    assert all(item.inspection is None and item.scores.notes["checklist"]
+               for item in scene.variations)

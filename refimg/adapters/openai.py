@@ -124,6 +124,10 @@ class _ToldError(ConnectionError):
         return next(found, None)
 
 
+class _BlindError(ValueError):
+    """A server says that its model takes no images; it is not asked to again."""
+
+
 def _read_completion(
     completion: Completion,  # what the SDK made of the server's answer
 ) -> Reply:
@@ -191,6 +195,8 @@ def failure(
     import openai
 
     text = _line(error)
+    if isinstance(error, _BlindError):
+        return Failure("never", str(error))
     if isinstance(error, RecursionError):
         return Failure("never", "the answer is nested too deeply to be read", paid=True)
     if isinstance(error, (JSONDecodeError, UnicodeDecodeError)):
@@ -219,11 +225,17 @@ def failure(
 
 # %% ../../nbs/adapters/openai.ipynb #2f4048ae
 _FORMS = ("json_schema", "json_object", "words")
-_REFUSED = (400, 404, 422, 500, 501)  # a status that may be about the form
+_REFUSED = (400, 404, 415, 422, 500, 501)  # a status that may be about the form, or about images
+_NO_IMAGES = re.compile(
+    r"not (?:an? )?(?:multimodal|vision)|at most 0 image|unknown variant .?image_url"
+    r"|(?:not|n't|only|that) support\w*[^.]{0,40}(?:image|vision|multimodal)"
+    r"|(?:image|vision|multimodal)[^.]{0,60}(?:not|n't|only)(?: be)? (?:support|accept|allow)"
+    r"|content (?:must|should) be a (?:valid )?string|(?:invalid|unsupported) content.type", re.I)
 
 _Server = tuple[str, str]  # address and model
 _steps: dict[_Server, int] = {}  # the form that it knows
 _settled: set[_Server] = set()  # whose form is known
+_blind: dict[_Server, str] = {}  # that takes no images: what it said
 _limits: dict[_Server, dict[str, int]] = {}  # address and model: the limit that it takes
 _LEAST = 512  # tokens of an answer, below which no limit is tried
 _TOO_LARGE = re.compile("too (large|high|big|many)|exceed|at most|maximum|less than", re.I)
@@ -381,6 +393,9 @@ class OpenAIChat:
         client, server = await self.load(), (self.base_url, self.model)
         from openai import APIStatusError
 
+        shown = any(message.images for message in messages)
+        if shown and server in _blind:
+            raise _BlindError(f"{self.model} takes no images: {_blind[server]}")
         said = {"model": self.model, "messages": [as_sent(message) for message in messages]}
         step, refused = _steps.get(server, 0), []
         most, may_retry = (call.max_tokens, call.may_retry) if call else (None, None)
@@ -395,6 +410,10 @@ class OpenAIChat:
                 break
             except (APIStatusError, _ToldError) as error:
                 line, status = _line(error), error.status_code or 0
+                if shown and status in _REFUSED and _NO_IMAGES.search(line):
+                    told = f"{self.model} takes no images: {_blind.setdefault(server, line)}"
+                    _logger.warning(told)
+                    raise _BlindError(told) from error
                 other = _limit_after(limit, line) if limit and status in (400, 422) else None
                 if other:
                     _limits[server] = other

@@ -295,6 +295,7 @@ HEADS = {
 # %% ../../nbs/adapters/weights.ipynb #bbede963
 _HOW = ("fetch it once with `await Pipeline.from_env().load()` or the scorer's `fetch()`; to work "
         "offline, copy that cache from a machine which has it and set HF_HUB_OFFLINE=1")
+_WITHOUT = "without a download a chat model that sees images scores, if REFIMG_INSPECTOR names one"
 
 
 def _advice(part: Checkpoint | Folder | WebFile) -> str:
@@ -316,10 +317,10 @@ def missing(
 ) -> str | None:
     """Return None if everything is in place; else what is not, and how to get it."""
     if reason := missing_extra("score"):
-        return reason
+        return f"{reason}; {_WITHOUT}"
     lacking = [part for part in parts if part.here() is None]
     if not lacking:
         return None
     local = all(isinstance(part, Folder) for part in lacking)
-    said = "; ".join([*map(_advice, lacking), *([] if local else [_HOW])])
+    said = "; ".join([*map(_advice, lacking), *([] if local else [_HOW]), _WITHOUT])
     return f"no weights for {metric}: {said}"

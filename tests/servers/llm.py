@@ -43,6 +43,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 DIMENSIONS = ("completeness", "specificity", "professionalism", "cinematography", "brand_alignment")
 FORMATS = ("json_schema", "json_object")
 USAGE = {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120}
+IMAGE = 765  # tokens of 1024 x 576 at high detail by OpenAI's formula of tiles, 85 + 4 x 170
 LIMIT = "Unrecognized request argument supplied: max_completion_tokens"
 HTML = "<html><head><title>502 Bad Gateway</title></head><body>nginx</body></html>"
 
@@ -100,21 +101,45 @@ def start_llm_server(**options: Any) -> LLMServer:
 # --- what it says when nothing is wrong -------------------------------------------------------
 
 
+def parts_of(body: dict[str, Any], kind: str) -> list[dict[str, Any]]:
+    """The parts of all messages that are of that kind: "text" or "image_url"."""
+    said = [m.get("content") for m in body.get("messages", ()) if isinstance(m, dict)]
+    return [part for content in said if isinstance(content, list) for part in content
+            if isinstance(part, dict) and part.get("type") == kind]
+
+
 def material(body: dict[str, Any]) -> dict[str, str]:
     """The fenced texts of the user's messages."""
     said = [m.get("content") for m in body.get("messages", ()) if m.get("role") == "user"]
+    said += [part.get("text") for part in parts_of(body, "text")]
     found = [read_fences(text) for text in said if isinstance(text, str)]
     return {slot: text for each in found for slot, text in each.items()}
 
 
 def role_of(body: dict[str, Any]) -> str:
-    """Which agent is asked: "critic", "director", "planner", or "other"."""
+    """Who is asked: "critic", "director", "planner", "author", "inspector", "judge", "editor"."""
     given = material(body)
-    if "story" in given:
-        return "planner"
-    if "original" not in given:
-        return "other"
-    return "critic" if "prompt" in given else "director"
+    if "original" in given:
+        return "critic" if "prompt" in given else "director"
+    if parts_of(body, "image_url"):
+        return "inspector" if "questions" in given else "judge"
+    slots = {"story": "planner", "failed": "editor", "prompt": "author"}
+    return next((role for slot, role in slots.items() if slot in given), "other")
+
+
+QUESTIONS = {"questions": [
+    {"text": text, "about": "subject", "parent": None} for text in (
+        "Is there a keeper who stands under a lamp?", "Is the light of the lamp pale and cold?",
+        "Is the coat of the keeper red?", "Are there boats behind the keeper?",
+        "Is the sea calm, with no waves to be seen?", "Does it look like a drawing in ink?")]}
+REASON = "in the middle of the image there is one, half in the shadow of the lamp"
+
+
+def answers(count: int, right: int = 99) -> str:
+    """Verdicts on so many questions, of which the first ones are yes and the others no."""
+    told = [{"question": n, "verdict": "yes" if n < right else "no", "reason": REASON}
+            for n in range(count)]
+    return json.dumps({"answers": told})
 
 
 def version(text: str) -> int:
@@ -131,7 +156,12 @@ def good(body: dict[str, Any]) -> str:
     if role == "critic":
         scores = dict.fromkeys(DIMENSIONS, min(100, 60 + 6 * version(given["prompt"])))
         return json.dumps(scores | {"critique": "Clear.", "improvements": ["name the lens"]})
-    return json.dumps({"style": "ink drawing"}) if role == "planner" else "blur, watermark"
+    if role == "inspector":
+        return answers(given["questions"].count("\n") + 1)
+    return {"planner": json.dumps({"style": "ink drawing"}), "author": json.dumps(QUESTIONS),
+            "editor": "Make the coat red, and keep the lamp where it is.",
+            "judge": json.dumps({"winner": "first", "reason": "Its lamp is lit."}),
+            }.get(role, "blur, watermark")
 
 
 WORDS = ("keeper", "under", "the", "lamp", "in", "pale", "light", "as", "red", "boats", "come home")
@@ -156,9 +186,12 @@ def lifelike(body: dict[str, Any], text: str) -> str:
 
 
 def counted(body: dict[str, Any], text: str) -> dict[str, int]:
-    """The usage of a call: a token for four bytes, and four for each message."""
-    said = [str(message.get("content")) for message in body.get("messages", ())]
-    read = sum(math.ceil(len(content.encode()) / 4) + 4 for content in said)
+    """The usage of a call: a token for four bytes, four for each message, 765 for each image."""
+    said = [message.get("content") for message in body.get("messages", ())]
+    texts = [text for text in said if isinstance(text, str)]
+    texts += [part["text"] for part in parts_of(body, "text")]
+    read = sum(math.ceil(len(text.encode()) / 4) for text in texts) + 4 * len(said)
+    read += IMAGE * len(parts_of(body, "image_url"))
     wrote = math.ceil(len(text.encode()) / 4)
     return {"prompt_tokens": read, "completion_tokens": wrote, "total_tokens": read + wrote}
 
@@ -233,6 +266,7 @@ def refused(item: dict[str, Any], headers: dict[str, str]) -> tuple[int, dict, s
         "400-form": (400, {}, json.dumps({"error": "'response_format.type' must be 'text'"})),
         "401": (401, {}, error(f"Incorrect API key provided: {key}.", "invalid_api_key")),
         "402": (402, {}, error("Payment required")),
+        "refuses": (item.get("status", 400), {}, error(item.get("says", ""), None, "invalid")),
         "403": (403, {}, error("This project has no access to the model", "model_not_found")),
         "404": (404, {}, error("The model does not exist", "model_not_found")),
         "422": (422, {}, json.dumps({"detail": "body.response_format: extra field"})),
