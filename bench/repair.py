@@ -1,7 +1,7 @@
 """Does editing what failed beat drawing more? Four images and two repair rounds, against eight.
 
-    python bench/repair.py                  300 prompts (a quarter of an hour)
-    python bench/repair.py --prompts 1000   more of them
+    python bench/repair.py                 800 prompts (forty minutes)
+    python bench/repair.py --prompts 300   fewer of them
 
 Every prompt states four attributes or more, and each of them goes wrong with p = .2. Both ways use
 at most eight images, the same scorers (the sandbox's, and the checklist of its inspector) and
@@ -58,7 +58,8 @@ async def selected(made: Pipeline, prompt: str) -> dict:
         shown = [truth(item.image.image_path)["attributes"] for item in scene.variations]
     right = [sum(own.get(a) == v for a, v in stated.items()) / len(stated) for own in shown]
     first = [k for k, item in enumerate(scene.variations) if item.edits is None]
-    before = max(first, key=lambda k: scene.variations[k].scores.overall)
+    before = max(first, key=lambda k: (not scene.variations[k].defects,
+                                       scene.variations[k].scores.overall))
     at = next(k for k, item in enumerate(scene.variations) if item.selected)
     overall = [item.scores.overall for item in scene.variations]
     return {"right": right[at], "before": right[before], "images": len(shown),
@@ -109,7 +110,7 @@ def report(rows: list[dict]) -> dict:
 def main() -> None:
     """Examine the prompts in two processes, and print tables and the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--prompts", type=int, default=300)
+    parser.add_argument("--prompts", type=int, default=800)
     count, started = parser.parse_args().prompts, time.time()
     parts = [list(range(at, count, 16)) for at in range(min(16, count))]
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:

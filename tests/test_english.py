@@ -205,6 +205,8 @@ FREE: dict[str, dict[str, str]] = {  # word -> where it may stand -> why
         "refimg.sandbox.judge": "its stand-in", "nbs/sandbox/judge.ipynb": "its stand-in",
         "nbs/pages/model-card.md": "its stand-in, and what was measured of it",
         "nbs/pages/notebooks.md": "the names of both notebooks",
+        "nbs/pages/does-looking-help.md": "what it is worth", "nbs/index.ipynb": "its stand-in",
+        "nbs/pages/real-and-sandbox.md": "its stand-in",
         "refimg.cli": "the option --judge", "refimg.defaults": "who the judge is",
         "refimg.engine.candidates": "what it said", "refimg.engine.results": "what it said",
         "refimg.engine.refining": "who asks it", "nbs/engine/refining.ipynb": "who asks it",

@@ -19,7 +19,7 @@ from refimg import Pipeline, Scene, Story
 from refimg.adapters.openai import OpenAIChat
 from refimg.adapters.towers import import_transformers
 from refimg.enhance import Critique, critic_messages, parse_critique
-from refimg.inspection import Checklist, Question, inspect_image, judge_pair
+from refimg.inspection import Checklist, Question, inspect_image
 from tests.fakes import FakeImages, FakeScorer, picture
 from tests.tiny_vlm import qwen
 
@@ -133,7 +133,7 @@ async def test_eyes_that_answer_rubbish_leave_a_reason(seeing):
     eyes = OpenAIChat(model, base_url=url)
     asked = Checklist(prompt="A boat.", author="x", questions=[
         Question(text="Is there a boat?", about="subject")])
-    with pytest.raises(RuntimeError, match="inspector: .*unusable after one repair turn"):
+    with pytest.raises(RuntimeError, match=r"inspector: .*unusable after one repair turn"):
         await inspect_image(picture(90), asked, inspector=eyes)
 
 

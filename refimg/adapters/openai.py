@@ -382,6 +382,17 @@ class OpenAIChat:
         once = partial(self._reply_once, messages, schema, call, [])
         return await self.account.attempts(once, failure, seconds=self.timeout, call=call)
 
+    def _check_sight(self, messages: list[Message], status: int = 0, line: str = "") -> None:
+        """Raise where images go along and the server says, or has said, that it takes none."""
+        server = self.base_url, self.model
+        if not any(message.images for message in messages):
+            return
+        if status in _REFUSED and _NO_IMAGES.search(line):
+            _logger.warning("%s takes no images: %s", self.model, line)
+            _blind[server] = line
+        if server in _blind:
+            raise _BlindError(f"{self.model} takes no images: {_blind[server]}")
+
     async def _reply_once(
         self,
         messages: list[Message],
@@ -393,11 +404,9 @@ class OpenAIChat:
         client, server = await self.load(), (self.base_url, self.model)
         from openai import APIStatusError
 
-        shown = any(message.images for message in messages)
-        if shown and server in _blind:
-            raise _BlindError(f"{self.model} takes no images: {_blind[server]}")
+        self._check_sight(messages)
         said = {"model": self.model, "messages": [as_sent(message) for message in messages]}
-        step, refused = _steps.get(server, 0), []
+        step, refused, told = _steps.get(server, 0), [], "%s refuses %s, %s is next: %s"
         most, may_retry = (call.max_tokens, call.may_retry) if call else (None, None)
         while True:
             form = response_format(schema, _FORMS[step]) if schema else {}
@@ -410,14 +419,10 @@ class OpenAIChat:
                 break
             except (APIStatusError, _ToldError) as error:
                 line, status = _line(error), error.status_code or 0
-                if shown and status in _REFUSED and _NO_IMAGES.search(line):
-                    told = f"{self.model} takes no images: {_blind.setdefault(server, line)}"
-                    _logger.warning(told)
-                    raise _BlindError(told) from error
-                other = _limit_after(limit, line) if limit and status in (400, 422) else None
-                if other:
+                self._check_sight(messages, status, line)
+                if limit and status in (400, 422) and (other := _limit_after(limit, line)):
                     _limits[server] = other
-                    _logger.info("%s refuses %s, %s is next: %s", self.model, limit, other, line)
+                    _logger.info(told, self.model, limit, other, line)
                     continue
                 named = re.search(r"response.?format|json_schema|json_object", line, re.I)
                 doubted = named or server not in _settled
@@ -430,7 +435,6 @@ class OpenAIChat:
                     in_vain.append(refused[0])
                     raise refused[0] from None
                 step += 1
-                told = "%s refuses %s, %s is next: %s"
                 _logger.info(told, self.model, *_FORMS[step - 1 : step + 1], line)
         if schema:
             _steps[server] = step

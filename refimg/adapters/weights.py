@@ -317,7 +317,7 @@ def missing(
 ) -> str | None:
     """Return None if everything is in place; else what is not, and how to get it."""
     if reason := missing_extra("score"):
-        return f"{reason}; {_WITHOUT}"
+        return reason
     lacking = [part for part in parts if part.here() is None]
     if not lacking:
         return None

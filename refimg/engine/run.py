@@ -135,6 +135,7 @@ class SceneRun:
         with self.notes.timed("generate"):
             if self._asked:
                 self.sent_prompt = self._asked.scene.sent_prompt
+                run.handover.sent[self.number] = self._asked.scene.sent_references
                 await refinement.redo(self._asked)
             else:
                 self.sent_prompt, self.source = await attempts.fill(
@@ -189,11 +190,10 @@ class SceneRun:
         if self.winner is None:
             self.notes.fall_back("carried", f"no image of its own; {reference.name} stands in")
         stages = dict.fromkeys(("enhance", "wait", "generate", "score"), 0.0)
-        sent = self.run.handover.sent.get(self.number, []) if self.sent_prompt else []
         return SceneResult(
             scene=self.number, prompt=self.scene.prompt, enhancement=self.enhancement,
             sent_prompt=self.sent_prompt, variations=self.images.variations(self.winner),
-            sent_references=self._asked.scene.sent_references if self._asked else sent,
+            sent_references=self.run.handover.sent.get(self.number, []) if self.sent_prompt else [],
             reference=reference, reference_from=self.source if self.winner else "carried",
             below_threshold=None if overall is None else overall < threshold,
             checklist=self.notes.checklist, comparison=self.images.comparison(),
