@@ -206,6 +206,7 @@ FREE: dict[str, dict[str, str]] = {  # word -> where it may stand -> why
         "nbs/pages/model-card.md": "its stand-in, and what was measured of it",
         "nbs/pages/notebooks.md": "the names of both notebooks",
         "nbs/pages/does-looking-help.md": "what it is worth", "nbs/index.ipynb": "its stand-in",
+        "README.md": "the same",
         "nbs/pages/real-and-sandbox.md": "its stand-in",
         "refimg.cli": "the option --judge", "refimg.defaults": "who the judge is",
         "refimg.engine.candidates": "what it said", "refimg.engine.results": "what it said",

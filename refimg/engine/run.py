@@ -45,6 +45,7 @@ __all__ = ['SceneRun', 'StoryRun', 'load_capabilities', 'load_models']
 # %% ../../nbs/engine/run.ipynb #b600000f
 _logger = logging.getLogger("refimg.pipeline")
 
+_STAGES = dict.fromkeys(("enhance", "wait", "generate", "score"), 0.0)  # seconds
 _COMPARING = ("consistency", "checklist")  # scorers that look at references too
 
 
@@ -185,19 +186,17 @@ class SceneRun:
         if self.old and (self.stays or (self._asked and not self.winner)):
             told = [text for text in self.notes.warnings if text not in self.old.warnings]
             return self.old.model_copy(update={"warnings": [*self.old.warnings, *told]})
-        overall = self.winner.scores.overall if self.winner else None
-        threshold = self.run.settings.quality_threshold
+        run, overall = self.run, self.winner.scores.overall if self.winner else None
         if self.winner is None:
             self.notes.fall_back("carried", f"no image of its own; {reference.name} stands in")
-        stages = dict.fromkeys(("enhance", "wait", "generate", "score"), 0.0)
         return SceneResult(
             scene=self.number, prompt=self.scene.prompt, enhancement=self.enhancement,
             sent_prompt=self.sent_prompt, variations=self.images.variations(self.winner),
-            sent_references=self.run.handover.sent.get(self.number, []) if self.sent_prompt else [],
+            sent_references=run.handover.sent.get(self.number, []) if self.sent_prompt else [],
             reference=reference, reference_from=self.source if self.winner else "carried",
-            below_threshold=None if overall is None else overall < threshold,
+            below_threshold=None if overall is None else overall < run.settings.quality_threshold,
             checklist=self.notes.checklist, comparison=self.images.comparison(),
-            warnings=self.notes.warnings, timings=stages | self.notes.timings)
+            warnings=self.notes.warnings, timings=_STAGES | self.notes.timings)
 
 # %% ../../nbs/engine/run.ipynb #b6000010
 @dataclass
