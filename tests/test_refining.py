@@ -14,6 +14,7 @@ from PIL import Image
 
 from refimg import Pipeline, Scene, Story, StoryResult
 from refimg.adapters.prices import PriceTable
+from refimg.engine.decisions import choice, preference_rows
 from refimg.engine.protocols import Reply
 from refimg.enhance import read_fences
 from refimg.pipeline import choose
@@ -439,3 +440,62 @@ def test_edits_and_all_that_is_asked_about_them_is_in_the_estimate():
     off, on = (pipeline(repair_rounds=rounds).estimate(STORY) for rounds in (0, 2))
     assert (off.images, off.edits) == (6, 0) and (on.images, on.edits) == (6, 8)
     assert on.chat_calls - off.chat_calls == 2 * 2 * (1 + 2)
+
+
+# what was wrong once
+
+
+async def test_an_edited_scene_still_says_what_was_sent_for_it(tmp_path):
+    run = pipeline(repair_rounds=0)
+    result = await run.run(STORY, output_dir=tmp_path / "i")
+    edited = await run.edit(result, 2, "Make it red.", only=True)
+    old, new = result.scenes[1], edited.scenes[1]
+    assert old.sent_prompt and old.sent_references and len(new.variations) > len(old.variations)
+    assert (new.sent_prompt, new.sent_references) == (old.sent_prompt, old.sent_references)
+
+
+async def test_a_choice_ends_when_an_edit_of_it_wins_and_its_preferences_stay(tmp_path):
+    run = pipeline(repair_rounds=0)
+    result = choose(await run.run(STORY, output_dir=tmp_path / "i"), 1, 1, "her eyes")
+    assert choice(result, 1).variation == 1
+    before = preference_rows(result)
+    edited = await run.edit(result, 1, "Make it red.", only=True)
+    assert edited.scenes[0].reference_from == "repaired" and choice(edited, 1) is None
+    assert preference_rows(edited) == before and len(before) == 2
+    worse = pipeline(FakeImages(edits_of(brighter=-15), max_references=3), repair_rounds=0)
+    kept = await worse.edit(result, 1, "Make it red.", only=True)
+    assert choice(kept, 1).variation == 1 and preference_rows(kept) == before
+
+
+async def test_looks_that_overlap_count_once(tmp_path):
+    class Slow(Eyes):
+        async def reply(self, messages, schema=None):
+            await asyncio.sleep(0.2 if messages[-1].images else 0)
+            return await super().reply(messages, schema)
+
+    run = pipeline(eyes=Slow(), num_variations=8, repair_rounds=0)
+    result = await run.run(Story(scenes=STORY.scenes[:1]), output_dir=tmp_path / "i")
+    assert 0.2 <= result.scenes[0].timings["inspect"] < 8 * 0.2
+
+
+class Doubting(Eyes):
+    """Unsure where it would say no, and sure of a no about images darker than `fails`."""
+
+    async def reply(self, messages, schema=None):
+        made = await super().reply(messages, schema)
+        if messages[-1].images and shade_of(messages[-1].images[0]) >= 50:
+            return made.model_copy(update={"text": made.text.replace('"no"', '"unsure"')})
+        return made
+
+
+async def test_what_is_unsure_is_edited_once_nothing_is_plainly_wrong(tmp_path):
+    made = writer()
+    run = pipeline(FakeImages(edits_of(), max_references=3), Doubting(right=150), director=made)
+    result = await run.run(Story(scenes=STORY.scenes[:1]), output_dir=tmp_path / "i")
+    (scene,) = result.scenes
+    first = [item.inspection.answers[1].verdict for item in scene.variations[:3]]
+    assert first == ["no", "no", "unsure"]
+    asked = [read_fences(message.content)["failed"] for messages, _ in made.calls
+             for message in messages if "failed" in read_fences(message.content)]
+    assert all(text.startswith("Is it red? – unsure: ") for text in asked) and asked
+    assert scene.reference_from == "repaired" and winner(scene).inspection.score == 100
