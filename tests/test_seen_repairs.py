@@ -89,7 +89,9 @@ def test_unsure_is_no_failure_and_neither_is_what_only_follows(repaired):
 
 def test_nothing_failed_is_said_with_what_is_unsure(tmp_path):
     one = scene(tmp_path, made(tmp_path, 1, "yes", "yes", "unsure", "unsure", selected=True))
-    assert words(Checks(one, 1).html()) == "✓ nothing failed, 2 unsure"
+    told = [f"?  Is it {what}? unsure, it looks like {k}"
+            for k, what in ((2, "night"), (3, "a watercolour"))]
+    assert words(Checks(one, 1).html()) == " ".join(["✓ nothing failed", *told])
 
 
 def test_a_long_list_is_folded(tmp_path):

@@ -48,12 +48,14 @@ class Checks:
         self.answers: list[Answer] = []  # one per question; empty where nobody looked
         self.points: list[float] = []  # 1 for yes, .5 for unsure, 0 for no and what follows from it
         self.failed: dict[int, str] | None = None  # in words, by place; None: nobody looked
+        self.unsure: dict[int, str] = {}  # the same and what is unsure
         with suppress(ValueError):  # the answers are to other questions
             if checklist and seen:
                 self.answers = checklist.check(seen.answers)
                 self.points, self.questions = checklist.points(seen.answers), checklist.questions
-                self.failed = {answer.question: self.words(answer.question)
-                               for _, answer in checklist.failed(seen.answers)}
+                self.failed, self.unsure = (
+                    {answer.question: self.words(answer.question)
+                     for _, answer in checklist.failed(seen.answers, most)} for most in (0, 0.5))
 
     def text(
         self,
@@ -76,8 +78,8 @@ class Checks:
         if self.failed is None:
             return None
         if not self.failed:
-            unsure = self.points.count(0.5)
-            return element("div", f"✓ nothing failed{f', {unsure} unsure' * bool(unsure)}")
+            doubts = [_line("?", words) for words in self.unsure.values()]
+            return element("div", "✓ nothing failed", *doubts)
         lines = [_line("✗", words) for words in self.failed.values()]
         shown, more = lines[:_SHOWN], lines[_SHOWN:]
         return element("div", *shown, folded_html(f"{len(more)} more failed", *more)
@@ -91,7 +93,8 @@ class Checks:
         if self.failed is None or before.failed is None:
             return self.html()
         lines = []
-        for place in before.failed:
+        asked = before.failed or before.unsure
+        for place in asked:
             if self.points[place] == 1:
                 lines.append(_line("✓ now right:", self.text(place)))
             elif self.points[place]:
@@ -100,7 +103,7 @@ class Checks:
                 told = self.failed.get(place, f"{self.text(place)} what it asks of is missing")
                 lines.append(_line("✗ still wrong:", told))
         lines += [_line("✗ now wrong:", words) for place, words in self.failed.items()
-                  if place not in before.failed]
+                  if place not in asked]
         return element("div", *lines) if lines else self.html()
 
 # %% ../../nbs/view/checks.ipynb #c8ec0019
