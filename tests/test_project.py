@@ -56,14 +56,18 @@ def canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def tracked() -> list[Path]:
-    """The files of the repository, those not yet committed too; without git, none."""
+def listed() -> list[Path]:
+    """The files and links of the repository, those not yet committed too; without git, none."""
     command = ["git", "ls-files", "-co", "--exclude-standard"]
     made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if made.returncode:
         pytest.skip("not a git repository")
-    files = (ROOT / name for name in made.stdout.splitlines())
-    return [f for f in files if f.is_file() and not f.is_symlink()]
+    return [ROOT / name for name in made.stdout.splitlines()]
+
+
+def tracked() -> list[Path]:
+    """The files among them."""
+    return [f for f in listed() if f.is_file() and not f.is_symlink()]
 
 
 def found(pattern: re.Pattern) -> list[str]:
@@ -75,6 +79,13 @@ def found(pattern: re.Pattern) -> list[str]:
                 if match := pattern.search(line):
                     lines.append(f"{path.relative_to(ROOT)}:{number}: {match[0]}")
     return lines
+
+
+def test_links_lead_to_files_of_the_repository():
+    links = {path: os.readlink(path) for path in listed() if path.is_symlink()}
+    lost = [path.name for path, to in links.items()
+            if os.path.isabs(to) or not path.resolve().is_relative_to(ROOT) or not path.exists()]
+    assert not lost
 
 
 # settings and pins
