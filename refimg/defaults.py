@@ -81,13 +81,21 @@ def _seconds(variable: str, default: float) -> float:
     return seconds
 
 
+def _real_chat(variable: str, unset: str = "") -> ChatModel:
+    """Make the chat model that a variable names; a ValueError where there is no name."""
+    from refimg.adapters.openai import OpenAIChat
+
+    if not (name := _model_name(variable, unset)):
+        raise ValueError(f"{variable} must be the name of a chat model that sees images, got none")
+    return OpenAIChat(name, timeout=_seconds("REFIMG_LLM_TIMEOUT", 60))
+
+
 def director() -> ChatModel:
     """Make the chat model that writes prompts."""
     if world() == "real":
-        from refimg.adapters.openai import DEFAULT_MODELS, OpenAIChat
+        from refimg.adapters.openai import DEFAULT_MODELS
 
-        name = _model_name("REFIMG_DIRECTOR", DEFAULT_MODELS["director"])
-        return OpenAIChat(name, timeout=_seconds("REFIMG_LLM_TIMEOUT", 60))
+        return _real_chat("REFIMG_DIRECTOR", DEFAULT_MODELS["director"])
     from refimg.sandbox.agents import Director
 
     return Director()
@@ -96,10 +104,9 @@ def director() -> ChatModel:
 def critic() -> ChatModel:
     """Make the chat model that criticises and scores prompts."""
     if world() == "real":
-        from refimg.adapters.openai import DEFAULT_MODELS, OpenAIChat
+        from refimg.adapters.openai import DEFAULT_MODELS
 
-        name = _model_name("REFIMG_CRITIC", DEFAULT_MODELS["critic"])
-        return OpenAIChat(name, timeout=_seconds("REFIMG_LLM_TIMEOUT", 60))
+        return _real_chat("REFIMG_CRITIC", DEFAULT_MODELS["critic"])
     from refimg.sandbox.agents import Critic
 
     return Critic()
@@ -108,12 +115,7 @@ def critic() -> ChatModel:
 def inspector() -> ChatModel:
     """Make the chat model that looks at images; a ValueError where the environment names none."""
     if world() == "real":
-        from refimg.adapters.openai import OpenAIChat
-
-        if not (name := _model_name("REFIMG_INSPECTOR", "")):
-            raise ValueError("REFIMG_INSPECTOR must be the name of a chat model that sees images, "
-                             "got none")
-        return OpenAIChat(name, timeout=_seconds("REFIMG_LLM_TIMEOUT", 60))
+        return _real_chat("REFIMG_INSPECTOR")
     from refimg.sandbox.inspector import Inspector
 
     return Inspector()
@@ -122,12 +124,7 @@ def inspector() -> ChatModel:
 def judge() -> ChatModel:
     """Make the chat model that compares two images; a ValueError where there is none named."""
     if world() == "real":
-        from refimg.adapters.openai import OpenAIChat
-
-        if not (name := _model_name("REFIMG_JUDGE", "")):
-            raise ValueError("REFIMG_JUDGE must be the name of a chat model that sees images, "
-                             "got none")
-        return OpenAIChat(name, timeout=_seconds("REFIMG_LLM_TIMEOUT", 60))
+        return _real_chat("REFIMG_JUDGE")
     from refimg.sandbox.judge import Judge
 
     return Judge()

@@ -180,7 +180,7 @@ class Pipeline:
             overrides["chain"] = defaults.choice("REFIMG_CHAIN", CHAINS)
         pipeline = cls(**defaults.with_eyes(overrides))
         pipeline._models()
-        own = overrides.get("image_model") or "journal" in overrides
+        own = overrides.get("image_model") is not None or "journal" in overrides
         if not own and defaults.world() == "real":
             pipeline.journal = defaults.journal()
         return pipeline

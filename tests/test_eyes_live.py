@@ -43,6 +43,9 @@ OTHERS = {
     "broken": (400, "Invalid image: the data could not be decoded."),
     "large": (400, "The image exceeds the maximum size of 20 MB."),
     "form": (400, "bad request"),
+    "format": (400, "The image format is not supported: use one of ['png', 'jpeg', 'webp']."),
+    "type": (415, "The server does not support image/jpeg in this field, only supports image/png."),
+    "resolution": (400, "This image resolution is not allowed for the model."),
 }
 
 

@@ -228,8 +228,8 @@ _FORMS = ("json_schema", "json_object", "words")
 _REFUSED = (400, 404, 415, 422, 500, 501)  # a status that may be about the form, or about images
 _NO_IMAGES = re.compile(
     r"not (?:an? )?(?:multimodal|vision)|at most 0 image|unknown variant .?image_url"
-    r"|(?:not|n't|only|that) support\w*[^.]{0,40}(?:image|vision|multimodal)"
-    r"|(?:image|vision|multimodal)[^.]{0,60}(?:not|n't|only)(?: be)? (?:support|accept|allow)"
+    r"|(?:not|n't|that) support (?:the )?(?:images?(?: inputs?)?|vision|multimodal\w*)(?:[.,; ]|$)"
+    r"|(?:image(?:s|_url)?|vision|multimodal)(?: inputs?| content)? (?:is|are) (?:not|only) support"
     r"|content (?:must|should) be a (?:valid )?string|(?:invalid|unsupported) content.type", re.I)
 
 _Server = tuple[str, str]  # address and model

@@ -110,7 +110,7 @@ class SceneNotes:
     @contextmanager
     def timed(
         self,
-        stage: str,  # "enhance", "generate" or "score"
+        stage: str,  # "enhance", "generate", "score" or "repair"
     ) -> Iterator[None]:
         """Note when a stage begins and how long it takes, however it ends."""
         started = self.timings[f"{stage}_start"] = self.clock()

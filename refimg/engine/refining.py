@@ -204,15 +204,13 @@ class Refinement:
         """Let a judge decide between the two best images; a tie or a failure changes nothing."""
         pair = [item for item in self.images.ranked[:2] if item.rank and not item.defects]
         overalls = [item.scores.overall or 0 for item in pair if item.scores]
-        edits = any(item.edited for item in pair)
-        if len(pair) < 2 or (edits and overalls[1] < overalls[0]):
+        edits, shown = any(item.edited for item in pair), [i.pixels for i in pair if i.pixels]
+        if len(shown) < 2 or (edits and overalls[1] < overalls[0]):
             return
-        first, second = (item.pixels or (item.image and item.image.image_path) or b""
-                         for item in pair)
         notes, bill = self.images.notes, list[Reply | None]()
         try:
             found = await ask_judge(
-                judge, first, second, self.queue.text, self.queue.references, bill)
+                judge, shown[0], shown[1], self.queue.text, self.queue.references, bill)
         except RuntimeError as error:
             notes.warn(f"the two best images are not compared: {error}")
             return

@@ -350,8 +350,7 @@ class GalleryPage:
         out, chosen = vetoes(result, scene.scene), choice(result, scene.scene)
         if self.state.blind:
             alt = f"Scene {scene.scene}, variation {number}: {clipped(scene.prompt, 120)}"
-            held = scene.reference_from == "human" and chosen and chosen.variation == number
-            mark = WON["human"] if held else None
+            mark = WON["human"] if chosen and chosen.variation == number else None
             image = image_html(scene.variations[number - 1].image.image_path, alt, width)
             figure = figure_html(image, f"v{number}", mark, [])
         else:
