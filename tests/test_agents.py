@@ -85,6 +85,7 @@ def everything(original: str, context: str = "") -> str:
 # --- the director adds nothing to the world -------------------------------------------------
 
 
+@pytest.mark.all
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_the_painter_reads_what_the_author_wrote(context):
     for original in prompts(400):
@@ -169,6 +170,7 @@ async def rounds(prompt: str, context: str | None = None, **more):
     )
 
 
+@pytest.mark.all
 async def test_prompts_take_from_one_to_four_rounds():
     results = [await rounds(p, random.Random(p).choice(CONTEXTS)) for p in prompts(300, seed=1)]
     taken = Counter(result.total_iterations for result in results)
@@ -213,6 +215,7 @@ async def test_two_runs_are_equal_and_leave_random_alone():
     assert one.model_dump(exclude=strip) == two.model_dump(exclude=strip)
 
 
+@pytest.mark.all
 def test_another_process_chooses_the_same_words():
     code = "from refimg.sandbox.agents import write; print(write('A knight in the city.'))"
     for hashing in ("0", "1"):

@@ -51,6 +51,7 @@ def embeddings():
     return torch.from_numpy(np.stack(rows)).float()
 
 
+@pytest.mark.all
 @shared
 @pytest.mark.parametrize("version", ["v1", "v2"])
 def test_the_real_heads_rate_the_mean_embeddings_as_published(version, heads):
@@ -77,6 +78,7 @@ def test_the_folded_v2_head_is_its_five_layers():
     assert (points @ weight + bias - rows[:, 0]).abs().max() <= 1e-5
 
 
+@pytest.mark.all
 @shared
 @pytest.mark.parametrize("version", ["v1", "v2"])
 def test_a_scorer_reads_the_real_head(version, heads):

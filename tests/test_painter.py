@@ -105,6 +105,7 @@ def test_every_subject_shows_its_colour_in_every_framing(subject, framing):
     assert redder.sum() > (60 if framing == "wide" else 200)
 
 
+@pytest.mark.all
 @pytest.mark.parametrize("style", VOCABULARY["style"])
 def test_the_same_picture_at_two_sizes(style):
     attributes = STATED | {"style": style, "weather": "rain", "time": "sunset"}
@@ -216,6 +217,7 @@ def test_each_attribute_goes_wrong_as_often_as_it_should(error):
     assert all(within(count, n, error) for count in wrong.values()), wrong
 
 
+@pytest.mark.all
 def test_errors_are_independent_and_reach_every_other_value():
     rows = [choose_attributes(STATED, seed, 0.3) for seed in range(3000)]
     table = np.array([[row[a] != STATED[a] for a in STATED] for row in rows], float)
@@ -249,6 +251,7 @@ def test_a_reference_is_followed_where_the_prompt_is_silent():
         assert within(followed, n, 0.8 + 0.2 / len(VOCABULARY[attribute]))
 
 
+@pytest.mark.all
 def test_a_reference_that_agrees_halves_the_error_and_one_that_differs_does_not_matter():
     n, asked = 2000, {"colour": "navy"}
     agree = [choose_attributes(asked, s, 0.2, {"colour": "navy"})["colour"] for s in range(n)]
@@ -257,6 +260,7 @@ def test_a_reference_that_agrees_halves_the_error_and_one_that_differs_does_not_
     assert within(sum(c != "navy" for c in differ), n, 0.2)
 
 
+@pytest.mark.all
 def test_a_reference_hands_on_subject_colour_and_style(saved):
     shown = STATED | {"subject": "musician", "colour": "purple", "style": "ink", "count": "one"}
     path = saved(paint_picture(shown, 4, 128, 72))
@@ -267,6 +271,7 @@ def test_a_reference_hands_on_subject_colour_and_style(saved):
     assert sum(f["setting"] == "city" for f in found) > 15
 
 
+@pytest.mark.all
 def test_the_look_of_people_is_handed_on(saved):
     people = STATED | {"subject": "woman", "count": "one"}
     path = saved(paint_picture(people, 77, 64, 36))

@@ -96,6 +96,7 @@ def difference(part: str, effect: float, column: str) -> list[float]:
             for story in plain]
 
 
+@pytest.mark.all
 @pytest.mark.parametrize(("part", "effect"), sampled(PLANTED, 3))
 def test_the_planted_effects_are_covered(part, effect):
     found, planted = interval(difference(part, effect, "right")), fmean(

@@ -245,6 +245,7 @@ def test_an_edit_has_the_composition_of_its_image(tmp_path):
         assert pixels(made.data) == pixels(whole) and (seed is None or made.seed == seed)
 
 
+@pytest.mark.all
 @pytest.mark.parametrize(("error", "loss"), [(0.2, 0.03), (0.5, 0.2), (0.0, 0.0), (1.0, 1.0)])
 def test_edits_fail_and_lose_as_often_as_is_said(error, loss):
     n = 1500
@@ -256,6 +257,7 @@ def test_edits_fail_and_lose_as_often_as_is_said(error, loss):
     assert all(0 < r < 1 for r in (wrong, lost)) or error in (0, 1)
 
 
+@pytest.mark.all
 def test_an_edit_with_the_seed_of_a_failed_image_fails_no_more_often():
     red = {"colour": "red"}
     seeds = [seed for seed in range(3000) if choose_attributes(red, seed)["colour"] != "red"]

@@ -337,6 +337,7 @@ def studied(result: StoryResult) -> list:
     return made
 
 
+@pytest.mark.all
 @pytest.mark.slow
 def test_no_view_runs_anything_even_where_no_policy_forbids_it(page, folder):
     shown = "".join(map(str, every_view(folder)))
@@ -521,7 +522,7 @@ def test_a_saved_result_holds_what_can_be_seen_of_a_text_exactly(folder, text):
 # logs
 
 
-@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+@pytest.mark.parametrize("text", FEW)
 def test_a_log_line_of_a_run_is_one_line_without_control_characters(tmp_path, caplog, text):
     from refimg.pipeline import Scene, Story
 

@@ -46,6 +46,7 @@ def test_it_is_the_mean_cosine_of_the_heads_vectors():
     assert values(shown[:2], shown[2:]) == pytest.approx(wanted.tolist(), abs=1e-5)
 
 
+@pytest.mark.all
 @pytest.mark.parametrize("changed", ["colour", "style"])
 def test_a_changed_look_scores_lower_than_a_changed_scene(changed):
     reference = painting(1, **KEEPER, **COAST)

@@ -76,6 +76,7 @@ def test_a_truth_with_odd_values_is_wrong_or_unknown_but_no_error(value):
     assert found.note
 
 
+@pytest.mark.all
 async def test_the_oracle_of_files_is_the_oracle_of_what_was_painted(tmp_path):
     requests = [ImageRequest(prompt=TEXT, seed=seed) for seed in range(3)]
     images = [(await Painter().generate(request)).data for request in requests]
@@ -88,6 +89,7 @@ async def test_the_oracle_of_files_is_the_oracle_of_what_was_painted(tmp_path):
     assert {s.models["truth"] for s in scores} == {"sandbox-truth"}
 
 
+@pytest.mark.all
 async def test_pictures_of_another_text_are_worse():
     other = "a red cat in a city by day, clear sky, close up"
     requests = [ImageRequest(prompt=text, seed=s) for s in range(6) for text in (TEXT, other)]

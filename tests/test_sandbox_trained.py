@@ -81,6 +81,7 @@ def share_right(kind: type, attributes) -> float:
     return sum(right > wrong for right, wrong in pairs) / len(pairs)
 
 
+@pytest.mark.all
 @pytest.mark.parametrize("attribute", CLEAR)
 @pytest.mark.parametrize("kind", TEXT_SCORERS)
 def test_a_right_picture_beats_a_wrong_one(kind, attribute):
@@ -88,6 +89,7 @@ def test_a_right_picture_beats_a_wrong_one(kind, attribute):
     assert sum(values(kind, None)) > sum(values(kind, attribute))
 
 
+@pytest.mark.all
 @pytest.mark.parametrize("kind", TEXT_SCORERS)
 def test_over_all_attributes_right_beats_wrong(kind):
     assert share_right(kind, [a for a in WRONG if a != "count"]) >= 0.7

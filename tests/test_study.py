@@ -54,6 +54,7 @@ def test_what_is_restated(prompt, found):
     assert restated(prompt) == found
 
 
+@pytest.mark.all
 def test_a_restated_attribute_fails_as_often_as_planted():
     stated, n = read_prompt(TWICE), 2500
     rates = error_rates(TWICE, 0.2, 0.12)
@@ -127,6 +128,7 @@ def test_each_run_has_a_seed_of_its_own():
     assert len(set(seeds)) == len(seeds)
 
 
+@pytest.mark.all
 @pytest.mark.parametrize(("shown", "again"), [
     ({}, None), ({"subject": "fox", "colour": "red"}, 0.12), ({"subject": "cat"}, 0.12),
 ])  # fmt: skip

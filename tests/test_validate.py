@@ -177,6 +177,7 @@ def test_all_ties():
         assert (d.verdict, d.reason) == ("cannot tell", "every pair is a tie")
 
 
+@pytest.mark.all
 def test_the_same_difference_everywhere():
     moved = A.assign(**{m: A[m] + 2 for m in ("overall", "pickscore", "seen")})
     d = compare(A, moved)["seen"]
@@ -300,6 +301,7 @@ def test_notes_on_what_weakens_the_result():
     assert any("one-sided differences in seen" in note for note in compare(A, skewed).notes)
 
 
+@pytest.mark.all
 def test_the_words_follow_the_interval():
     up, down = compare(A, random_arm(1, better=30)), compare(random_arm(1, better=30), A)
     assert up["seen"].verdict == "cannot tell"  # every difference is 30: no spread
@@ -309,6 +311,7 @@ def test_the_words_follow_the_interval():
     assert down["seen"].difference == pytest.approx(-30)
 
 
+@pytest.mark.all
 @settings(deadline=None, max_examples=4)
 @given(st.integers(0, 10_000), st.floats(-20, 20))
 def test_turning_the_arms_round_turns_the_signs(seed, better):

@@ -226,6 +226,7 @@ def test_an_empty_chart_is_words_and_still_marked(tmp_path, chart):
     assert len(reader.all("img")) == (chart is iteration_histogram)
 
 
+@pytest.mark.all
 @pytest.mark.parametrize("chart", CHARTS)
 def test_records_of_another_class_will_do(tmp_path, chart):
     result = run_of(tmp_path)
@@ -237,6 +238,7 @@ def test_records_of_another_class_will_do(tmp_path, chart):
     assert str(chart(twin)) == str(chart(result))
 
 
+@pytest.mark.all
 @pytest.mark.parametrize("chart", CHARTS)
 def test_a_result_read_from_disk_gives_the_same_bytes(tmp_path, chart):
     result = run_of(tmp_path)
@@ -258,6 +260,7 @@ EVERY = "from refimg.view import *; charts = [iteration_histogram, dimension_ris
         "hashlib; result = StoryResult.load(sys.argv[1]); made = [str(c(result)) for c in charts]; "
 
 
+@pytest.mark.all
 def test_another_process_gives_the_same_bytes(tmp_path):
     run_of(tmp_path, 12, 20).save(tmp_path / "run.json")
     code = EVERY + "print(hashlib.sha256(''.join(made).encode()).hexdigest())"
@@ -271,6 +274,7 @@ def test_pyplot_is_never_imported(tmp_path):
     assert in_a_fresh_process(code, str(tmp_path / "run.json")) == "True False"
 
 
+@pytest.mark.all
 def test_the_style_of_the_notebook_is_left_alone_and_does_not_matter(tmp_path):
     import matplotlib
 
