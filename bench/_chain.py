@@ -64,17 +64,31 @@ def agents(figures: Figures) -> tuple[FakeChat, FakeChat]:
     return make(write, name="director"), make(judge, name="critic")
 
 
+def inspector(figures: Figures) -> FakeChat:
+    """Writes a question per scene, and says yes to it for each image."""
+
+    def look(messages, schema, number):
+        if messages[-1].images:
+            return json.dumps({"answers": [{"question": 0, "verdict": "yes", "reason": "seen"}]})
+        return json.dumps({"questions": [{"text": "Is there a keeper?", "about": "subject"}]})
+
+    made = FakeChat(look, name="inspector", seconds=figures.llm)
+    made.sees_images = True
+    return made
+
+
 def story(scenes: int, markers: dict[str, str] = MARKERS) -> Story:
     """A story of so many scenes; without markers it is planned."""
     told = [Scene(prompt=f"a keeper, scene {n}") for n in range(1, scenes + 1)]
     return Story(scenes=told, consistency_markers=markers)
 
 
-def pipeline(figures: Figures) -> Pipeline:
+def pipeline(figures: Figures, inspected: bool = False) -> Pipeline:
     """The pipeline under test, on fresh fakes."""
     director, critic = agents(figures)
     return Pipeline(director=director, critic=critic, image_model=FakeImages(seconds=figures.image),
                     scorers=[FakeScorer(seconds=figures.score)], num_variations=figures.variations,
+                    inspector=inspector(figures) if inspected else None,
                     max_enhancement_iterations=figures.rounds, quality_threshold=0)
 
 
@@ -98,16 +112,17 @@ async def timed(p: Pipeline, told: Story, folder: Path) -> tuple[float, float]:
 
 
 async def chained(
-    figures: Figures, folder: Path, markers: dict[str, str] = MARKERS
+    figures: Figures, folder: Path, markers: dict[str, str] = MARKERS, inspected: bool = False
 ) -> tuple[float, float]:
     """Seconds of one run of a new pipeline and the longest hold of the loop; its calls counted."""
-    p = pipeline(figures)
+    p = pipeline(figures, inspected)
     measured = await timed(p, story(figures.scenes, markers), folder)
     images, plans = figures.variations * figures.scenes, int(not markers)
     calls = len(p.director.calls) + len(p.critic.calls)
     assert calls == plans + 2 * figures.rounds * figures.scenes
     assert len(p.image_model.requests) == images
     assert sum(len(batch.images) for batch in p.scorers[0].batches) == images
+    assert not inspected or len(p.inspector.calls) == images + figures.scenes
     return measured
 
 
