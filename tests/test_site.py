@@ -47,7 +47,7 @@ PAGES = [address(source) for source in sources()]
 def staged(tmp_path_factory) -> Path:
     """The pages as Sphinx gets them."""
     folder = tmp_path_factory.mktemp("staged")
-    code = "import sys, pathlib, docs; docs.check_sidebar(); docs.stage(pathlib.Path(sys.argv[1]))"
+    code = "import sys, pathlib, docs; docs.stage(pathlib.Path(sys.argv[1]))"
     subprocess.run([sys.executable, "-c", code, folder], cwd=ROOT / "tools", check=True, timeout=60)
     return folder
 
