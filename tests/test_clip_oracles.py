@@ -103,6 +103,7 @@ def cosines(model: str, images: list[Image.Image], text: str) -> list[float]:
     return [found.value for found in scorer.score(Batch(tuple(images), text))]
 
 
+@pytest.mark.all
 @pytest.mark.weights
 def test_the_doctest_of_torchmetrics():
     import torch

@@ -14,6 +14,7 @@ import pytest
 
 from refimg.storage.extras import EXTRAS, missing_extra
 
+from .sampling import sampled
 from .test_import import ALL_MODULES
 from .test_project import named, wheel  # noqa: F401  (a fixture)
 
@@ -169,13 +170,14 @@ except ImportError as error:
 """
 
 
+@pytest.mark.all
 def test_a_chart_names_the_extra(tmp_path):
     made = python(BLOCK + CHART, tmp_path)
     assert made.returncode == 0, made.stderr
     assert made.stdout.strip() == 'matplotlib is not installed: pip install "refimg[notebook]"'
 
 
-@pytest.mark.parametrize("command, code", [("doctor", 0), ("load", 1)])
+@pytest.mark.parametrize("command, code", sampled([("load", 1), ("doctor", 0)], 2))
 def test_the_command_says_what_to_install(command, code):
     made = python(f"{BLOCK}\nfrom refimg.cli import app\napp()", command, "--json")
     found = json.loads(made.stdout)

@@ -22,6 +22,7 @@ from refimg.storage.traces import write_trace
 from refimg.view import save_table
 
 from .fakes import FakeChat, FakeImages, FakeScorer, critic, director, picture
+from .sampling import sampled
 
 KEY = "sk-" + "proj-Zt7Qm2Xv9Lp4Rw8Kd3Nf6Hs1Jb5Gc0Ty_Ue-Oa"
 
@@ -77,7 +78,8 @@ def test_a_key_in_pieces_or_escaped_gives_nothing_away(said):
     assert redact(f"before {said} after").endswith(" after")
 
 
-@pytest.mark.parametrize("sign", ["\\", "%", "%25", "&", "&#", "\x1b", "\x1b[", "\\u00", "\\x1b["])
+@pytest.mark.parametrize("sign", sampled(
+    ["\\", "%", "%25", "&", "&#", "\x1b", "\x1b[", "\\u00", "\\x1b["], 3))
 def test_a_long_text_of_marks_is_looked_through_once(sign):
     """What once took the square of its length would not end here."""
     long = sign * 200_000

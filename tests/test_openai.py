@@ -30,6 +30,7 @@ from refimg.enhance import (
     enhance_prompt_iterative,
     parse_critique,
 )
+from tests.sampling import sampled
 from tests.servers.llm import start_llm_server
 
 PROMPT = "A lighthouse keeper in a red coat reads to 3 cats."
@@ -120,11 +121,11 @@ async def test_an_answer_without_text_is_empty(server):
 
 @pytest.mark.parametrize(
     "formats, tried",
-    [
+    sampled([
+        ([], ["json_schema", "json_object", None]),
         (["json_schema"], ["json_schema"]),
         (["json_object"], ["json_schema", "json_object"]),
-        ([], ["json_schema", "json_object", None]),
-    ],
+    ], 3),
 )
 async def test_a_server_is_asked_in_the_best_form_it_knows(formats, tried):
     with start_llm_server(formats=formats) as server:

@@ -219,12 +219,14 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
     return zipfile.ZipFile(next(place.glob("*.whl")))
 
 
+@pytest.mark.all
 @pytest.mark.slow
 def test_the_wheel_holds_the_whole_package(wheel):
     files = {p for p in (ROOT / "refimg").rglob("*") if p.is_file() and p.suffix != ".pyc"}
     assert {p.relative_to(ROOT).as_posix() for p in files} <= set(wheel.namelist())
 
 
+@pytest.mark.all
 @pytest.mark.slow
 def test_the_wheel_holds_nothing_else(wheel):
     tops = {name.partition("/")[0] for name in wheel.namelist()}
@@ -232,6 +234,7 @@ def test_the_wheel_holds_nothing_else(wheel):
     assert any(name.endswith("LICENSE") for name in wheel.namelist())
 
 
+@pytest.mark.all
 @pytest.mark.slow
 def test_the_wheel_asks_for_what_settings_say(wheel):
     name = next(n for n in wheel.namelist() if n.endswith("/METADATA"))
@@ -239,6 +242,7 @@ def test_the_wheel_asks_for_what_settings_say(wheel):
     assert {a.lower() for a in asked} == set(named("requirements"))
 
 
+@pytest.mark.all
 @pytest.mark.slow
 @pytest.mark.parametrize("extra", [*EXTRAS, "backend", "all"])
 def test_an_extra_of_the_wheel_asks_for_what_settings_say(wheel, extra):

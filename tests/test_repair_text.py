@@ -29,6 +29,7 @@ from refimg.sandbox.questions import instruct, meant, questions_about
 from refimg.sandbox.world import VOCABULARY, read_prompt
 from refimg.storage.files import decode_image, encode_png
 from tests.fakes import FakeChat
+from tests.sampling import sampled
 
 PROMPT = 'A keeper in a red coat reads a letter, sign "PIER 4"'
 SHOWN = {"setting": "coast", "time": "dawn", "weather": "clear", "subject": "fox", "colour": "teal",
@@ -223,10 +224,10 @@ def edited(tmp_path):
 EXACT = {"edit_error": 0.0, "edit_loss": 0.0}
 
 
-@pytest.mark.parametrize(("attribute", "value"), [
+@pytest.mark.parametrize(("attribute", "value"), sampled([
     ("colour", "red"), ("time", "night"), ("setting", "lake"), ("style", "ink"), ("count", "two"),
     ("framing", "wide"), ("weather", "snow"), ("subject", "horse"), ("companion", "dog"),
-])
+], 4))
 def test_an_edit_changes_what_it_names_and_nothing_else(edited, attribute, value):
     found = edited(edit_prompt(instruct({attribute: value}), ["shows two dogs at night."]), **EXACT)
     assert found["attributes"] == WITH_TREE | {attribute: value}
@@ -288,7 +289,7 @@ def test_an_image_of_others_cannot_be_edited(edited):
     assert found["seed"] == 5 and found["attributes"]["subject"] == "horse"
 
 
-@pytest.mark.parametrize("seed", [None, "x", -1, 2**70, 1.5, [], True, {"a": 1}])
+@pytest.mark.parametrize("seed", sampled([None, "x", -1, 2**70, 1.5, [], True, {"a": 1}], 2))
 def test_a_hostile_seed_does_no_harm(edited, seed):
     image = paint_picture(SHOWN, 1, 64, 36)
     image.info["refimg-truth"] = json.dumps({"attributes": SHOWN, "look": seed, "seed": seed})

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from refimg.storage.traces import TraceTree, write_trace
+from tests.sampling import sampled
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -164,7 +165,7 @@ tree.close()
 """
 
 
-@pytest.mark.parametrize("patch", ["os.rename = die", "shutil.rmtree = die"])
+@pytest.mark.parametrize("patch", sampled(["os.rename = die", "shutil.rmtree = die"], 2))
 def test_a_run_killed_while_closing_blocks_and_leaves_nothing(output, patch):
     command = [sys.executable, "-c", DYING.format(patch=patch), str(output)]
     assert subprocess.run(command, cwd=REPOSITORY, check=False).returncode == -9

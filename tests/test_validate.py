@@ -384,7 +384,7 @@ OWN_TAGS = {"div", "table", "caption", "thead", "tbody", "tr", "th", "td", "img"
             "figure", "figcaption", "bdi"}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", sampled(HOSTILE, 7))
+@pytest.mark.parametrize("name", sampled(HOSTILE, 11))
 def test_names_of_strangers_are_text(name):
     bad = {"seen": name, "raw_seen": f"raw_{name}"}
     a, b = (t.rename(columns=bad).assign(story=name + t["story"], arm=name) for t in (A, B))

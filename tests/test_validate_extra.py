@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.sampling import sampled
+
 ROOT = Path(__file__).resolve().parent.parent
 BLOCKED = """
 import sys
@@ -29,11 +31,11 @@ def python(blocked: set[str], code: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize(("blocked", "calls"), [
+@pytest.mark.parametrize(("blocked", "calls"), sampled([
     ("scipy", ["v.paired_interval(np.arange(5))", "v.wilson(3, 5)", "v.power(0.3)",
                "v.compare(a, b)", "v.best_of_k(a)"]),
     ("matplotlib", ["v.distribution_chart(a)", "v.forest_chart(v.compare(a, b))"]),
-])  # fmt: skip
+], 2))  # fmt: skip
 def test_a_missing_package_is_named_with_its_extra(blocked, calls):
     made = python({blocked}, f"""
 for call in {calls!r}:
@@ -49,6 +51,7 @@ for call in {calls!r}:
         assert line.startswith(f"{blocked} is not installed") and "refimg[validate]" in line
 
 
+@pytest.mark.all
 def test_tables_need_no_extra():
     made = python({"scipy", "matplotlib", "pyarrow"}, "v.distributions(a), v.pass_rates(a)\n"
                   "v.stop_reasons(a), v.threshold_errors(a), v.best_weights([1], 1), v.holm([1])")

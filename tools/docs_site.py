@@ -9,10 +9,8 @@ import re
 import sys
 from pathlib import Path
 
-import nbformat
 import yaml
 from docs_stage import NBS, ROOT, page
-from nbformat.v4 import new_markdown_cell
 from sphinx.application import Sphinx
 
 DIRECTIVE = re.compile(r"^#\|.*\n?", re.MULTILINE)
@@ -66,6 +64,8 @@ def markdown(text: str) -> str:
 def plain(cell):
     """A cell that any reader of notebooks understands, or None."""
     if cell.cell_type == "raw":
+        from nbformat.v4 import new_markdown_cell  # takes seconds
+
         return new_markdown_cell(front(cell.source))
     if cell.cell_type == "markdown":
         cell.source = markdown(cell.source)
@@ -101,6 +101,9 @@ def convert(source: Path, target: Path) -> None:
         text = markdown(front(source.read_text("utf-8")))
         target.write_text(text, encoding="utf-8")
         return
+    import nbformat  # takes seconds
+    from nbformat.v4 import new_markdown_cell
+
     nb = nbformat.read(source, as_version=4)
     nb.cells = [made for made in map(plain, nb.cells) if made is not None]
     nb.metadata.pop("widgets", None)

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 # %% auto #0
-__all__ = ['Colour', 'PIGMENTS', 'Light', 'mix', 'Layer', 'Figure', 'figure_colours']
+__all__ = ['Colour', 'PIGMENTS', 'Light', 'mix', 'tinted', 'Layer', 'Figure', 'figure_colours']
 
 # %% ../../nbs/sandbox/drawing.ipynb #b361d048
 Colour = Sequence[float] | np.ndarray  # red, green and blue, 0..1
@@ -41,6 +41,14 @@ def mix(
 ) -> np.ndarray:
     """Return the colour between two."""
     return np.asarray(one, np.float32) * (1 - share) + np.asarray(two, np.float32) * share
+
+# %% ../../nbs/sandbox/drawing.ipynb #e9289643
+def tinted(
+    amounts: np.ndarray,  # one for each pixel, height x width
+    colour: Colour,  # to multiply them by
+) -> np.ndarray:  # height x width x 3, each channel in one piece
+    """Return a colour for each pixel, as strong as its amount."""
+    return (np.asarray(colour, np.float32)[:, None, None] * amounts).transpose(1, 2, 0)
 
 # %% ../../nbs/sandbox/drawing.ipynb #791193bf
 def _share(image: Image.Image) -> np.ndarray:
@@ -70,7 +78,7 @@ class Layer:
         **fields: Any,  # the other fields of the layer
     ) -> Layer:
         """Make a layer with nothing on it."""
-        return cls(np.zeros((height, width, 5), np.float32), **fields)
+        return cls(np.zeros((5, height, width), np.float32).transpose(1, 2, 0), **fields)
 
     def at(
         self,
@@ -151,10 +159,11 @@ class Layer:
         """Return a colour under the layer's light, with volume."""
         light = self.light
         base = colour * mix((1, 1, 1), light.ambient, self.tint)
-        amount = (relief * depth * light.strength)[..., None]
+        amount = relief * depth * light.strength
         bright = base * 0.75 + np.asarray(light.colour, np.float32) * 0.42 * (0.35 + base)
         dark = base * np.asarray(light.shade, np.float32)
-        return np.where(amount > 0, base + (bright - base) * amount, base - (dark - base) * amount)
+        up, down = tinted(amount, bright - base), tinted(amount, dark - base)
+        return np.where(amount[..., None] > 0, base + up, base - down)
 
     def overlap(
         self,

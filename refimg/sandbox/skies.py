@@ -13,7 +13,7 @@ from typing import Self
 import numpy as np
 from PIL import Image
 
-from .drawing import Colour, Layer, Light, mix
+from .drawing import Colour, Layer, Light, mix, tinted
 
 # %% auto #0
 __all__ = ['stream', 'smoothstep', 'View', 'Sky', 'Weather']
@@ -207,7 +207,7 @@ class View:
         dx = (np.arange(left, right, dtype=np.float32) + 0.5 - x) / reach
         dy = (np.arange(top, bottom, dtype=np.float32) + 0.5 - y) / reach
         d = np.clip(1 - np.sqrt(dx[None] ** 2 + dy[:, None] ** 2), 0, 1)
-        glow = (0.75 * d**3 + 0.25 * d**8)[..., None] * np.asarray(colour, np.float32) * strength
+        glow = tinted(0.75 * d**3 + 0.25 * d**8, colour) * strength
         part = self.frame.pixels[top:bottom, left:right, :3]
         part += glow * np.maximum(1 - part, 0.12)
 
@@ -285,7 +285,7 @@ class Sky(View):
         across = np.clip(np.arange(width) + side * shift, 0, width - 1)
         up = np.clip(np.arange(rows) - (shift if sun_y > 0.7 else -shift), 0, rows - 1)
         toward = noise[up][:, across]
-        lit = np.clip((noise - toward) * 4.5 + 0.5, 0, 1)[..., None]
+        lit = np.clip((noise - toward) * 4.5 + 0.5, 0, 1)
         low = _COVER[self.weather]
         cover = smoothstep(noise, low, low + 0.34)
         storm = self.weather in ("rain", "storm")
@@ -296,7 +296,7 @@ class Sky(View):
         dark = mix(mid, top, 0.4) * (0.5 if self.weather == "storm" else 0.72 if storm else 0.86)
         part = pixels[:rows, :, :3]
         cover = (cover * (0.9 if low < 0.4 else 0.75))[..., None]
-        part += (dark + (bright - dark) * lit - part) * cover
+        part += (dark + tinted(lit, bright - dark) - part) * cover
 
 # %% ../../nbs/sandbox/skies.ipynb #5ffc1483
 class Weather(View):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .drawing import Colour, mix
+from .drawing import Colour, mix, tinted
 from .skies import View, smoothstep
 
 # %% auto #0
@@ -49,7 +49,7 @@ class Terrain(View):
         shade = shade * (1 - 0.28 * (1 - far) * np.clip(depth / 0.35, 0, 1))
         if texture is not None:
             shade = shade * (1 + rough * (1 - far) * (texture[top:] - 0.5))
-        paint = base * shade[..., None]
+        paint = tinted(shade, base)
         if mist:
             amount = (np.clip(depth / 0.16, 0, 1) * mist)[..., None]
             paint = paint + (haze - paint) * amount
@@ -86,8 +86,8 @@ class Terrain(View):
         cap = level * (0.25 + 1.1 * rock) - 0.12 - np.clip(depth, 0, None) * 3.0
         white = smoothstep(cap, 0.0, 0.06) * (depth >= 0)
         colour = mix(self.air((0.97, 0.98, 1.0), far), self.light.colour, 0.12)
-        lit = (1 + np.clip(lean, -0.5, 0.25) * 0.5)[..., None]
-        part += (colour * lit - part) * (white * 0.92)[..., None]
+        lit = 1 + np.clip(lean, -0.5, 0.25) * 0.5
+        part += (tinted(lit, colour) - part) * (white * 0.92)[..., None]
 
     def water(self, top: float, bottom: float, colour: Colour = (0.16, 0.36, 0.46),
               wave: float = 0.012) -> None:
