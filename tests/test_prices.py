@@ -28,6 +28,7 @@ from refimg.engine.usage import expected_usage
 from refimg.enhance import Message, Reply, Usage, read_fences
 from refimg.generate import GeneratedImage, ImageRequest
 from refimg.pipeline import Pipeline, Scene, Story
+from refimg.sandbox.painter import Painter
 from refimg.storage.journal import Journal
 from tests.fakes import FakeChat, FakeImages, FakeScorer, critique, picture
 
@@ -106,6 +107,17 @@ def test_rows_of_the_user(tmp_path, monkeypatch):
     path.write_text(json.dumps({"openai:qwen @ local": {"input": 0, "output": 0}}))
     assert TABLE.chat_cost("openai:qwen @ local", Usage(input_tokens=5, output_tokens=5)) == 0
     assert TABLE.price_of("me/x") is None
+
+
+def test_the_sandbox_costs_nothing_before_a_run_and_after_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("REFIMG_SANDBOX", "1")
+    sandbox = Pipeline.from_env(image_model=Painter(width=64), budget_usd=0.01, num_variations=2)
+    story = Story(scenes=[Scene(prompt="A red fox in a forest")])
+    told = sandbox.estimate(story)
+    result = sandbox.run_sync(story, output_dir=tmp_path / "images")
+    assert (told.low, told.high, told.unpriced, result.cost) == (0, 0, [], 0)
+    assert len(result.scenes[0].variations) == 2
+    assert TABLE.price_of("me/sandbox-painter") is None
 
 
 @pytest.mark.parametrize("text", [
