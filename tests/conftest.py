@@ -19,12 +19,13 @@ settings.register_profile("refimg", derandomize=True)  # the same examples every
 settings.load_profile("refimg")
 
 
-def pytest_collection_modifyitems(items: list) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list) -> None:
     """The slow files first, to end two processes together; `all` only where it is asked for."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if os.environ.get("REFIMG_TEST_ALL") != "1":
-        for item in (item for item in items if item.get_closest_marker("all")):
-            item.add_marker(pytest.mark.skip(reason="only in make test-all (REFIMG_TEST_ALL=1)"))
+        left_out = [item for item in items if item.get_closest_marker("all")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("all")]
 
 
 @pytest.fixture(autouse=True, scope="module")
