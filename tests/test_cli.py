@@ -516,7 +516,7 @@ def test_an_argument_that_is_no_text_is_refused(world, words):
 @pytest.mark.skipif(os.name == "nt", reason="a POSIX shell")
 @pytest.mark.parametrize(("words", "closed"), sampled([
     ("run -", "input"), ("enhance -", "input"), ("doctor", "output"),
-], 2))  # fmt: skip
+], 3))  # fmt: skip
 def test_a_closed_stream_is_one_line_and_exit_1(words, closed):
     stream = {"input": "<&-", "output": ">&-"}[closed]
     line = f"'{sys.executable}' -c 'from refimg.cli import app; app()' {words} {stream}"

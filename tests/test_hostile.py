@@ -41,7 +41,7 @@ def outcome(ordeal: hostile.Ordeal, lives: Lives, place: str, name: str) -> list
     ("critic", "wait 'nan'"), ("critic", "deep"), ("create", "status nested"),
     ("model", "latest_version.openapi_schema.components.schemas.aspect_ratio.enum nan"),
     ("output", "picture wide bomb"),
-], 3))  # fmt: skip
+], 5))  # fmt: skip
 def test_a_hostile_answer_does_no_harm(ordeal, lives, place, name):
     assert outcome(ordeal, lives, place, name) == []
 
