@@ -14,6 +14,7 @@ OURS = re.compile(r"REFIMG_(?!CHROMIUM$|TEST_ALL$)|OPENAI_|REPLICATE_")
 for name in [n for n in os.environ if OURS.match(n)]:
     del os.environ[name]
 os.environ["HF_HUB_OFFLINE"] = "1"
+gc.set_threshold(100_000, 20, 20)  # a session makes much that stays
 
 settings.register_profile("refimg", derandomize=True)  # the same examples everywhere
 settings.load_profile("refimg")

@@ -89,6 +89,7 @@ def keys(llm, images) -> dict[str, str]:
 
 
 @pytest.mark.slow
+@pytest.mark.all
 def test_cancel_ends_within_the_contract_and_at_the_provider_too(tmp_path, servers):
     llm, images = servers
     llm.script()

@@ -546,11 +546,10 @@ def process(servers, folder: Path, *words: object) -> subprocess.Popen:
                             text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
 
 
+@pytest.mark.all
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-@pytest.mark.parametrize(("stop", "code"), [
-    (signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.all),
-])  # fmt: skip
+@pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_hanging_run_is_cancelled_at_the_provider_too_and_resumed(
     servers, story, tmp_path, stop, code
 ):
@@ -575,6 +574,7 @@ def test_a_hanging_run_is_cancelled_at_the_provider_too_and_resumed(
 
 
 @pytest.mark.slow
+@pytest.mark.all
 def test_a_run_on_fallbacks_keeps_the_streams_apart(servers, story, tmp_path):
     llm, images = servers
     llm.script(["401"] * 20)

@@ -439,6 +439,7 @@ def test_half_precision_only_where_it_pays(monkeypatch, cuda, bf16, device, dtyp
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("load, folder", [(load_transformers, tiny_transformers),
                                           (load_open_clip, tiny_open_clip)])
+@pytest.mark.all
 def test_in_half_precision_only_the_towers_are_coarse(load, folder, dtype):
     import torch
 
@@ -491,6 +492,7 @@ def test_clip_score_and_aesthetic_share_one_pass(head, monkeypatch):
     assert (counts.loads, counts.images) == (1, 4), "two views are two passes over one model"
 
 
+@pytest.mark.all
 def test_two_pipelines_share_a_tower_and_the_last_one_frees_it(monkeypatch):
     counts = Counting(monkeypatch, "load_transformers")
     one, two = pick(), pick()

@@ -185,7 +185,7 @@ def test_a_bar_shows_a_download_in_a_terminal_and_only_there(hub, monkeypatch):
 
 
 @pytest.mark.parametrize("faults", sampled(
-    [["cut", "flip"], ["cut"], ["503"], ["cut", "cut"], ["slow"], ["flip"]], 2))
+    [["cut", "flip"], ["cut"], ["503"], ["cut", "cut"], ["slow"], ["flip"]], 6))
 def test_a_download_that_goes_wrong_is_mended(hub, faults, tmp_path):
     hub.faults["model.safetensors"] = list(faults)
     scorer = PickScore(device="cpu")

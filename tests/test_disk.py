@@ -49,6 +49,7 @@ def test_after_a_power_cut_the_same_run_goes_on(bench, lives):
     assert sorted(keys) == sorted(wanted), found
 
 
+@pytest.mark.all
 def test_what_a_run_has_returned_outlasts_a_power_cut(bench, lives):
     assert disk.returned(bench, lives, bench.fresh(), 1) == [("returned", "")]
 

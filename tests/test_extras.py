@@ -149,6 +149,7 @@ print(VqaScore("a/b").missing())
 """
 
 
+@pytest.mark.all
 def test_what_cannot_go_on_is_an_import_error_that_names_the_extra():
     made = python(BLOCK + LOADS)
     assert made.returncode == 0, made.stderr

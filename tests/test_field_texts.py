@@ -804,7 +804,7 @@ WORDINGS = [
 
 
 @pytest.mark.parametrize("status, wording, known", sampled(
-    [(*said, known) for said in WORDINGS for known in ([], ["json_object"])], 9))
+    [(*said, known) for said in WORDINGS for known in ([], ["json_object"])], 13))
 async def test_a_form_that_a_server_refuses_is_replaced_by_the_next(status, wording, known):
     more = {"refusal": (status, wording)}
     with start_llm_server(formats=known, **more) as server:

@@ -196,6 +196,7 @@ save_many(Path(sys.argv[1]), int(sys.argv[2]), 20)
 """
 
 
+@pytest.mark.all
 def test_processes_lose_and_overwrite_nothing(tmp_path):
     def start(writer: int) -> subprocess.Popen:
         command = [sys.executable, "-c", WRITER, str(tmp_path), str(writer)]

@@ -882,13 +882,13 @@ def whole(tmp_path_factory) -> dict[str, bytes]:
 
 
 POINTS = {
-    "before begin": (1, 0), "after begin": (1, 0), "running": (1, 1), "before keep": (1, 1),
+    "before keep": (1, 1), "before begin": (1, 0), "after begin": (1, 0), "running": (1, 1),
     "before rename": (1, 1), "after rename": (1, 1), "after done": (2, 0),
 }
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
-@pytest.mark.parametrize("point", sampled(POINTS, 3))
+@pytest.mark.parametrize("point", sampled(POINTS, 7))
 def test_killed_at_a_point_and_run_again(tmp_path, whole, point):
     finished, adopted = POINTS[point]
     assert child(tmp_path, point) == -signal.SIGKILL
@@ -937,13 +937,14 @@ MANY = """
 """
 
 
+@pytest.mark.all
 def test_processes_share_a_journal(tmp_path):
     command = [sys.executable, "-W", "error", "-c", textwrap.dedent(MANY), str(tmp_path)]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    running = [subprocess.Popen([*command, f"run{n}"], cwd=ROOT, env=env) for n in range(3)]
-    assert [process.wait(300) for process in running] == [0] * 3
+    running = [subprocess.Popen([*command, f"run{n}"], cwd=ROOT, env=env) for n in range(6)]
+    assert [process.wait(300) for process in running] == [0] * 6
     with sqlite3.connect(tmp_path / "journal.db") as database:
-        assert database.execute("SELECT count(*) FROM calls WHERE done > 0").fetchone() == (90,)
+        assert database.execute("SELECT count(*) FROM calls WHERE done > 0").fetchone() == (180,)
         assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 

@@ -66,7 +66,8 @@ def usable():
 
 def pip(*arguments):
     """Installs with the environment's pip under the constraints; a failure ends the set-up."""
-    command = [str(python()), "-m", "pip", "install", "--quiet", "-c", "constraints.txt"]
+    command = [str(python()), "-m", "pip", "install", "--quiet", "--no-compile",
+               "-c", "constraints.txt"]
     print("pip install", *arguments, flush=True)
     if subprocess.run([*command, *arguments], cwd=str(ROOT), stdin=subprocess.DEVNULL).returncode:
         sys.exit("The set-up failed at: pip install " + " ".join(arguments))
