@@ -117,7 +117,8 @@ def test_the_sandbox_costs_nothing_before_a_run_and_after_it(tmp_path, monkeypat
     result = sandbox.run_sync(story, output_dir=tmp_path / "images")
     assert (told.low, told.high, told.unpriced, result.cost) == (0, 0, [], 0)
     assert len(result.scenes[0].variations) == 2
-    assert TABLE.price_of("me/sandbox-painter") is None
+    for other in ("me/sandbox-painter", "openai:sandbox-agents @ example.com", "sandbox-x @ host"):
+        assert TABLE.price_of(other) is None
 
 
 @pytest.mark.parametrize("text", [

@@ -87,7 +87,7 @@ MAX_SECONDS = 120.0  # that one prediction may run
 CANCELLING = 10.0  # seconds that it may run on until its cancellation has arrived
 _HEAD = 256  # tokens that a server may put before the messages
 _SEEN = 26_000  # tokens of an image of 1024 x 1024 at most: gpt-4o-mini has 2833 + 4 * 5667
-_FREE = Price.model_construct(input=0.0, output=0.0, image=0.0)  # what the sandbox costs
+_FREE = Price.model_construct(input=0.0, output=0.0, image=0.0)  # by tokens and by image: no row
 _OWN = " with own "  # between the name of a model and the inputs that its price depends on
 _SIZES = re.compile(
     r"(?!output_quality)(\w+_)?(resolution|quality|megapixels|pixels|size|width|height)")
@@ -146,7 +146,7 @@ class PriceTable:
         names = [name] if " @ " in name else [name, bare, re.sub(r"-\d{4}-\d\d-\d\d$", "", bare)]
         table = {key: row for key, row in self.rows().items()
                  if not own or row is not PRICES.get(key)}
-        free = _FREE if bare.startswith("sandbox-") else None
+        free = _FREE if re.fullmatch(r"sandbox-\S+", name) else None
         return next((table[known] for known in names if known in table), free)
 
     def chat_cost(

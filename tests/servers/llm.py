@@ -35,6 +35,8 @@ from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
+from refimg.enhance import read_fences
+
 from .bombs import zip_bomb
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -43,7 +45,6 @@ FORMATS = ("json_schema", "json_object")
 USAGE = {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120}
 IMAGE = 765  # tokens of 1024 x 576 at high detail by OpenAI's formula of tiles, 85 + 4 x 170
 LIMIT = "Unrecognized request argument supplied: max_completion_tokens"
-FENCED = re.compile(r"<([a-z_]+) ([0-9a-f]{16})>\n(.*?)\n</\1 \2>", re.DOTALL)  # in a message
 HTML = "<html><head><title>502 Bad Gateway</title></head><body>nginx</body></html>"
 
 
@@ -111,8 +112,8 @@ def material(body: dict[str, Any]) -> dict[str, str]:
     """The fenced texts of the user's messages."""
     said = [m.get("content") for m in body.get("messages", ()) if m.get("role") == "user"]
     said += [part.get("text") for part in parts_of(body, "text")]
-    found = [FENCED.findall(text) for text in said if isinstance(text, str)]
-    return {slot: text for each in found for slot, _, text in reversed(each)}
+    found = [read_fences(text) for text in said if isinstance(text, str)]
+    return {slot: text for each in found for slot, text in each.items()}
 
 
 def role_of(body: dict[str, Any]) -> str:
