@@ -96,7 +96,7 @@ def test_the_painter_reads_what_the_author_wrote(context):
         assert enhanced.startswith(original.rstrip()) and lost_intent(original, enhanced) == []
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(
         st.sampled_from(
@@ -319,7 +319,7 @@ def test_form_is_judged_as_form(worse):
     assert rate(worse)["professionalism"] < rate(well)["professionalism"]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.text(max_size=300), st.text(max_size=60))
 def test_any_text_gets_an_answer(text, context):
     scores = rate(text, text, context)

@@ -171,7 +171,7 @@ def quiet():
 EXAMPLES = 1000 if os.environ.get("REFIMG_TEST_ALL") == "1" else 60
 
 
-@settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None,
+@settings(max_examples=EXAMPLES, derandomize=True, database=None,
           suppress_health_check=list(HealthCheck))
 @given(pattern=PATTERNS)
 def test_as_many_references_come_out_as_scenes_went_in(pattern):

@@ -369,7 +369,7 @@ def runner():
 EXAMPLES = 1000 if os.environ.get("REFIMG_TEST_ALL") == "1" else 50
 
 
-@settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None,
+@settings(max_examples=EXAMPLES, derandomize=True, database=None,
           suppress_health_check=list(HealthCheck))
 @given(pattern=PATTERNS)
 @example(pattern=Pattern(scenes=4, variations=3, images=("raises",)))

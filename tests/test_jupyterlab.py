@@ -107,7 +107,11 @@ def lab(place: Path):
         yield f"http://127.0.0.1:{port}"
     finally:
         server.terminate()
-        server.wait(SECONDS)
+        try:
+            server.wait(30)
+        except subprocess.TimeoutExpired:  # its extensions sometimes wait for a page that has left
+            server.kill()
+            server.wait()
 
 
 def run_to_the_end(page) -> list[dict]:

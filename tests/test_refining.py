@@ -166,7 +166,7 @@ EXAMPLES = 80 if os.environ.get("REFIMG_TEST_ALL") == "1" else 20
 FAULTS = (None, None, None, "", "[", '{"answers": []}', "Yes, all of it.", RuntimeError("down"))
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=EXAMPLES)
 @given(seed=st.integers(0, 2**32))
 def test_what_is_returned_is_never_worse_than_before(tmp_path_factory, seed):
     """Inspector, director and edits fail at random; some images are defective, or lack scores."""

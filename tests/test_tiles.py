@@ -85,7 +85,7 @@ def with_red_ends(size: tuple[int, int]) -> tuple[Image.Image, Image.Image]:
 # the squares
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(width=st.integers(1, 300), height=st.integers(1, 300))
 def test_tiles_are_the_fewest_squares_that_cover_the_image(width, height):
     marked = np.arange(width * height, dtype=np.int32).reshape(height, width)

@@ -312,7 +312,7 @@ def test_the_words_follow_the_interval():
 
 
 @pytest.mark.all
-@settings(deadline=None, max_examples=4)
+@settings(max_examples=4)
 @given(st.integers(0, 10_000), st.floats(-20, 20))
 def test_turning_the_arms_round_turns_the_signs(seed, better):
     a, b = random_arm(seed, 5), random_arm(seed + 1, 5, better=better)

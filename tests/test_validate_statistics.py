@@ -292,7 +292,7 @@ def test_the_arm_helper_is_what_it_says():
 
 
 @pytest.mark.all
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(st.tuples(SMALL, SMALL), min_size=2, max_size=6))
 def test_a_verifier_is_judged_by_what_it_puts_first(pairs):
     scores, right = map(list, zip(*pairs, strict=True))
