@@ -355,6 +355,7 @@ def backend(tmp_path_factory) -> dict:
     return json.loads(made.stdout.splitlines()[-1]) | {"folder": folder}
 
 
+@pytest.mark.all
 class TestSandbox:
     """Without keys the door opens on the sandbox."""
 

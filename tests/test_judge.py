@@ -233,7 +233,7 @@ async def winner(judge: Judge, *given) -> str:
 
 
 @pytest.mark.parametrize("wrong", sampled(
-    [{"time": "day"}, {"colour": "blue"}, {"style": "noir"}, {"setting": "beach"}], 2))
+    [{"time": "day"}, {"colour": "blue"}, {"style": "noir"}, {"setting": "beach"}], 4))
 async def test_it_sees_which_image_is_right(wrong):
     good, bad = painted(3), painted(3, **wrong)
     honest = Judge(first=0)
