@@ -26,6 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.markexpr = "not all"
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for the groups
 def pytest_collection_modifyitems(items: list) -> None:
     """The slow files first, to end two processes together; each file in one of them."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
