@@ -8,7 +8,7 @@ unexport PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE MPLBACKEND
 NO_KEYS := env -u OPENAI_API_KEY -u OPENAI_BASE_URL -u REPLICATE_API_TOKEN -u REFIMG_SANDBOX
 # Four for two cores, since many tests wait; one thread each, or torch's threads get in each other's way.
 ONE_THREAD := OMP_NUM_THREADS=1
-PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n 4 --dist loadgroup --no-loadscope-reorder
+PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 FIRST := nbs/03_pipeline.ipynb
 AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1

@@ -19,8 +19,6 @@ from refimg.score import Batch
 
 from .clips import picture, tiny_open_clip
 
-pytestmark = pytest.mark.xdist_group("torch")  # one process imports it for all of them
-
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "scoring"
 FILES = {"v1": DATA / "laion_v1" / "sa_0_4_vit_l_14_linear.pth",
          "v2": DATA / "laion_v2" / "sac+logos+ava1-l14-linearMSE.pth"}

@@ -42,8 +42,6 @@ from .fakes import picture as png
 from .sampling import sampled
 from .test_loop import MARGIN, SECONDS, TRIES, noise, watched
 
-pytestmark = pytest.mark.xdist_group("torch")  # one process imports it for all of them
-
 PROMPT = "A lighthouse keeper in a yellow coat on a rocky coast at night"
 SIZES = [(320, 180), (180, 320), (224, 224), (225, 223), (1024, 576), (31, 17), (1, 1), (640, 80)]
 TEXTS = [PROMPT, "Été, 2 foxes; snow-white!", "", "a  b\nc", "x" * 40, "🦊 in snow", "CAPS & co."]

@@ -33,8 +33,6 @@ from refimg.score import Batch
 from .clips import picture, register, tiny_open_clip, tiny_transformers
 from .sampling import sampled
 
-pytestmark = pytest.mark.xdist_group("torch")  # one process imports it for all of them
-
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 

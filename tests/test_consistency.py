@@ -20,8 +20,6 @@ from refimg.score import Batch, grade, raw_scores, score_images
 
 from .clips import new_folder, picture, seeded, tiny_open_clip
 
-pytestmark = pytest.mark.xdist_group("torch")  # one process imports it for all of them
-
 PROMPT = "A red fox on a beach"
 SIZES = [(320, 180), (180, 320), (256, 256), (320, 180), (37, 411)]
 PUBLISHED = {  # preprocessor_config.json of facebook/dinov2-base

@@ -21,8 +21,6 @@ from refimg.sandbox.scorers import SandboxAesthetic, SandboxClipScore, SandboxPi
 from refimg.sandbox.world import read_prompt
 from refimg.score import Batch, raw_scores
 
-pytestmark = pytest.mark.xdist_group("torch")  # one process imports it for all of them
-
 WEIGHTS = Path(str(files("refimg.sandbox") / "weights"))
 TEXT_SCORERS = [SandboxPickScore, SandboxClipScore]
 ALL = [*TEXT_SCORERS, SandboxAesthetic]

@@ -30,8 +30,6 @@ from .sampling import sampled
 from .test_clip_scorers import Counting, authors_pickscore, head, open_clips_cosine  # noqa: F401
 from .test_consistency import tiny_dino
 
-pytestmark = pytest.mark.xdist_group("torch")  # one process imports it for all of them
-
 PROMPT = "A red fox on a beach"
 SANDBOX = [sandbox.SandboxPickScore, sandbox.SandboxClipScore, sandbox.SandboxAesthetic]
 STORY = Story(scenes=[Scene(prompt="A fox")])

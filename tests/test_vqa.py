@@ -22,8 +22,6 @@ from refimg.score import Batch, ImageScores, grade, raw_scores
 
 from . import tiny_vlm
 
-pytestmark = pytest.mark.xdist_group("torch")  # one process imports it for all of them
-
 KINDS = ["qwen", "llava", "idefics"]
 TEXT = "a red fox on a beach"
 SIZES = [(64, 36), (200, 300), (57, 57), (400, 90), (31, 33)]
