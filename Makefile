@@ -6,9 +6,10 @@ BIN := .venv/bin
 
 unexport PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE MPLBACKEND
 NO_KEYS := env -u OPENAI_API_KEY -u OPENAI_BASE_URL -u REPLICATE_API_TOKEN -u REFIMG_SANDBOX
-# Four for two cores, since many tests wait; one thread each, or torch's threads get in each other's way.
-ONE_THREAD := OMP_NUM_THREADS=1
-PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
+# One thread each, or torch's get in each other's way; glibc keeps the memory of images that are gone.
+SHARING := OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=268435456 MALLOC_TRIM_THRESHOLD_=536870912
+# Four for two cores, since many tests wait.
+PYTEST := $(SHARING) $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 FIRST := nbs/03_pipeline.ipynb
 AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
@@ -39,7 +40,7 @@ lint: setup
 	$(BIN)/python tools/check_sync.py
 
 notebooks: setup
-	$(NO_KEYS) $(ONE_THREAD) $(BIN)/nbdev_test --n_workers 2
+	$(NO_KEYS) $(SHARING) $(BIN)/nbdev_test --n_workers 2
 
 unit: setup
 	$(PYTEST) $(MORE)
