@@ -16,7 +16,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 export JUPYTER_PATH := $(CURDIR)/.venv/share/jupyter
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo lint notebooks unit test test-all lab bench bench-long docs readme clean
+.PHONY: help setup demo lint notebooks compiled unit test test-all lab bench bench-long docs readme clean
 
 help:
 	@echo "make demo   a story through the whole pipeline, offline, into output/demo/"
@@ -42,15 +42,19 @@ lint: setup
 notebooks: setup
 	$(NO_KEYS) $(SHARING) $(BIN)/nbdev_test --n_workers 2
 
+# Compiles the tests once, where each of four processes would do it at the same time.
+compiled: setup
+	-@$(BIN)/python -m pytest --collect-only -q >/dev/null
+
 unit: setup
 	$(PYTEST) $(MORE)
 
 test: setup
-	@$(MAKE) --no-print-directory -j 2 lint notebooks
+	@$(MAKE) --no-print-directory -j 2 notebooks lint compiled
 	@$(MAKE) --no-print-directory unit
 
 test-all: setup
-	@$(MAKE) --no-print-directory -j 2 lint notebooks
+	@$(MAKE) --no-print-directory -j 2 notebooks lint compiled
 	@REFIMG_TEST_ALL=1 $(MAKE) --no-print-directory unit \
 		MORE="--cov=refimg --cov-report=term --cov-fail-under=90"
 

@@ -121,6 +121,7 @@ def paid(folder: Path) -> tuple[int, int]:
     return sum(map(bool, chats)), sum(map(bool, images))
 
 
+@pytest.mark.all
 @pytest.mark.slow
 def test_after_kill_9_a_restart_goes_on_and_pays_nothing_twice(tmp_path, servers):
     llm, images = servers

@@ -164,7 +164,7 @@ def test_a_chart_is_small_and_sound(tmp_path, chart, scenes, count, rounds):
         assert image.width >= 7.6 * 72
 
 
-@pytest.mark.parametrize(("chart", "text"), sampled(product(CHARTS, HOSTILE), 5))
+@pytest.mark.parametrize(("chart", "text"), sampled(product(CHARTS, HOSTILE), 11))
 def test_no_text_of_a_result_harms_a_chart(tmp_path, chart, text):
     scores = ImageScores(metrics={text: 50.0, f"b{text}": None}, overall=50.0, models={text: text},
                          notes={text: text})  # fmt: skip
