@@ -42,6 +42,7 @@ def test_a_call_that_fails_in_the_middle_costs_no_paid_answer(bench, lives, name
     assert [one for one in found if one[0] in WRONG] == []
 
 
+@pytest.mark.all
 def test_after_a_power_cut_the_same_run_goes_on(bench, lives):
     found = disk.cut(bench, lives, bench.fresh(), bench.calls[""] // 2)
     keys = [key for key, _ in found if not key.endswith("_late")]

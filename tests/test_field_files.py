@@ -402,7 +402,7 @@ def no_locks(tmp_path_factory) -> Path:
 @pytest.mark.skipif(sys.platform != "linux", reason="the shim is for Linux")
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="the shim is built with gcc")
 @pytest.mark.parametrize(("what", "number"), sampled(product(
-    ["traces", "journal"], [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS]), 5))
+    ["traces", "journal"], [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS]), 6))
 def test_a_run_on_a_drive_without_locks_is_refused_unpaid(no_locks, tmp_path, what, number):
     """Without `flock` at all, ENOSYS, a lock file does for the traces; SQLite has none."""
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "NO_LOCKS": str(number),

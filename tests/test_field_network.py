@@ -572,7 +572,7 @@ def test_a_time_limit_is_a_number_of_seconds(real, monkeypatch, text):
 # --- the command ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("words", [["--version"], ["doctor", "--help"]])
+@pytest.mark.parametrize("words", sampled([["--version"], ["doctor", "--help"]], 2))
 def test_the_package_is_the_command(words):
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "refimg", *words]

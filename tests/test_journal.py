@@ -903,6 +903,7 @@ def test_killed_at_a_point_and_run_again(tmp_path, whole, point):
     assert pictures(tmp_path) == {name: whole[name] for name in whole if name[:2] in ("s1", "s2")}
 
 
+@pytest.mark.all
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
 def test_killed_at_any_moment_and_run_again(tmp_path, whole):
     chance, kills, longest = random.Random(5), 0, 0.2

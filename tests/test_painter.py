@@ -81,7 +81,7 @@ def small(attributes: tuple[tuple[str, str], ...]) -> Image.Image:
     return paint_picture(dict(attributes), 5, 192, 108)
 
 
-@pytest.mark.parametrize(("attribute", "value"), sampled(VALUES, 5))
+@pytest.mark.parametrize(("attribute", "value"), sampled(VALUES, 9))
 def test_every_value_draws_and_changes_pixels(attribute, value):
     before = {"relation": "right of"} if (attribute, value) == ("relation", "left of") else {}
     other = STATED | before

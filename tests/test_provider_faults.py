@@ -97,7 +97,7 @@ async def test_the_high_estimate_is_what_a_run_of_all_rounds_costs(servers, tmp_
     assert high == pytest.approx(ledger(servers), rel=0.05)
 
 
-@pytest.mark.parametrize("budget", sampled([0.5, 0.8, 1.1], 2))
+@pytest.mark.parametrize("budget", sampled([0.5, 0.8, 1.1], 3))
 @pytest.mark.parametrize("chain", ["none", "previous"])
 async def test_a_budget_is_never_passed_and_what_it_does_not_reach_is_carried(
     servers, tmp_path, budget, chain

@@ -24,6 +24,7 @@ from refimg.sandbox.painter import (
     restated,
 )
 from refimg.sandbox.world import VOCABULARY, read_prompt
+from tests.sampling import sampled
 
 ROOT = Path(__file__).resolve().parent.parent
 ARM = {(arm.part, arm.name, arm.effect): arm for arm in study.ARMS}
@@ -67,7 +68,7 @@ def test_a_restated_attribute_fails_as_often_as_planted():
         assert not within(wrong, n, other), attribute
 
 
-@pytest.mark.parametrize("settings", [(), (0.2,), (0.2, None), (0.2, 0.2)])
+@pytest.mark.parametrize("settings", sampled([((),), ((0.2,),), ((0.2, None),), ((0.2, 0.2),)], 2))
 def test_without_an_effect_the_painter_is_what_it_was(settings):
     for seed in range(4):
         request = ImageRequest(prompt=TWICE, seed=seed)
