@@ -21,7 +21,7 @@ def _lum(rgb: np.ndarray) -> np.ndarray:
 
 
 def _planes(pixels: np.ndarray) -> np.ndarray:
-    """Return the pixels as float32 with each channel in one piece, so that sums of them are fast."""
+    """Return the pixels as float32, each channel in one piece, so that sums are fast."""
     apart = np.moveaxis(pixels, 2, 0).astype(np.float32, order="C")
     return np.moveaxis(apart, 0, 2)
 
