@@ -20,7 +20,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 help:
 	@echo "make demo   a story through the whole pipeline, offline, into output/demo/"
-	@echo "make test   lint, types, notebooks and modules in step, notebooks run, pytest: about six minutes"
+	@echo "make test   lint, types, notebooks and modules in step, notebooks run, pytest: about five minutes"
 	@echo "make test-all the same with the long tests and coverage"
 	@echo "make lab    JupyterLab on 03_pipeline, the other notebooks beside it"
 	@echo "make bench  the short benchmarks; make bench-long the rest"

@@ -33,10 +33,11 @@ from .storage.documents import is_json, write_yaml
 from .storage.extras import EXTRAS, missing_extra
 from .storage.files import check_id, clean_text
 from .storage.secrets import redact
-from .storage.terminal import host_of, is_utf8, json_line, read_standard_input, terminal_text
+from .storage.terminal import hosts, is_utf8, json_line, read_standard_input, terminal_text
 
 # %% auto #0
-__all__ = ['app', 'Commands', 'enhance', 'generate', 'score', 'draft', 'estimate', 'run', 'report', 'load', 'doctor']
+__all__ = ['app', 'Commands', 'enhance', 'generate', 'score', 'draft', 'estimate', 'run', 'report', 'list_prices', 'load',
+           'doctor']
 
 # %% ../nbs/07_cli.ipynb #a6d77378
 def _answer(value: Any, as_value: bool, lines: Iterable[object]) -> None:
@@ -376,6 +377,16 @@ def report(
         page(shown, target)
     _answer({"report": target}, json_value, [target])
 
+# %% ../nbs/07_cli.ipynb #f1b451c9
+@app.command("prices", epilog=_examples("refimg prices", "refimg prices --json | jq keys"))
+def list_prices(
+    json_value: _Json = False,  # True: the rows as JSON
+) -> None:
+    """Print what models cost in USD, with date and source."""
+    rows = defaults.prices().rows().items()
+    told = {name: row.model_dump(exclude_defaults=True) for name, row in rows}
+    _answer(told, json_value, [f"{name}: {row}" for name, row in rows])
+
 # %% ../nbs/07_cli.ipynb #b7f32b6e
 @app.command(epilog=_examples("refimg load", "HF_HOME=/models refimg load"))
 def load(
@@ -398,11 +409,6 @@ def load(
 _PACKAGES = ("refimg", "torch", "torchvision", "open_clip_torch", "transformers", "openai",
              "replicate", "huggingface_hub", "pydantic", "pillow", "typer")
 _KEYS = ("OPENAI_API_KEY", "REPLICATE_API_TOKEN", "HF_TOKEN")
-_ADDRESSES = {
-    "language models": ("OPENAI_BASE_URL", "https://api.openai.com"),
-    "image models": ("REPLICATE_BASE_URL", "https://api.replicate.com"),
-    "weights": ("HF_ENDPOINT", "https://huggingface.co"),
-}
 
 
 def _found(look: Callable[[], Any]) -> Any:
@@ -422,20 +428,18 @@ def doctor(
     """Say what is installed, set and present on this machine."""
     from refimg.storage.journal import default_folder
 
-    roles = (defaults.director, defaults.critic, defaults.image_model, defaults.inspector,
-             defaults.judge)
+    roles = ("director", "critic", "image_model", "inspector", "judge")
     with contextlib.redirect_stdout(sys.stderr):
         found = {
             "versions": {"python": platform.python_version()}
             | {name: _found(lambda name=name: metadata.version(name)) for name in _PACKAGES},
             "extras": {name: missing_extra(name) or "installed" for name in EXTRAS},
             "keys": {k: "set" if os.environ.get(k, "").strip() else "not set" for k in _KEYS},
-            "hosts": {what: host_of(os.environ.get(name, "").strip() or default)
-                      or f"{name} is no address" for what, (name, default) in _ADDRESSES.items()},
+            "hosts": hosts(),
             "world": _found(defaults.world),
-            "models": {make.__name__: _found(lambda make=make: make().name) for make in roles},
-            "weights": _found(lambda: {
-                name: why or "ready" for name, why in defaults.available().items()}),
+            "choice": _found(defaults.explanation),
+            "models": {r: _found(lambda r=r: getattr(defaults, r)().name) for r in roles},
+            "weights": _found(lambda: {n: w or "ready" for n, w in defaults.available().items()}),
             "prices": _found(lambda: len(defaults.prices().rows())),
             "journal": _found(lambda: str(default_folder())),
         }

@@ -23,34 +23,67 @@ if TYPE_CHECKING:
     from refimg.storage.journal import Journal
 
 # %% auto #0
-__all__ = ['world', 'choice', 'director', 'critic', 'inspector', 'judge', 'with_eyes', 'image_model', 'real_scorers', 'scorers',
-           'available', 'prices', 'budget', 'estimate', 'retry_limits', 'journal', 'announce']
+__all__ = ['world', 'explanation', 'choice', 'director', 'critic', 'inspector', 'judge', 'with_eyes', 'image_model',
+           'real_scorers', 'scorers', 'available', 'prices', 'budget', 'estimate', 'retry_limits', 'journal',
+           'announce']
 
 # %% ../nbs/06_defaults.ipynb #fa2b1aea
 _logger = logging.getLogger(__name__)
 
 
+def _is_set(variable: str) -> bool:
+    """Return whether the environment says anything under that name."""
+    return bool(os.environ.get(variable, "").strip())
+
+
+def _image_choice() -> tuple[str, str] | None:
+    """Return the provider and the model that draw, "" for its default; None where nothing does."""
+    text = os.environ.get("REFIMG_IMAGE_MODEL", "").strip()
+    provider, colon, model = text.partition(":")
+    if colon and provider in ("openai", "replicate") and model:
+        return provider, model
+    if "/" in provider:
+        return "replicate", text
+    if text:
+        raise ValueError("REFIMG_IMAGE_MODEL must be openai:MODEL, replicate:OWNER/NAME or "
+                         f"OWNER/NAME, got {text!r}")
+    if _is_set("REPLICATE_API_TOKEN"):
+        return "replicate", ""
+    alone = _is_set("OPENAI_API_KEY") and not _is_set("OPENAI_BASE_URL")
+    return ("openai", "") if alone else None
+
+
 def world() -> Literal["real", "sandbox"]:
-    """Tell which world the environment asks for; raise a ValueError for half a set of keys."""
+    """Tell which world the environment asks for; raise a ValueError where half of it is set."""
     forced = os.environ.get("REFIMG_SANDBOX", "").strip()
     if forced not in ("", "0", "1"):
         raise ValueError(f"REFIMG_SANDBOX must be 1 (force), 0 (forbid) or unset, got {forced!r}")
     if forced == "1":
         return "sandbox"
-    llm = bool(os.environ.get("OPENAI_API_KEY") or os.environ.get("OPENAI_BASE_URL"))
-    images = bool(os.environ.get("REPLICATE_API_TOKEN"))
-    if llm and not images:
-        raise ValueError("REPLICATE_API_TOKEN is not set, but a language model is: set both, "
-                         "or REFIMG_SANDBOX=1")
-    if images and not llm:
-        raise ValueError("OPENAI_API_KEY is not set, but REPLICATE_API_TOKEN is: set both, "
-                         "or REFIMG_SANDBOX=1")
-    if llm and images:
+    llm, drawing = _is_set("OPENAI_API_KEY") or _is_set("OPENAI_BASE_URL"), _image_choice()
+    if llm and drawing:
         return "real"
+    if llm:
+        raise ValueError("REFIMG_IMAGE_MODEL is not set, nor REPLICATE_API_TOKEN, and nothing "
+                         "draws for OPENAI_BASE_URL: set one of the two, or REFIMG_SANDBOX=1")
+    if drawing:
+        named = "REFIMG_IMAGE_MODEL" if _is_set("REFIMG_IMAGE_MODEL") else "REPLICATE_API_TOKEN"
+        raise ValueError("OPENAI_API_KEY is not set, nor OPENAI_BASE_URL, and no agents write "
+                         f"for {named}: set one of the two, or REFIMG_SANDBOX=1")
     if forced == "0":
-        raise ValueError("OPENAI_API_KEY and REPLICATE_API_TOKEN are not set; "
-                         "REFIMG_SANDBOX=0 forbids the sandbox")
+        raise ValueError("OPENAI_API_KEY is not set, nor OPENAI_BASE_URL with "
+                         "REFIMG_IMAGE_MODEL; REFIMG_SANDBOX=0 forbids the sandbox")
     return "sandbox"
+
+
+def explanation() -> str:
+    """Say which variables of the environment decide who writes and who draws."""
+    if world() == "sandbox":
+        asked = "REFIMG_SANDBOX is 1" if _is_set("REFIMG_SANDBOX") else "no key is set"
+        return f"the sandbox, since {asked}"
+    writes = "OPENAI_BASE_URL" if _is_set("OPENAI_BASE_URL") else "OPENAI_API_KEY"
+    named = (name for name in ("REFIMG_IMAGE_MODEL", "REPLICATE_API_TOKEN") if _is_set(name))
+    return f"{writes} says who writes, {next(named, writes)} says who draws"
 
 # %% ../nbs/06_defaults.ipynb #f48b4c0d
 def _model_name(variable: str, default: str) -> str:
@@ -151,10 +184,15 @@ def with_eyes(
 def image_model() -> ImageModel:
     """Make the image model that draws the variations."""
     if world() == "real":
+        provider, name = _image_choice() or ("", "")
+        given: dict[str, Any] = {"model": name} if name else {}
+        if provider == "openai":
+            from refimg.adapters.openai_images import OpenAIImages
+
+            return OpenAIImages(timeout=_seconds("REFIMG_IMAGE_TIMEOUT", 360), **given)
         from refimg.adapters.replicate import ReplicateImages
 
-        name = _model_name("REFIMG_IMAGE_MODEL", "google/nano-banana")
-        return ReplicateImages(name, timeout=_seconds("REFIMG_IMAGE_TIMEOUT", 300))
+        return ReplicateImages(timeout=_seconds("REFIMG_IMAGE_TIMEOUT", 300), **given)
     from refimg.sandbox.painter import Painter
 
     return Painter()
@@ -220,13 +258,15 @@ def budget(
 
 # %% ../nbs/06_defaults.ipynb #4bccd1ef
 def estimate(
-    *args: Any,  # as for `engine.costs.estimate`
-    **plan: Any,  # the same, but for `prices`
+    image_model: ImageModel,  # draws
+    aspect_ratio: str,  # W:H
+    **plan: Any,  # as for `engine.costs.estimate`
 ) -> Estimate:
     """Return about what a run will cost by the price table."""
     from refimg.engine import costs
 
-    return costs.estimate(*args, prices=prices(), **plan)
+    order = partial(costs.image_order, image_model, aspect_ratio)
+    return costs.estimate(**plan, order=order, prices=prices())
 
 # %% ../nbs/06_defaults.ipynb #142b207b
 def retry_limits(

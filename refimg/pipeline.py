@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .engine.agents import RunAgents, RunModels
-from .engine.costs import price_name
 from refimg.engine.decisions import (
     choose,
     human_agreement,
@@ -200,7 +199,7 @@ class Pipeline:
         settings = self._checked(story)
         _, _, model, scorers, _ = self._models()
         expected = expected_calls(story, settings, scorers, negative=model.takes_negative_prompt)
-        return defaults.estimate(**expected, image_model=price_name(model))
+        return defaults.estimate(model, settings.aspect_ratio, **expected)
 
     async def draw_subjects(
         self,

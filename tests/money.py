@@ -163,7 +163,7 @@ def settle(case: Case, llm: Any, images: Any) -> Bill:
     with hurried(), tempfile.TemporaryDirectory() as name:
         folder, before = Path(name), os.environ.get("REFIMG_PRICES")
         table = {f"openai:gpt-{case.number} @ {llm.origin[7:]}": case.chat,
-                 f"replicate:google/nano-banana @ {images.base_url[7:]}": case.image}
+                 f"replicate:google/nano-banana-2 @ {images.base_url[7:]}": case.image}
         (folder / "prices.json").write_text(json.dumps(table), "utf-8")
         os.environ["REFIMG_PRICES"] = str(folder / "prices.json")
         llm.script(case.faults)

@@ -129,9 +129,9 @@ def test_settings_of_a_run_are_checked_before_it_begins(world, story, tmp_path, 
 
 
 def test_half_a_set_of_keys_is_bad_input(story, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "a-key-that-is-long")
+    monkeypatch.setenv("REPLICATE_API_TOKEN", "a-key-that-is-long")
     done = refimg("run", story, "--json")
-    assert done.exit_code == 1 and "REPLICATE_API_TOKEN" in value(done)["error"]
+    assert done.exit_code == 1 and "OPENAI_API_KEY" in value(done)["error"]
 
 
 # what commands give
@@ -421,9 +421,35 @@ def test_doctor_never_raises_and_never_tells_a_key(sandbox):
         if words:
             told = value(done)
     assert told["keys"]["OPENAI_API_KEY"] == told["keys"]["REPLICATE_API_TOKEN"] == "set"
-    assert told["hosts"]["language models"] == "llm.example:8000"
-    assert told["hosts"]["image models"] == "REPLICATE_BASE_URL is no address"
+    assert told["hosts"]["OpenAI's protocol"] == "llm.example:8000"
+    assert told["hosts"]["Replicate's protocol"] == "REPLICATE_BASE_URL is no address"
     assert ("ValueError" in told["world"]) == (sandbox == "perhaps")
+
+
+@pytest.mark.parametrize(("env", "choice"), [
+    ({}, "the sandbox, since no key is set"),
+    ({"REFIMG_SANDBOX": "1", "OPENAI_API_KEY": "k"}, "the sandbox, since REFIMG_SANDBOX is 1"),
+    ({"OPENAI_API_KEY": "k"}, "OPENAI_API_KEY says who writes, OPENAI_API_KEY says who draws"),
+    ({"OPENAI_BASE_URL": "http://h/v1", "OPENAI_API_KEY": "k", "REPLICATE_API_TOKEN": "t"},
+     "OPENAI_BASE_URL says who writes, REPLICATE_API_TOKEN says who draws"),
+    ({"OPENAI_API_KEY": "k", "REPLICATE_API_TOKEN": "t", "REFIMG_IMAGE_MODEL": "a/b"},
+     "OPENAI_API_KEY says who writes, REFIMG_IMAGE_MODEL says who draws"),
+    ({"OPENAI_BASE_URL": "http://h/v1"}, "ValueError: REFIMG_IMAGE_MODEL is not set"),
+])
+def test_doctor_explains_the_choice(monkeypatch, env, choice):
+    for name, text in env.items():
+        monkeypatch.setenv(name, text)
+    assert value(refimg("doctor", "--json"))["choice"].startswith(choice)
+
+
+def test_prices_have_a_line_each_with_date_and_source(monkeypatch, tmp_path):
+    (tmp_path / "own.json").write_text('{"me/x": {"second": 0.01}}')
+    monkeypatch.setenv("REFIMG_PRICES", str(tmp_path / "own.json"))
+    lines = refimg("prices").stdout.splitlines()
+    told = value(refimg("prices", "--json"))
+    assert len(lines) == len(told) > 20 and told["me/x"] == {"second": 0.01}
+    assert "me/x: second 0.01" in lines
+    assert any(line.startswith("gpt-image-2: input 5.0") and "2026-11-22" in line for line in lines)
 
 
 def test_doctor_says_what_is_here():
@@ -431,7 +457,7 @@ def test_doctor_says_what_is_here():
     assert told["world"] == "sandbox" and set(told["keys"].values()) == {"not set"}
     assert told["versions"]["torch"] and list(told["weights"]) == [
         "pickscore", "clip_score", "aesthetic", "consistency"]  # fmt: skip
-    assert told["hosts"]["language models"] == "api.openai.com"
+    assert told["hosts"]["OpenAI's protocol"] == "api.openai.com"
 
 
 # texts of strangers

@@ -295,12 +295,13 @@ async def test_calls_side_by_side_do_not_disturb_each_other(tmp_path, models, ov
 
 
 @pytest.mark.parametrize("present, missing", [
-    ("OPENAI_API_KEY", "REPLICATE_API_TOKEN"), ("OPENAI_BASE_URL", "REPLICATE_API_TOKEN"),
+    ("OPENAI_BASE_URL", "REPLICATE_API_TOKEN"), ("REFIMG_IMAGE_MODEL", "OPENAI_BASE_URL"),
     ("REPLICATE_API_TOKEN", "OPENAI_API_KEY")])
 async def test_half_of_the_keys_is_an_error_that_names_the_other_half(
     tmp_path, monkeypatch, present, missing
 ):
-    monkeypatch.setenv(present, "http://localhost:1/v1" if "URL" in present else "a-secret-key")
+    values = {"OPENAI_BASE_URL": "http://localhost:1/v1", "REFIMG_IMAGE_MODEL": "openai:tiny"}
+    monkeypatch.setenv(present, values.get(present, "a-secret-key"))
     with pytest.raises(ValueError, match=missing) as caught:
         await door(["one"], tmp_path / "images", "id")
     assert "a-secret-key" not in str(caught.value)

@@ -115,7 +115,7 @@ def seen_by(llm, images, folder, monkeypatch) -> Pipeline:
     at, shop = llm.origin[7:], images.base_url[7:]
     table = {f"openai:{name} @ {at}": price for name, price in (
         ("boss", LARGE), ("critic", SMALL), ("eyes", SMALL), ("scales", LARGE))}
-    table[f"replicate:google/nano-banana @ {shop}"] = {"image": IMAGE}
+    table[f"replicate:google/nano-banana-2 @ {shop}"] = {"image": IMAGE}
     (folder / "prices.json").write_text(json.dumps(table))
     monkeypatch.setenv("REFIMG_PRICES", str(folder / "prices.json"))
     boss, critic, eyes, scales = (OpenAIChat(name, base_url=llm.base_url, api_key="x")

@@ -26,6 +26,7 @@ from refimg.adapters.clip import Aesthetic, ClipScore, PickScore
 from refimg.adapters.prices import PRICES, PriceTable
 from refimg.engine import results
 from refimg.engine.prompts import compose_prompt
+from refimg.engine.protocols import ImageOrder
 from refimg.enhance import enhance_prompt_iterative
 from refimg.generate import generate_images
 from refimg.score import Calibration, calibrate, score_images
@@ -334,7 +335,7 @@ def test_a_price_file_with_a_byte_order_mark_is_read(tmp_path, monkeypatch, codi
     path = tmp_path / "prices.json"
     path.write_bytes('{"mine": {"image": 1}}\r\n'.encode(coding))
     monkeypatch.setenv("REFIMG_PRICES", str(path))
-    assert PriceTable().image_cost("mine") == 1.0
+    assert PriceTable().image_cost(ImageOrder("mine")) == 1.0
 
 
 @pytest.mark.parametrize("text, key", [

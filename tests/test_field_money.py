@@ -144,7 +144,7 @@ def test_a_model_that_cannot_be_given_a_limit_has_no_budget(tmp_path, monkeypatc
     Budget(1, TABLE).images(FakeImages(name="google/nano-banana"))
 
 
-SIZED = [{"resolution": "4K"}, {"quality": "high"}, {"megapixels": "2"}, {"output_resolution": 2},
+SIZED = [{"resolution": "8K"}, {"quality": "high"}, {"megapixels": "2"}, {"output_resolution": 2},
          {"size": "4K"}, {"image_size": "4K"}, {"width": 4096}, {"output_megapixels": "4"}]
 
 

@@ -25,7 +25,7 @@ from refimg.adapters.openai import OpenAIChat
 from refimg.adapters.prices import PRICES, PriceTable
 from refimg.adapters.replicate import ReplicateImages
 from refimg.adapters.retry import ProviderError
-from refimg.engine.protocols import ImageRequest
+from refimg.engine.protocols import ImageOrder, ImageRequest
 from refimg.enhance import director_messages
 from tests.fakes import FakeScorer, critic, director, picture
 from tests.sampling import sampled
@@ -549,7 +549,7 @@ async def test_a_price_file_that_goes_bad_costs_no_image(two, tmp_path, monkeypa
     path.unlink()
     assert (await model.generate(WISH)).data.startswith(b"\x89PNG")
     assert table.rows() == PRICES | {"google/nano-banana": table.rows()["google/nano-banana"]}
-    assert table.image_cost("google/nano-banana") == 0.5
+    assert table.image_cost(ImageOrder("google/nano-banana")) == 0.5
 
 
 def test_time_limits_come_from_the_environment(real, monkeypatch):

@@ -193,12 +193,12 @@ FAULTS = [
     ("500", "again", None, False, "had an error"),
     ("502", "again", None, False, "502 Bad Gateway"),
     ({"fault": "503", "after": 5}, "again", 5, False, "Overloaded"),
-    ("html", "again", None, False, "no completion: '<html>"),
+    ("html", "again", None, False, "no answer: '<html>"),
     ("no-json", "again", None, False, "no JSON"),
-    ("empty", "again", None, False, "no completion"),
-    ("null", "again", None, False, "no completion"),
+    ("empty", "again", None, False, "no answer"),
+    ("null", "again", None, False, "no answer"),
     ("error", "again", None, False, "no model is free"),
-    ("odd", "again", None, False, "no completion"),
+    ("odd", "again", None, False, "no answer"),
     ("reset", "again", None, False, "Connection error"),
     ("cut", "again", None, False, "Connection error"),
     ("refusal", "never", None, False, "the model refused: I can't help"),
@@ -337,8 +337,8 @@ def test_each_loop_has_a_client_that_ends_with_it(server, recwarn):
     async def talk():
         loops.append(weakref.ref(asyncio.get_running_loop()))
         await asyncio.gather(*(chat.reply(ASKED) for _ in range(4)))
-        clients.append(await chat.load())
-        assert not clients[-1].is_closed() and await chat.load() is clients[-1]
+        clients.append(await chat.server.client())
+        assert not clients[-1].is_closed() and await chat.server.client() is clients[-1]
 
     for _ in range(3):
         asyncio.run(talk())
@@ -366,7 +366,7 @@ def test_loops_in_threads_do_not_meet(server):
 async def test_a_model_that_is_gone_leaves_no_open_client(server):
     chat = chat_with(server)
     await chat.reply(ASKED)
-    client = await chat.load()
+    client = await chat.server.client()
     del chat
     gc.collect()
     for _ in range(100):
@@ -413,7 +413,7 @@ def test_the_first_call_imports_the_sdk_without_holding_the_loop(server):
 async def test_an_own_client_is_used_as_it_is_and_left_open(server, once):
     own = openai.AsyncOpenAI(base_url=server.base_url, api_key=KEY)
     chat = OpenAIChat("m", client=own)
-    assert chat.base_url == server.base_url and chat.host in chat.name
+    assert chat.server.base_url == server.base_url and chat.server.host in chat.name
     server.script([None, "500"])
     assert PROMPT in (await chat.reply(ASKED)).text
     assert (await failed(chat)).kind == "again"
@@ -431,7 +431,7 @@ def test_names_say_the_model_and_any_host_but_openais(monkeypatch):
     assert "@" in OpenAIChat("gpt-x", base_url="http://api.openai.com/v1").name
     local = OpenAIChat("qwen3", base_url="http://localhost:11434/v1")
     assert local.name == "openai:qwen3 @ localhost:11434"
-    assert local.account.provider == "openai @ localhost:11434"
+    assert local.server.account.provider == "openai @ localhost:11434"
     assert repr(local) == f"OpenAIChat({local.name!r})"
     monkeypatch.setenv("OPENAI_BASE_URL", "https://stray.example/v1")
     assert OpenAIChat("gpt-x").name == "openai:gpt-x @ stray.example"
@@ -466,7 +466,7 @@ def test_a_client_and_an_address_are_one_too_many():
 
 def test_an_empty_variable_is_no_address(monkeypatch):
     monkeypatch.setenv("OPENAI_BASE_URL", "")
-    assert OpenAIChat("m", api_key=KEY).base_url == "https://api.openai.com/v1"
+    assert OpenAIChat("m", api_key=KEY).server.base_url == "https://api.openai.com/v1"
 
 
 # --- models that retire ---------------------------------------------------------------------

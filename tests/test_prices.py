@@ -23,7 +23,7 @@ from refimg.adapters.prices import (
 )
 from refimg.adapters.retry import Account, Failure, ProviderError, RunLimits
 from refimg.engine.costs import Budget, BudgetSpent, estimate
-from refimg.engine.protocols import Call
+from refimg.engine.protocols import Call, ImageOrder
 from refimg.engine.usage import expected_usage
 from refimg.enhance import Message, Reply, Usage, read_fences
 from refimg.generate import GeneratedImage, ImageRequest
@@ -58,7 +58,7 @@ def test_every_row_has_a_date_and_a_source():
     for name, row in PRICES.items():
         assert date.fromisoformat(row.date) >= date(2026, 9, 1), name
         assert re.match(r"[a-z.]+\.(com|ai)/", row.source), name
-        assert row.image or 0 < row.input < row.output, name
+        assert row.image or row.megapixel or 0 < row.input < row.output, name
 
 
 def test_no_row_is_of_a_model_that_the_sdk_does_not_know_or_says_will_end():
@@ -66,7 +66,7 @@ def test_no_row_is_of_a_model_that_the_sdk_does_not_know_or_says_will_end():
     text = (openai / "types" / "shared" / "chat_model.py").read_text("utf-8")
     names, notes = text.split('"""Deprecated values', 1)
     for name, row in PRICES.items():
-        if row.image is None:
+        if row.input is not None and not row.tokens:
             assert f'"{name}"' in names and f'"{name}"' not in notes, name
 
 
@@ -74,7 +74,8 @@ def test_no_row_is_of_a_model_that_the_sdk_does_not_know_or_says_will_end():
     ("gpt-5.5", True), ("openai:gpt-5.5", True), ("openai/gpt-5.5-2026-04-23", True),
     ("openai:gpt-5.5 @ localhost:11434", False), ("gpt-5.5-pro", False), ("", False),
     ("replicate:google/nano-banana", True), ("replicate/google/nano-banana", True),
-    ("google/nano-banana-pro", False), ("black-forest-labs/flux-2-pro", False),
+    ("google/nano-banana-pro", True), ("black-forest-labs/flux-2-pro", True),
+    ("runwayml/gen4-image-turbo", False), ("openai:gpt-image-2-2026-04-21", True),
 ])
 def test_which_names_have_a_price(name, known):
     assert (TABLE.price_of(name) is not None) is known
@@ -84,14 +85,14 @@ def test_costs():
     usage = Usage(input_tokens=2_000_000, output_tokens=1_000)
     assert TABLE.chat_cost("gpt-5.4-mini", usage) == pytest.approx(1.5045)
     assert TABLE.chat_cost("gpt-5.4-mini", Usage(input_tokens=0, output_tokens=0)) == 0
-    assert TABLE.image_cost("google/nano-banana", seconds=99) == BANANA
+    assert TABLE.image_cost(ImageOrder("google/nano-banana"), seconds=99) == BANANA
 
 
 @pytest.mark.parametrize("cost", [
     TABLE.chat_cost("gpt-5.5", None),
     TABLE.chat_cost("llama", Usage(input_tokens=1, output_tokens=1)),
     TABLE.chat_cost("google/nano-banana", Usage(input_tokens=1, output_tokens=1)),
-    TABLE.image_cost("gpt-5.5"), TABLE.image_cost("me/mine"),
+    TABLE.image_cost(ImageOrder("gpt-5.5")), TABLE.image_cost(ImageOrder("me/mine")),
 ])
 def test_what_is_not_known_is_none_and_not_zero(cost):
     assert cost is None
@@ -102,7 +103,7 @@ def test_rows_of_the_user(tmp_path, monkeypatch):
     monkeypatch.setenv("REFIMG_PRICES", str(path))
     path.write_text(json.dumps({"gpt-5.5": {"input": 1, "output": 2}, "me/x": {"second": 0.01}}))
     assert TABLE.chat_cost("gpt-5.5", Usage(input_tokens=10**6, output_tokens=10**6)) == 3
-    assert (TABLE.image_cost("me/x", 2.5), TABLE.image_cost("me/x")) == (0.025, None)
+    assert [TABLE.image_cost(ImageOrder("me/x"), seconds=n) for n in (2.5, None)] == [0.025, None]
     assert TABLE.rows()["gpt-5.4"] == PRICES["gpt-5.4"]
     path.write_text(json.dumps({"openai:qwen @ local": {"input": 0, "output": 0}}))
     assert TABLE.chat_cost("openai:qwen @ local", Usage(input_tokens=5, output_tokens=5)) == 0
@@ -380,15 +381,18 @@ USED = Usage(input_tokens=500, output_tokens=100), Usage(input_tokens=500, outpu
 
 
 def test_an_estimate_with_an_unknown_price_is_none():
-    models = {"director": "gpt-5.5", "critic": "llama", "image_model": "me/x"}
-    told = estimate([USED], [USED], chat_calls=4, images=4, prices=TABLE, **models)
+    models = {"director": "gpt-5.5", "critic": "llama",
+              "order": lambda *size: ImageOrder("me/x")}
+    told = estimate([USED], [USED], chat_calls=4, images=[(0, 9)] * 4, prices=TABLE, **models)
     assert (told.low, told.high, told.unpriced) == (None, None, ["llama", "me/x"])
     assert (told.images, told.chat_calls) == (4, 4)
 
 
 def test_an_estimate_without_agents_is_the_images():
-    models = {"director": "llama", "critic": "llama", "image_model": "google/nano-banana"}
-    told = estimate([USED] * 2, [USED] * 2, chat_calls=0, images=6, prices=TABLE, **models)
+    models = {"director": "llama", "critic": "llama",
+              "order": lambda *size: ImageOrder("google/nano-banana")}
+    told = estimate([USED] * 2, [USED] * 2, chat_calls=0, images=[(0, 9)] * 6, prices=TABLE,
+                    **models)
     assert told.low == told.high == pytest.approx(6 * BANANA)
     assert (told.unpriced, told.chat_calls) == ([], 0)
 
@@ -412,5 +416,5 @@ def test_the_reservation_is_an_upper_bound_of_what_is_read():
 
 
 def test_an_unpriced_row_cannot_be_made():
-    with pytest.raises(ValueError, match="a price must be input and output, image or second"):
+    with pytest.raises(ValueError, match="must be input and output, image, megapixel or second"):
         Price(date="2026-11-23")

@@ -219,8 +219,8 @@ async def test_an_edit_with_a_score_that_the_others_lack_gains_nothing_by_it(tmp
 
 def priced(monkeypatch, usd=1.0) -> None:
     """An image costs so much, a call of a chat model at most two cents."""
-    monkeypatch.setattr(PriceTable, "image_cost", lambda self, name: usd)
-    monkeypatch.setattr(PriceTable, "most_for_image", lambda self, name: usd)
+    monkeypatch.setattr(PriceTable, "image_cost", lambda self, order, **more: usd)
+    monkeypatch.setattr(PriceTable, "most_for_image", lambda self, order, **more: usd)
     monkeypatch.setattr(PriceTable, "most_for_chat", lambda self, *a: 0.02)
     monkeypatch.setattr(PriceTable, "chat_cost", lambda self, *a: 0.0)
     monkeypatch.setattr(PriceTable, "limits", lambda self, name: {})

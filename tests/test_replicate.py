@@ -30,6 +30,7 @@ from refimg.adapters.retry import Account, ProviderError, RunLimits
 from refimg.engine.protocols import Call
 from refimg.generate import GenerationFailed, ImageRequest, generate_images
 from refimg.sandbox.agents import Critic, Director
+from refimg.storage.images import small_jpeg
 from tests.fakes import FakeScorer
 from tests.sampling import sampled
 from tests.servers.images import TERMINAL, start_image_server
@@ -249,7 +250,7 @@ async def test_an_old_upload_is_sent_anew(server, reference, monkeypatch):
 
 
 def test_a_reference_is_made_small(reference):
-    small = open_image(replicate._small_jpeg(reference))
+    small = open_image(small_jpeg(reference))
     assert small.format == "JPEG" and small.size == (1536, 922)
 
 
@@ -682,12 +683,12 @@ async def test_the_token_is_in_no_error_log_or_repr(server, caplog, on):
 
 def test_the_token_of_the_environment_stays_with_its_address(monkeypatch):
     monkeypatch.setenv("REPLICATE_API_TOKEN", TOKEN)
-    assert ReplicateImages().name == "replicate:google/nano-banana"
+    assert ReplicateImages().name == "replicate:google/nano-banana-2"
     with pytest.raises(ValueError, match="token of its own"):
         ReplicateImages(base_url="https://images.example.com")
     monkeypatch.setenv("REPLICATE_BASE_URL", "https://images.example.com:8443")
     model = ReplicateImages()
-    assert model.name == "replicate:google/nano-banana @ images.example.com:8443"
+    assert model.name == "replicate:google/nano-banana-2 @ images.example.com:8443"
     assert model.server.token == TOKEN
     with pytest.raises(ValueError, match="token of its own"):
         ReplicateImages(base_url="https://api.replicate.com")

@@ -57,7 +57,7 @@ def built(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     """The site's folder, and how building it went."""
     folder = tmp_path_factory.mktemp("docs") / "site"
     command = [sys.executable, ROOT / "tools" / "docs.py", "--to", folder]
-    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     return folder, made
 
 

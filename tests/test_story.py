@@ -927,12 +927,18 @@ async def test_load_fetches_first_and_what_one_model_lacks_costs_the_others_noth
 
 
 KEY, BASE, TOKEN = "OPENAI_API_KEY", "OPENAI_BASE_URL", "REPLICATE_API_TOKEN"
+MODEL = "REFIMG_IMAGE_MODEL"
 
 
 @pytest.mark.parametrize(
     "env, expected",
     [
         ({}, "sandbox"),
+        ({KEY: "k"}, "real"),
+        ({KEY: "k", TOKEN: ""}, "real"),
+        ({KEY: "k", BASE: " "}, "real"),
+        ({"REFIMG_SANDBOX": "0", KEY: "k"}, "real"),
+        ({BASE: "http://localhost", MODEL: "openai:tiny"}, "real"),
         ({KEY: "k", TOKEN: "t"}, "real"),
         ({BASE: "http://localhost", TOKEN: "t"}, "real"),
         ({KEY: "k", BASE: "http://localhost", TOKEN: "t"}, "real"),
@@ -953,23 +959,42 @@ def test_the_environment_says_which_world(monkeypatch, env, expected):
 @pytest.mark.parametrize(
     "env, named",
     [
-        ({KEY: "k"}, TOKEN),
-        ({BASE: "http://localhost"}, TOKEN),
-        ({KEY: "k", TOKEN: ""}, TOKEN),
+        ({BASE: "http://localhost"}, f"{MODEL} is not set, nor {TOKEN}"),
+        ({BASE: "http://localhost", KEY: "k"}, f"{MODEL} is not set, nor {TOKEN}"),
+        ({MODEL: "openai:gpt-image-2"}, f"{KEY} is not set, nor {BASE}"),
+        ({MODEL: "google/nano-banana-2"}, f"{KEY} is not set, nor {BASE}"),
+        ({KEY: "k", MODEL: "midjourney:7"}, MODEL), ({KEY: "k", MODEL: "openai:"}, MODEL),
+        ({KEY: "k", MODEL: "openai:gpt-5.5"}, "model must be an image model"),
+        ({KEY: "k", MODEL: "replicate:a/b"}, TOKEN),
         ({TOKEN: "t"}, KEY),
         ({"REFIMG_SANDBOX": "0", TOKEN: "t"}, KEY),
-        ({"REFIMG_SANDBOX": "0", KEY: "k"}, TOKEN),
         ({"REFIMG_SANDBOX": "0"}, "REFIMG_SANDBOX"),
         ({"REFIMG_SANDBOX": "yes"}, "REFIMG_SANDBOX"),
     ],
 )
-def test_half_of_the_keys_is_an_error_that_names_the_other(monkeypatch, env, named):
+def test_half_of_what_is_needed_is_an_error_that_names_the_rest(monkeypatch, env, named):
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=named):
         defaults.world()
+        Pipeline.from_env()
     with pytest.raises(ValueError, match=named):
         Pipeline.from_env()
+
+
+@pytest.mark.parametrize(("env", "name"), [
+    ({KEY: "k"}, "openai:gpt-image-2"),
+    ({KEY: "k", MODEL: "openai:gpt-image-1.5"}, "openai:gpt-image-1.5"),
+    ({KEY: "k", TOKEN: "t"}, "replicate:google/nano-banana-2"),
+    ({KEY: "k", TOKEN: "t", MODEL: "openai:gpt-image-2"}, "openai:gpt-image-2"),
+    ({KEY: "k", TOKEN: "t", MODEL: "replicate:a/b"}, "replicate:a/b"),
+    ({BASE: "http://here:1/v1", TOKEN: "t", MODEL: "a/b:c1"}, "replicate:a/b:c1"),
+    ({BASE: "http://here:1/v1", MODEL: "openai:tiny"}, "openai:tiny @ here:1"),
+])
+def test_the_environment_says_what_draws(monkeypatch, env, name):
+    for variable, value in env.items():
+        monkeypatch.setenv(variable, value)
+    assert Pipeline.from_env(scorers=[], journal=None).image_model.name == name
 
 
 async def test_the_sandbox_is_announced_with_one_warning(run, caplog):

@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from .outputs import may_hold_image
-from .shapes import fitting_size, ratio_words
+from .shapes import fitting_size, ratio_words, told_pixels
 
 # %% auto #0
 __all__ = ['KNOWN_MODELS', 'Capabilities', 'known_capabilities', 'check_own_inputs', 'read_schema']
@@ -59,6 +59,21 @@ class Capabilities:
     def shape_inputs(self) -> set[str]:
         """The inputs that decide about the shape of an image."""
         return {"width", "height"} if self.sized else {self.ratio}
+
+    def pixels(
+        self,
+        own: dict[str, Any],  # inputs of the model alone
+    ) -> int | None:
+        """Return how many pixels an image has; None where the inputs do not say."""
+        return told_pixels({n: e.get("default") for n, e in self.fields.items()} | own)
+
+    def sent(
+        self,
+        inputs: dict[str, Any],  # of a prediction
+    ) -> int:
+        """Return how many references went along."""
+        given = inputs.get(self.reference or "") or []
+        return len(given) if isinstance(given, list) else 1
 
     def build_input(
         self,

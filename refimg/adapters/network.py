@@ -266,7 +266,11 @@ _LIMITS = httpx.Limits(max_connections=1000, max_keepalive_connections=100)
 class Transport(httpx.AsyncBaseTransport):
     """The way to the network: the environment's proxies and certificates, bounded answers."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        most: int = _ANSWER,  # bytes of an answer, unpacked
+    ):
+        self.most = most
         tls, self.proxies = trust(), Proxies.of_environment()
         self._ways: dict[str, httpx.AsyncHTTPTransport] = {
             scheme: httpx.AsyncHTTPTransport(verify=tls, limits=_LIMITS, proxy=proxy.address)
@@ -290,7 +294,7 @@ class Transport(httpx.AsyncBaseTransport):
                 raise
             raise type(error)(f"{error} (through {proxy})", request=request) from error
         failed, headers = response.status_code >= 300, response.headers
-        most = _ERROR if failed else request.extensions.get("most", _ANSWER)
+        most = _ERROR if failed else request.extensions.get("most", self.most)
         packing = headers.pop("content-encoding", "")
         headers.pop("content-length", None)
         if isinstance(response.stream, httpx.AsyncByteStream):

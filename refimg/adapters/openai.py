@@ -5,127 +5,38 @@
 # %% ../../nbs/adapters/openai.ipynb #69a2b1a9
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
-import math
-import os
 import re
 from base64 import b64encode
-from collections.abc import AsyncIterator
 from functools import partial
-from json import JSONDecodeError
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import parse_qsl, urlsplit
 
-import httpx
 from pydantic import BaseModel
 
-from refimg.adapters.network import (
-    Transport,
-    check_network,
-    header_value,
-    is_hopeless,
-    is_unsent,
-)
+from .openai_server import OpenAIServer, ToldError, error_line, failure
 from .prices import PriceTable
-from .retry import Account, Failure, asked_wait
+from .retry import Failure, ProviderError
 from ..engine.protocols import Call, Message, Reply, Usage
-from ..storage.secrets import hide_secrets, log_line, remember
+from ..storage.secrets import hide_secrets
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
     from openai.types.chat import ChatCompletion as Completion
 
 # %% auto #0
-__all__ = ['DEFAULT_MODELS', 'failure', 'response_format', 'as_sent', 'OpenAIChat']
+__all__ = ['DEFAULT_MODELS', 'response_format', 'as_sent', 'OpenAIChat']
 
 # %% ../../nbs/adapters/openai.ipynb #69498754
 _logger = logging.getLogger(__name__)
 
 DEFAULT_MODELS = {"director": "gpt-5.5", "critic": "gpt-5.4-mini"}  # as of 2026-11-22: no end known
 
-# %% ../../nbs/adapters/openai.ipynb #d7c63046
-_OPENAI = "https://api.openai.com/v1"
-
-
-def _origin(url: str) -> str:
-    """Return scheme, host and port of an address; a ValueError says what is wrong with it."""
-    try:
-        parts, host = urlsplit(url), httpx.URL(url).host
-        port = parts.port or (443, 80)[parts.scheme == "http"]
-    except (httpx.InvalidURL, ValueError):
-        raise ValueError("base_url must be http://host/path or https://host/path, "
-                         "got no address") from None
-    if parts.username is not None or parts.password is not None:
-        raise ValueError("base_url must be an address without a user and a password, got one with "
-                         "them: pass the key as api_key")
-    if parts.scheme not in ("http", "https") or not host or "%" in host or parts.fragment:
-        raise ValueError(f"base_url must be http://host/path or https://host/path, got {url!r}")
-    if call := re.search(r"/(chat/)?completions/?$", parts.path):
-        raise ValueError(f"base_url must be the address before /chat/completions, got one that "
-                         f"ends in {call[0]!r}")
-    return f"{parts.scheme}://{parts.hostname}:{port}"
-
-
-def _environment_url() -> str:
-    """Return the address that the environment asks for."""
-    return os.environ.get("OPENAI_BASE_URL", "").strip() or _OPENAI
-
-
-def _foreign(url: str) -> bool:
-    """Return whether the address is another than that of the environment."""
-    return _origin(url) != _origin(_environment_url())
-
-
-def _environment_headers() -> dict[str, str]:
-    """Return the headers that the SDK takes from the environment, each checked; "": not set."""
-    ids = {"OpenAI-Organization": "OPENAI_ORG_ID", "OpenAI-Project": "OPENAI_PROJECT_ID"}
-    sent = {header: header_value(name, os.environ.get(name)) for header, name in ids.items()}
-    for line in os.environ.get("OPENAI_CUSTOM_HEADERS", "").split("\n"):
-        name, colon, value = (part.strip() for part in line.partition(":"))
-        if colon and (not name or not re.fullmatch(r"[!-~]+", name)
-                      or not re.fullmatch(r"[ -~\t]*", value)):
-            raise ValueError("OPENAI_CUSTOM_HEADERS must be lines of ASCII, name: value, "
-                             "got another")
-        if colon:
-            sent[name] = value
-    return sent
-
 # %% ../../nbs/adapters/openai.ipynb #3c9f7fa5
 _CUT = {"length", "max_tokens", "model_length", "content_filter", "safety"}  # the same next time
 _BROKEN = {"error", "abort", "aborted", "cancelled"}  # not the same next time
 _KEPT = 100_000  # characters at the end of an answer; no agent's is longer
 _MOST_TOKENS = 10**9  # of one call; a server that counts more counts wrongly
-
-
-class _ToldError(ConnectionError):
-    """An error that a server tells in an answer of status 200."""
-
-    def __init__(self, told: Any):
-        fields = told if isinstance(told, dict) else {"message": told}
-        self.named = [str(fields[name]).lower() for name in ("code", "type") if fields.get(name)]
-        self.said = str(fields.get("message") or told)[:2000]
-        super().__init__(f"the server sent no completion: {str(told)[:200]!r}")
-
-    @property
-    def status_code(self) -> int | None:
-        """The status that the answer should have had; None: it does not say."""
-        for name in self.named:
-            if re.fullmatch(r"[45]\d\d", name):
-                return int(name)
-        said = " ".join(self.named).replace("_", " ") or self.said
-        meanings = {
-            402: r"insufficient.(quota|credit|fund|balance)|billing|payment required",
-            401: r"api.key|unauthori[sz]ed|authenticat",
-            429: r"rate.limit|too many requests",
-        }
-        found = (code for code, words in meanings.items() if re.search(words, said, re.I))
-        return next(found, None)
-
-
-class _BlindError(ValueError):
-    """A server says that its model takes no images; it is not asked to again."""
 
 
 def _read_completion(
@@ -138,9 +49,9 @@ def _read_completion(
         told = getattr(first, "error", None) if reason in _BROKEN else message.content and None
     except (AttributeError, LookupError, TypeError):
         sent = getattr(completion, "error", None) or getattr(completion, "model_extra", None)
-        raise _ToldError(sent or completion) from None
+        raise ToldError(sent or completion) from None
     if reason in _BROKEN:
-        raise _ToldError(told or f"the answer broke off, finish_reason={reason}")
+        raise ToldError(told or f"the answer broke off, finish_reason={reason}")
     content: Any = message.content
     refusal = getattr(message, "refusal", None)
     if not refusal and reason in _CUT:
@@ -162,66 +73,6 @@ def _read_completion(
         known = max(read, written) <= _MOST_TOKENS
         usage = Usage(input_tokens=read, output_tokens=written) if known else None
     return Reply(text=hide_secrets("".join(texts)[-_KEPT:]), usage=usage)
-
-# %% ../../nbs/adapters/openai.ipynb #4fc902a9
-_HINT = re.compile(r"again in (?:(\d{1,6})m)? ?(\d{1,9}(?:\.\d+)?) ?(ms|s)\b")
-
-
-def _asked_wait(headers: Any, message: str) -> float | None:
-    """Return the seconds that a server asks for, in a header or its message, if it does."""
-    for header, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
-        if (wait := asked_wait(headers.get(header, ""))) is not None:
-            return wait / unit
-    if hint := _HINT.search(message):
-        minutes, number, unit = hint.groups()
-        return 60 * int(minutes or 0) + float(number) / (1000 if unit == "ms" else 1)
-    return None
-
-
-_NO_MONEY = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
-
-
-def _line(error: Exception) -> str:
-    """Return the error in one line, with its cause, or the body where the SDK saw no message."""
-    body = None if " - " in str(error) else getattr(error, "body", None)
-    behind = f" ({error.__cause__ or body!r})" if error.__cause__ or body else ""
-    return log_line(f"{type(error).__name__}: {error}{behind}")[:1000]
-
-
-def failure(
-    error: Exception,  # what a call raised
-) -> Failure:
-    """Return what the error means for the next attempt."""
-    import openai
-
-    text = _line(error)
-    if isinstance(error, _BlindError):
-        return Failure("never", str(error))
-    if isinstance(error, RecursionError):
-        return Failure("never", "the answer is nested too deeply to be read", paid=True)
-    if isinstance(error, (JSONDecodeError, UnicodeDecodeError)):
-        return Failure("again", "the answer is no JSON that can be read", paid=True)
-    headers: Any = {}
-    codes, path, status = set(), "", error.status_code if isinstance(error, _ToldError) else None
-    if isinstance(error, openai.APIStatusError):
-        status, headers = error.status_code, error.response.headers
-        codes, path = {str(error.code), str(error.type)}, error.request.url.path
-    if status is None:
-        passing = openai.APIConnectionError, ConnectionError, TimeoutError
-        again = isinstance(error, passing) and not is_hopeless(error.__cause__)
-        unsent = is_unsent(error.__cause__)
-        return Failure("again" if again else "never", text, paid=not unsent)
-    if status in (401, 402) or _NO_MONEY & codes:
-        return Failure("down", text)
-    if status < 400:
-        return Failure("never", f"{text}: a redirect, which is not followed")
-    if status in (408, 409, 429) or status >= 500:
-        wait = _asked_wait(headers, text)
-        paid = status >= 500 or status == 408
-        return Failure("again", text, wait=wait, throttled=status == 429, paid=paid)
-    if status in (404, 405) and not path.endswith("/v1/chat/completions"):
-        text = f"{text[:400]}; the base URL does not end in /v1, as most servers want it"
-    return Failure("never", text)
 
 # %% ../../nbs/adapters/openai.ipynb #2f4048ae
 _FORMS = ("json_schema", "json_object", "words")
@@ -286,46 +137,6 @@ def as_sent(
         parts.append({"type": "image_url", "image_url": {"url": address, "detail": "high"}})
     return {"role": message.role, "content": parts}
 
-
-class _Clients:
-    """The clients of one address, one for each event loop, closed when their loop shuts down."""
-
-    def __init__(self, url: str, key: str, timeout: float):
-        self.url, self.key, self.timeout = url, key, timeout
-        self.open: dict[asyncio.AbstractEventLoop, tuple[AsyncIterator, AsyncOpenAI]] = {}
-
-    async def here(self) -> AsyncOpenAI:
-        """Return the client of the running loop, made where there is none."""
-        loop = asyncio.get_running_loop()
-
-        async def held(client: AsyncOpenAI) -> AsyncIterator[AsyncOpenAI]:
-            try:
-                yield client
-            finally:
-                self.open.pop(loop, None)
-                await client.close()
-
-        if loop not in self.open:
-            client = await asyncio.to_thread(self._connect)
-            if loop not in self.open:
-                self.open[loop] = holder, client = held(client), client
-                await anext(holder)
-        return self.open[loop][1]
-
-    def _connect(self) -> AsyncOpenAI:
-        """Make a client that does not retry, follow a redirect, or hand on foreign headers."""
-        import openai.resources.chat
-
-        http: Any = httpx.AsyncClient(transport=Transport(), timeout=self.timeout)
-        options: dict[str, Any] = {"max_retries": 0, "timeout": self.timeout, "http_client": http}
-        own, sent = not _foreign(self.url), _environment_headers()
-        headers: Any = {name: (own and value) or openai.Omit() for name, value in sent.items()}
-        bearer = {} if own else {"Authorization": f"Bearer {self.key}"}
-        address, _, query = self.url.partition("?")
-        return openai.AsyncOpenAI(
-            base_url=address, api_key=self.key, default_headers=headers | bearer,
-            default_query=dict(parse_qsl(query, keep_blank_values=True)), **options)
-
 # %% ../../nbs/adapters/openai.ipynb #e0f4715a
 class OpenAIChat:
     """A chat model behind OpenAI's protocol."""
@@ -341,35 +152,16 @@ class OpenAIChat:
         client: AsyncOpenAI | None = None,  # one of your own, with its address and key
         timeout: float = 60.0,  # seconds for one attempt, from the first byte to the last
     ):
-        if not 0 < timeout < math.inf:
-            raise ValueError(f"timeout must be a number of seconds above 0, got {timeout!r}")
-        if client and (base_url or api_key):
-            raise ValueError("client must be the only address and key, got base_url or api_key too")
-        url = str(client.base_url) if client else base_url or _environment_url()
-        known = None if _foreign(url) else os.environ.get("OPENAI_API_KEY")
-        named = "api_key" if api_key else "OPENAI_API_KEY"
-        key = client.api_key if client else header_value(named, api_key or known)
-        if not key and _origin(url) == _origin(_OPENAI):
-            raise ValueError("OPENAI_API_KEY is not set, and api.openai.com needs a key: set it, "
-                             "or pass api_key; a server of your own needs none")
-        remember(key)
-        check_network()
-        _environment_headers()
-        self.model = model or DEFAULT_MODELS["director"]
-        self.base_url = url.partition("?")[0].rstrip("/")
-        self.timeout, self.host = timeout, urlsplit(url).netloc
-        at = "" if _origin(url) == _origin(_OPENAI) else f" @ {self.host}"
-        self.account = Account.of(f"openai{at}", key)
-        self.name = f"openai:{self.model}{at}"
-        self._own = client and client.with_options(max_retries=0, timeout=timeout)
-        self._clients, self._prices = _Clients(url, key or "none", timeout), PriceTable()
+        self.server = OpenAIServer(base_url, api_key, client, timeout=timeout)
+        self.model, self.prices = model or DEFAULT_MODELS["director"], PriceTable()
+        self.name = self.server.name(f"openai:{self.model}")
 
     def __repr__(self) -> str:
         return f"OpenAIChat({self.name!r})"
 
-    async def load(self) -> AsyncOpenAI:
-        """Return the client of the running event loop, made where there is none."""
-        return self._own or await self._clients.here()
+    async def load(self) -> None:
+        """Make the client of the running event loop, where there is none."""
+        await self.server.client()
 
     async def reply(
         self,
@@ -380,18 +172,20 @@ class OpenAIChat:
     ) -> Reply:
         """Return the model's next message; a ProviderError where none was to be had."""
         once = partial(self._reply_once, messages, schema, call, [])
-        return await self.account.attempts(once, failure, seconds=self.timeout, call=call)
+        seconds = self.server.timeout
+        return await self.server.account.attempts(once, failure, seconds=seconds, call=call)
 
     def _check_sight(self, messages: list[Message], status: int = 0, line: str = "") -> None:
         """Raise where images go along and the server says, or has said, that it takes none."""
-        server = self.base_url, self.model
+        server = self.server.base_url, self.model
         if not any(message.images for message in messages):
             return
         if status in _REFUSED and _NO_IMAGES.search(line):
             _logger.warning("%s takes no images: %s", self.model, line)
             _blind[server] = line
         if server in _blind:
-            raise _BlindError(f"{self.model} takes no images: {_blind[server]}")
+            told = Failure("never", f"{self.model} takes no images: {_blind[server]}")
+            raise ProviderError(self.server.account.provider, told)
 
     async def _reply_once(
         self,
@@ -401,7 +195,7 @@ class OpenAIChat:
         in_vain: list[Exception],
     ) -> Reply:
         """Return the reply to one attempt; what was tried in every form in vain is noted."""
-        client, server = await self.load(), (self.base_url, self.model)
+        client, server = await self.server.client(), (self.server.base_url, self.model)
         from openai import APIStatusError
 
         self._check_sight(messages)
@@ -417,8 +211,8 @@ class OpenAIChat:
             try:
                 reply = _read_completion(await client.chat.completions.create(**asked))
                 break
-            except (APIStatusError, _ToldError) as error:
-                line, status = _line(error), error.status_code or 0
+            except (APIStatusError, ToldError) as error:
+                line, status = error_line(error), error.status_code or 0
                 self._check_sight(messages, status, line)
                 if limit and status in (400, 422) and (other := _limit_after(limit, line)):
                     _limits[server] = other
@@ -439,4 +233,4 @@ class OpenAIChat:
         if schema:
             _steps[server] = step
             _settled.add(server)
-        return reply.model_copy(update={"cost": self._prices.chat_cost(self.name, reply.usage)})
+        return reply.model_copy(update={"cost": self.prices.chat_cost(self.name, reply.usage)})

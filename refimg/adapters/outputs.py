@@ -100,12 +100,18 @@ class Prediction:
         return _image_addresses(self.data.get("output")) if self.status == "succeeded" else []
 
     @property
+    def inputs(self) -> dict[str, Any]:
+        """What it was asked for, as the provider has it."""
+        given = self.data.get("input")
+        return given if isinstance(given, dict) else {}
+
+    @property
     def failure(self) -> Failure:
         """Why there is no image, for a prediction without one."""
         gave = f"no image in its output, {self.data.get('output')!r:.80}"
         why = gave if self.status == "succeeded" else self.data.get("error")
         text = f"prediction {self.id} {self.status}: {why}"
-        return Failure("never", text, paid=self.status != "aborted")
+        return Failure("never", text, paid=self.status != "aborted", refused=self.refused)
 
     @property
     def refused(self) -> bool:

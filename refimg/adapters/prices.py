@@ -7,79 +7,76 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+import tomllib
 from functools import lru_cache
+from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, Field, TypeAdapter, model_validator
 
-from ..engine.protocols import Message, Usage
+from ..engine.protocols import ImageOrder, Message, Usage
 from ..storage.documents import decode_text, read_json
 
 # %% auto #0
-__all__ = ['PRICES', 'MAX_COMPLETION', 'MAX_SECONDS', 'CANCELLING', 'Price', 'priced_as', 'PriceTable']
+__all__ = ['PRICES', 'MAX_COMPLETION', 'MAX_SECONDS', 'CANCELLING', 'Price', 'ImageUsage', 'PriceTable']
 
 # %% ../../nbs/adapters/prices.ipynb #0d297938
+_SIZES = re.compile(
+    r"(?!output_quality)(\w+_)?(resolution|quality|megapixels|pixels|size|width|height)")
 _Usd = Field(default=None, ge=0, allow_inf_nan=False, strict=True)
+_Factor = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
 
 
 class Price(BaseModel, frozen=True, extra="forbid"):
-    """What a model costs: by tokens, by image or by second."""
+    """What a model costs: by tokens, by image, by megapixel or by second."""
 
     input: float | None = _Usd  # USD per million tokens read
     output: float | None = _Usd  # USD per million tokens written
+    image_input: float | None = _Usd  # USD per million tokens of images read; None: as of text
+    tokens: dict[str, _Factor] = {}  # of an image of 1024 x 1024, by the input `quality`
+    reference: tuple[_Factor, _Factor] | None = None  # tokens of a reference: at least, at most
     image: float | None = _Usd  # USD per image
+    megapixel: float | None = _Usd  # USD per million pixels; of which an image has one by default
     second: float | None = _Usd  # USD per second of a prediction
+    by: dict[str, dict[str, _Factor]] = {}  # input -> its value -> how many times the price
+    with_references: _Factor = 1.0  # how many times the price where references go along
     date: str = ""  # when it was read, or checked by the source
     source: str = ""  # where it stands
 
     @model_validator(mode="after")
     def _whole(self) -> Price:
-        by = [(self.input, self.output), (self.image,), (self.second,)]
+        by = [(self.input, self.output), (self.image,), (self.megapixel,), (self.second,)]
         given = [prices for prices in by if prices != (None,) * len(prices)]
         if len(given) != 1 or None in given[0]:
             named = sorted(self.model_fields_set - {"date", "source"})
-            raise ValueError(f"a price must be input and output, image or second, got {named}")
+            raise ValueError("a price must be input and output, image, megapixel or second, "
+                             f"got {named}")
         return self
 
+    def __str__(self) -> str:
+        """Return the row in one line."""
+        facts = self.model_dump(exclude_defaults=True, exclude={"date", "source"})
+        told = ", ".join(f"{name} {value}" for name, value in facts.items())
+        return f"{told} ({self.date}, {self.source})" if self.date else told
+
+    def covers(
+        self,
+        order: ImageOrder,  # what is asked for
+    ) -> bool:
+        """Tell whether the row says what each of its inputs does to the price."""
+        sized = self.megapixel is not None and order.pixels is not None
+        return all(sized or str(value) in self.by.get(name, ())
+                   for name, value in order.inputs.items() if _SIZES.fullmatch(name))
+
 # %% ../../nbs/adapters/prices.ipynb #cb617d6c
-_DOCS = "developers.openai.com/api/docs/models"
+def _published() -> dict[str, Price]:
+    """Return the rows that come with the package."""
+    text = files("refimg.adapters").joinpath("prices.toml").read_text("utf-8")
+    return TypeAdapter(dict[str, Price]).validate_python(tomllib.loads(text))
 
 
-def _chat(input: float, output: float, source: str = _DOCS) -> Price:
-    """Return a row for a chat model."""
-    return Price(input=input, output=output, date="2026-11-23", source=source)
-
-
-def _image(name: str, usd: float) -> tuple[str, Price]:
-    """Return a row from Replicate's page, as Puter's documentation has it."""
-    source = f"replicate.com/{name}#pricing, in HeyPuter/puter, Image Models and Pricing"
-    return name, Price(image=usd, date="2026-09-16", source=source)
-
-
-PRICES = {
-    "gpt-5.4": _chat(2.5, 15, "developers.openai.com/docs/models"),
-    "gpt-5.4-mini": _chat(0.75, 4.5, "developers.openai.com/docs/models"),
-    "gpt-5.5": _chat(5, 30, "developers.openai.com/docs/models"),
-    "gpt-5.6-terra": _chat(2, 12),
-    "gpt-5.6-luna": _chat(0.2, 1.2),
-    "gpt-6-astra": _chat(10, 50),
-    "gpt-6-sol": _chat(2, 10, f"{_DOCS}/gpt-6-sol"),
-    "gpt-6-luna": _chat(0.1, 0.5, f"{_DOCS}/gpt-6-luna"),
-    "gpt-6.1-sol": _chat(2, 10, "docs.litellm.ai/blog/gpt_6_1_sol"),
-    "gpt-6.1-terra": _chat(1, 5, f"{_DOCS}/gpt-6.1-terra"),
-    "gpt-6.2-sol": _chat(2, 10, f"{_DOCS}/gpt-6.2-sol"),
-} | dict([
-    _image("google/nano-banana", 0.039),
-    _image("google/nano-banana-2", 0.067),  # 1K, the default resolution
-    _image("black-forest-labs/flux-kontext-pro", 0.04),
-    _image("bytedance/seedream-4", 0.03),
-    _image("bytedance/seedream-4.5", 0.04),
-    _image("bytedance/seedream-5-lite", 0.035),
-    _image("luma/photon-flash", 0.01),
-    _image("minimax/image-01", 0.01),
-])
+PRICES = _published()
 
 # %% ../../nbs/adapters/prices.ipynb #7e86de8a
 MAX_COMPLETION = 8192  # tokens of one answer, thoughts included
@@ -88,18 +85,7 @@ CANCELLING = 10.0  # seconds that it may run on until its cancellation has arriv
 _HEAD = 256  # tokens that a server may put before the messages
 _SEEN = 26_000  # tokens of an image of 1024 x 1024 at most: gpt-4o-mini has 2833 + 4 * 5667
 _FREE = Price.model_construct(input=0.0, output=0.0, image=0.0)  # by tokens and by image: no row
-_OWN = " with own "  # between the name of a model and the inputs that its price depends on
-_SIZES = re.compile(
-    r"(?!output_quality)(\w+_)?(resolution|quality|megapixels|pixels|size|width|height)")
-
-
-def priced_as(
-    name: str,  # of the image model
-    inputs: Iterable[str],  # the names of those that it is given
-) -> str:
-    """Return the name by which its price is asked: a published one is that of the defaults."""
-    own = ", ".join(filter(_SIZES.fullmatch, inputs))
-    return f"{name}{_OWN}{own}" if own else name
+_TEXT = 4  # bytes of a prompt that make a token, about
 
 
 @lru_cache(maxsize=8)
@@ -114,6 +100,14 @@ def _known(cost: float | None, name: str, by: str) -> float:
         raise ValueError(f"budget_usd needs prices, and {name} has none by {by}: add a row to "
                          "the file that REFIMG_PRICES names, or use a model of the table")
     return cost
+
+
+class ImageUsage(NamedTuple):
+    """The tokens of an image, as the provider counts them."""
+
+    text: float  # read
+    images: float  # of references
+    written: float
 
 
 class PriceTable:
@@ -138,15 +132,13 @@ class PriceTable:
 
     def price_of(
         self,
-        name: str,  # of a model, as in a record, as the provider has it, or from `priced_as`
+        name: str,  # of a model, as in a record or as the provider has it
     ) -> Price | None:
         """Return the model's price; None where it is not known."""
-        name, own, _ = name.partition(_OWN)
         bare = re.sub(r"^(openai|replicate)[:/]", "", name)
         names = [name] if " @ " in name else [name, bare, re.sub(r"-\d{4}-\d\d-\d\d$", "", bare)]
-        table = {key: row for key, row in self.rows().items()
-                 if not own or row is not PRICES.get(key)}
-        free = _FREE if re.fullmatch(r"sandbox-\S+", name) else None
+        free = _FREE if re.fullmatch(r"sandbox-\S+|diffusers:.+", name) else None
+        table = self.rows()
         return next((table[known] for known in names if known in table), free)
 
     def chat_cost(
@@ -160,16 +152,51 @@ class PriceTable:
             return None
         return (usage.input_tokens * price.input + usage.output_tokens * price.output) / 1e6
 
+    def _by_tokens(
+        self, price: Price, order: ImageOrder, usage: ImageUsage | None, most: bool
+    ) -> float | None:
+        """Return the USD of an image that is charged by tokens."""
+        if usage is None:
+            made = price.tokens.get(str(order.inputs.get("quality")))
+            if made is None or order.pixels is None or (order.references and not price.reference):
+                return None
+            low, high = price.reference or (0.0, 0.0)
+            seen = (order.reference_pixels or order.pixels) / 2**20
+            each = high if most else min(max(low * seen, low), high)
+            usage = ImageUsage(
+                text=order.prompt / (1 if most else _TEXT), images=order.references * each,
+                written=made * order.pixels / 2**20 * (1.1 if most else 1))
+        read = price.input if price.image_input is None else price.image_input
+        return (usage.text * (price.input or 0) + usage.images * (read or 0)
+                + usage.written * (price.output or 0)) / 1e6
+
     def image_cost(
         self,
-        name: str,  # of the image model
+        order: ImageOrder,  # what is asked for
+        *,
         seconds: float | None = None,  # that the prediction ran, as the provider measured it
+        usage: ImageUsage | None = None,  # the tokens that the provider counted
+        most: bool = False,  # True: the most that it may cost
     ) -> float | None:
-        """Return the USD of one image; None where it is not known."""
-        price = self.price_of(name)
-        if price is None or price.second is None:
-            return price and price.image
-        return None if seconds is None else price.second * seconds
+        """Return the USD of one image, as far as can be told before it is drawn; else None."""
+        price = self.price_of(order.model)
+        if price is None:
+            return None
+        if price.second is not None:
+            return None if seconds is None else price.second * seconds
+        if price.tokens or usage:
+            return self._by_tokens(price, order, usage, most)
+        published = any(price is row for row in PRICES.values())
+        if published and not price.covers(order):
+            return None
+        each = price.image
+        if price.megapixel is not None:
+            each = price.megapixel * (order.pixels or 1e6) / 1e6
+        if each is None:
+            return None
+        for name, factors in price.by.items():
+            each *= factors.get(str(order.inputs.get(name)), 1.0)
+        return each * (price.with_references if order.references else 1.0)
 
     def most_for_chat(
         self,
@@ -188,10 +215,11 @@ class PriceTable:
 
     def most_for_image(
         self,
-        name: str,  # of the image model
+        order: ImageOrder,  # what is asked for
     ) -> float:
         """Return the USD that one image may cost at most; a ValueError where it has no price."""
-        return _known(self.image_cost(name, MAX_SECONDS + CANCELLING), name, "image or second")
+        cost = self.image_cost(order, seconds=MAX_SECONDS + CANCELLING, most=True)
+        return _known(cost, order.label, "image or second")
 
     def limits(
         self,
@@ -201,4 +229,5 @@ class PriceTable:
         price = self.price_of(name)
         if price and price.second:
             return {"max_seconds": MAX_SECONDS}
-        return {"max_tokens": MAX_COMPLETION} if price and price.output else {}
+        chat = price and price.output and not price.tokens
+        return {"max_tokens": MAX_COMPLETION} if chat else {}

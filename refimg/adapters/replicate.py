@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import importlib
-import io
 import logging
 import math
 import os
@@ -31,10 +30,10 @@ from refimg.adapters.inputs import (
 from .network import Transport, check_network, header_value
 from .outputs import Prediction, logged_seed
 from .predictions import Connection, PredictionRequest, failure
-from .prices import PriceTable, priced_as
+from .prices import PriceTable
 from .retry import Account, Failure, ProviderError
-from ..engine.protocols import Call, GeneratedImage, ImageRequest
-from ..storage.files import read_image
+from ..engine.protocols import Call, GeneratedImage, ImageOrder, ImageRequest
+from ..storage.images import small_jpeg
 from ..storage.secrets import log_line, remember
 
 if TYPE_CHECKING:
@@ -48,7 +47,6 @@ _logger = logging.getLogger(__name__)
 
 _REPLICATE = "https://api.replicate.com"
 _CALL = r"(/v1/(models/.*|files)|(/v1)?/(predictions|chat/completions))/?$"  # no base URL
-_SIDE = 1536  # pixels of a reference image
 _KEEP = 1800.0  # seconds that an upload is used
 _UPLOAD = 60.0  # seconds for one attempt
 _SCHEMA = {"most": 8_000_000}  # bytes of a model's page
@@ -62,14 +60,6 @@ class _Upload:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while it is on its way
     url: str = ""
     until: float = -math.inf  # when it is sent anew
-
-
-def _small_jpeg(path: Path) -> bytes:
-    """Return the image as JPEG, its longer side at most 1536 pixels."""
-    image, out = read_image(path), io.BytesIO()
-    image.thumbnail((_SIDE, _SIDE))
-    image.save(out, "JPEG", quality=92)
-    return out.getvalue()
 
 
 class _Server:
@@ -161,7 +151,7 @@ class _Server:
         upload = connection.uploads.setdefault(hashlib.sha256(content).hexdigest(), _Upload())
         async with upload.lock:
             if upload.until < clock():
-                send = partial(connection.upload, await asyncio.to_thread(_small_jpeg, path))
+                send = partial(connection.upload, await asyncio.to_thread(small_jpeg, path))
                 upload.url = await connection.ask_free(send, seconds=_UPLOAD, call=call)
                 if not upload.url:
                     told = Failure("never", "the upload has no address")
@@ -211,7 +201,7 @@ class ReplicateImages:
 
     def __init__(
         self,
-        model: str = "google/nano-banana",  # owner/name, or owner/name:version
+        model: str = "google/nano-banana-2",  # owner/name, or owner/name:version
         *,
         api_token: str | None = None,  # None: REPLICATE_API_TOKEN, if it belongs to that address
         base_url: str | None = None,  # where the server is; None: REPLICATE_BASE_URL, or Replicate
@@ -234,13 +224,17 @@ class ReplicateImages:
 
     @property
     def name(self) -> str:
-        """Provider and model, as in "replicate:google/nano-banana"."""
+        """Provider and model, as in "replicate:google/nano-banana-2"."""
         return self.server.name.replace("replicate", f"replicate:{self.model}", 1)
 
-    @property
-    def price_name(self) -> str:
-        """By what its price is asked: its name, and the inputs of its own that change the price."""
-        return priced_as(self.name, self.inputs)
+    def order(
+        self,
+        aspect_ratio: str,  # W:H
+        references: int,  # that go along
+    ) -> ImageOrder:
+        """Return what the price of an image depends on."""
+        pixels = self.capabilities and self.capabilities.pixels(self.inputs)
+        return ImageOrder(self.name, self.inputs, pixels, references)
 
     def _known(self) -> Capabilities:
         """Return what the model takes; a ValueError where that is not known yet."""
@@ -330,7 +324,7 @@ class ReplicateImages:
             inputs = self._draft(request, seed=seed, references=urls)
             tried.append(prediction := await self._predict(inputs, call))
             if prediction.addresses:
-                return await self._image(tried, inputs)
+                return await self._image(tried, inputs, self.order(request.aspect_ratio, len(urls)))
             why, asked = prediction.failure, call and call.may_retry
             if prediction.status == "succeeded" and not prediction.refused:
                 self.server.note_imageless(why.text)
@@ -364,8 +358,8 @@ class ReplicateImages:
                 self._measured(prediction)
             if not prediction.addresses:
                 return None
-            inputs = prediction.data.get("input")
-            return await self._image([prediction], inputs if isinstance(inputs, dict) else {})
+            sent = self.capabilities.sent(prediction.inputs) if self.capabilities else 0
+            return await self._image([prediction], prediction.inputs, self.order("16:9", sent))
         except ProviderError as error:
             if error.failure.kind == "down":
                 raise
@@ -379,12 +373,14 @@ class ReplicateImages:
             del self.metrics[next(iter(self.metrics))]
         return prediction
 
-    async def _image(self, tried: list[Prediction], inputs: dict[str, Any]) -> GeneratedImage:
+    async def _image(
+        self, tried: list[Prediction], inputs: dict[str, Any], order: ImageOrder
+    ) -> GeneratedImage:
         """Return the image of the last prediction, with the cost of all of them."""
         prediction, data = tried[-1], await self.server.fetch(tried[-1])
         times = [each.seconds for each in tried if each.seconds is not None]
         seconds = sum(times) if len(times) == len(tried) else None
-        cost = self.server.prices.image_cost(self.price_name, seconds)
+        cost = self.server.prices.image_cost(order, seconds=seconds)
         seed = inputs.get("seed")
         if type(seed) is not int:  # the log of a model with seeds may report the one it took
             told = logged_seed(prediction.data.get("logs"))

@@ -24,7 +24,7 @@ from ..engine.protocols import Call
 from ..storage.secrets import log_line
 
 # %% auto #0
-__all__ = ['Failure', 'ProviderError', 'RunLimits', 'asked_wait', 'bounded_wait', 'Lane', 'Account']
+__all__ = ['Failure', 'ProviderError', 'Refused', 'RunLimits', 'asked_wait', 'bounded_wait', 'Lane', 'Account']
 
 # %% ../../nbs/adapters/retry.ipynb #329b4cb2
 _logger = logging.getLogger(__name__)
@@ -55,6 +55,7 @@ class Failure:
     wait: float | None = None  # seconds the provider asked for, as it said it; None: it did not
     throttled: bool = False  # True: too many calls (429), so fewer are made at once
     paid: bool = False  # True: it may be billed all the same, as a call that timed out may be
+    refused: bool = False  # True: the model would not do that, and says so
 
 # %% ../../nbs/adapters/retry.ipynb #79990d6d
 class ProviderError(RuntimeError):
@@ -74,8 +75,17 @@ class ProviderError(RuntimeError):
         """Whether the call may be billed all the same; a budget asks."""
         return self.failure.paid
 
+    @property
+    def refused(self) -> bool:
+        """Whether the model would not do that, so that other words are needed."""
+        return self.failure.refused
+
     def __str__(self) -> str:
         return f"{self.provider}: {self.failure.text}"
+
+
+class Refused(ProviderError):
+    """The model would not do what it was asked; the same words would be refused again."""
 
 # %% ../../nbs/adapters/retry.ipynb #82faf86b
 class RunLimits:
@@ -219,7 +229,7 @@ class Account:
 
     async def _attempt(
         self, call_once: Callable[[], Awaitable[_T]], read: Callable[[Exception], Failure],
-        seconds: float, limits: RunLimits,
+        seconds: float, limits: RunLimits, late: Literal["again", "never"],
     ) -> _T:
         """Return the answer of one attempt, under way on the account's lane."""
         lane = self.lane
@@ -235,13 +245,13 @@ class Account:
         except ProviderError as error:
             failure = error.failure
         except Exception as error:
-            late = Failure("again", f"no answer within {seconds:g} s", paid=True)
-            failure = late if limit.expired() else read(error)
+            lost = Failure(late, f"no answer within {seconds:g} s", paid=True)
+            failure = lost if limit.expired() else read(error)
         if failure.kind == "down":
             limits.down[self] = failure
         if failure.throttled:
             lane.narrow(sent, failure.wait)
-        raise ProviderError(self.provider, failure)
+        raise (Refused if failure.refused else ProviderError)(self.provider, failure)
 
     async def attempts(
         self,
@@ -251,6 +261,7 @@ class Account:
         seconds: float,  # in total, for each attempt
         call: Call | None = None,  # from the run: its limits, and who is asked before a retry
         keep: bool = False,  # True: an answer is under way on, until the caller leaves the lane
+        late: Literal["again", "never"] = "again",  # what is done about an attempt that is late
     ) -> _T:
         """Return what an attempt gives; a ProviderError where none gives anything."""
         import stamina
@@ -278,6 +289,6 @@ class Account:
             wait_max=_BACKOFF[1],
             wait_jitter=_BACKOFF[0],
         )
-        attempt = partial(self._attempt, call_once, read, seconds, limits)
+        attempt = partial(self._attempt, call_once, read, seconds, limits, late)
         return await retrying(self.lane.run)(attempt, keep)
 

@@ -12,7 +12,7 @@ from fractions import Fraction
 from typing import Any
 
 # %% auto #0
-__all__ = ['ratio_words', 'fitting_size']
+__all__ = ['ratio_words', 'fitting_size', 'told_pixels']
 
 # %% ../../nbs/adapters/shapes.ipynb #d2115c38
 _COMMON = ((1, 1), (4, 3), (3, 2), (16, 9), (5, 4), (21, 9), (2, 1))
@@ -86,3 +86,18 @@ def fitting_size(
                          f"{_listed(heights)} high can have, got {aspect_ratio!r}")
     good = [size for size, off in sizes.items() if off <= max(best, 0.02)]
     return min(good, key=lambda size: abs(size[0] * size[1] - 2**20))
+
+# %% ../../nbs/adapters/shapes.ipynb #3bd2b643
+def told_pixels(
+    inputs: dict[str, Any],  # by their names, defaults included
+) -> int | None:
+    """Return how many pixels an image has by its inputs; None where they do not say."""
+    width, height = inputs.get("width"), inputs.get("height")
+    if type(width) is int and type(height) is int:
+        return width * height
+    for name, value in inputs.items():
+        unit = "" if name.endswith("megapixels") else r"\s?MP"
+        found = re.fullmatch(rf"(\d{{1,3}}(?:\.\d+)?){unit}", str(value))
+        if found and name.endswith(("megapixels", "resolution")):
+            return round(float(found[1]) * 1e6)
+    return None

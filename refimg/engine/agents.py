@@ -18,6 +18,7 @@ from .planning import ask_plan
 from .prompts import scene_context
 from .protocols import Call, ChatModel, ImageModel, Message, Reply, Scorer
 from .references import Chain, ReferencePlan
+from .rewording import ask_other_words
 from .settings import Settings
 from .story import Story
 from .tasks import is_cancelled
@@ -98,6 +99,20 @@ class RunAgents:
         """Return the markers that all scenes share; a RuntimeError says why there are none."""
         director = self.agent("director", 0, self.models.director)
         return (await ask_plan(story, director, bill)).markers
+
+    async def reword(
+        self,
+        scene: int,  # from 1
+        bill: list[float | None],  # gets the USD of each call; None: not known
+        prompt: str,  # that was refused
+        reason: str,  # in the provider's words
+    ) -> str:
+        """Return the prompt in other words; a RuntimeError says why there are none."""
+        director, replies = self.agent("director", scene, self.models.director), []
+        try:
+            return await ask_other_words(director, prompt, reason, replies)
+        finally:
+            bill += [reply and reply.cost for reply in replies]
 
     async def enhance(
         self,

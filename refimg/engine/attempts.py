@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -38,6 +38,7 @@ class Attempts:
     call: Call | None = None  # handed along to a model that `takes_call`
     stopped: Callable[[], bool] = lambda: False  # whether the run has stopped
     reruns: int = 0  # how often the scene has been drawn again
+    reword: Callable[[str, str], Awaitable[str]] | None = None  # puts a refused text differently
 
     def planned(
         self,
@@ -46,11 +47,14 @@ class Attempts:
         story: Story,  # its markers are added to every prompt
         references: References,  # what goes along
         legacy: bool = False,  # True: for a run that refimg 0.1 began
+        words: str = "",  # in place of a prompt that was refused
     ) -> tuple[ImageRequest, int]:
         """Return what an attempt asks for, and how many images of it."""
         plain = enhancement.stop_reason == "failed" or attempt == _ATTEMPTS
         number, unwanted = self.images.notes.number, enhancement.negative_prompt
         text = story.scenes[number - 1].prompt if plain else enhancement.final_prompt
+        if words and attempt < _ATTEMPTS:
+            text = words
         request = ImageRequest(
             prompt=compose_prompt(
                 text, story, number, references=references.sentences, legacy=legacy),
@@ -88,12 +92,37 @@ class Attempts:
         if failed:
             step = "enhance, so one image from the original prompt"
             notes.fall_back(step, "; ".join(enhancement.warnings))
+        words, refused = "", set()
         for attempt in range(1, _ATTEMPTS + 1):
-            request, count = self.planned(attempt, enhancement, story, references, legacy)
+            request, count = self.planned(
+                attempt, enhancement, story, references, legacy, words)
+            step = f"generate, attempt {attempt} of {_ATTEMPTS}"
+            if request.prompt in refused:
+                notes.fall_back(step, "the same text was refused before")
+                continue
             draw = partial(self.draw, request, attempt=attempt)
             causes = await self.images.draw_all(range(1, count + 1), draw)
             if self.images.candidates:
                 break
-            said = "; ".join(dict.fromkeys(repr(cause) for cause in causes))
-            notes.fall_back(f"generate, attempt {attempt} of {_ATTEMPTS}", said)
+            notes.fall_back(step, "; ".join(dict.fromkeys(repr(cause) for cause in causes)))
+            if said := next((str(c) for c in causes if getattr(c, "refused", False)), None):
+                refused.add(request.prompt)
+                if attempt == 1:
+                    words = await self._other_words(enhancement, story, said)
         return request.prompt, "fallback" if failed or attempt == _ATTEMPTS else "ranked"
+
+    async def _other_words(
+        self, enhancement: ImagePromptEnhancementResult, story: Story, reason: str
+    ) -> str:
+        """Return the director's other words for a prompt that was refused; "": there are none."""
+        notes, failed = self.images.notes, enhancement.stop_reason == "failed"
+        own = story.scenes[notes.number - 1].prompt if failed else enhancement.final_prompt
+        try:
+            words = await self.reword(own, reason) if self.reword else ""
+        except RuntimeError as error:
+            notes.warn(f"the image model refused the prompt, and it was not reworded: {error}")
+            return ""
+        if words:
+            notes.warn(f"the image model refused the prompt ({reason}); "
+                       "the director worded it anew")
+        return words

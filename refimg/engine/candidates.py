@@ -268,8 +268,8 @@ class CandidateGroup:
             update={"seed": own if model.takes_seed else None, "slot": slot})
         try:
             candidate = await request_image(model, asked, number=variation, call=call)
-        except BaseException:
-            self.notes.bill.append(None)
+        except BaseException as error:
+            self.notes.bill.append(None if getattr(error, "paid", True) else 0.0)
             raise
         self.notes.bill.append(candidate.generated.cost)
         candidate.edited, candidate.instruction = edited, instruction

@@ -20,6 +20,7 @@ from refimg.engine.protocols import (
     ChatModel,
     GeneratedImage,
     ImageModel,
+    ImageOrder,
     ImageRequest,
     Ledger,
     Message,
@@ -28,7 +29,7 @@ from refimg.engine.protocols import (
 )
 
 # %% auto #0
-__all__ = ['Prices', 'price_name', 'BudgetSpent', 'Budget', 'sum_known', 'Estimate', 'estimate']
+__all__ = ['Prices', 'image_order', 'BudgetSpent', 'Budget', 'sum_known', 'Estimate', 'estimate']
 
 # %% ../../nbs/engine/costs.ipynb #c0570008
 class Prices(Protocol):
@@ -42,7 +43,7 @@ class Prices(Protocol):
         """Return the USD of a call; None where they are not known."""
         ...
 
-    def image_cost(self, name: str) -> float | None:
+    def image_cost(self, order: ImageOrder) -> float | None:
         """Return the USD of one image; None where they are not known."""
         ...
 
@@ -52,7 +53,7 @@ class Prices(Protocol):
         """Return the USD that a call may cost at most; a ValueError where it has no price."""
         ...
 
-    def most_for_image(self, name: str) -> float:
+    def most_for_image(self, order: ImageOrder) -> float:
         """Return the USD that one image may cost at most; a ValueError where it has no price."""
         ...
 
@@ -61,11 +62,16 @@ class Prices(Protocol):
         ...
 
 # %% ../../nbs/engine/costs.ipynb #c057000c
-def price_name(
-    model: Any,  # a chat or image model
-) -> str:
-    """Return the name by which its price is asked."""
-    return getattr(model, "price_name", model.name)
+def image_order(
+    model: Any,  # an image model
+    aspect_ratio: str = "16:9",  # W:H
+    references: int = 0,  # that go along
+    prompt: int = 0,  # bytes of what is sent
+) -> ImageOrder:
+    """Return what its price depends on."""
+    own = getattr(model, "order", None)
+    order = own(aspect_ratio, references) if own else ImageOrder(model.name)
+    return replace(order, references=references, prompt=prompt)
 
 
 class BudgetSpent(RuntimeError):
@@ -178,7 +184,7 @@ class Budget(Ledger):
 
     def _check_limits(self, model: Any) -> None:
         """Raise a ValueError where a call may cost any sum, since no limit can go along."""
-        if self.prices.limits(price_name(model)) and not getattr(model, "takes_call", False):
+        if self.prices.limits(model.name) and not getattr(model, "takes_call", False):
             raise ValueError(f"budget_usd must be None for {model.name}, got {self.limit:g}: it "
                              "takes no `call` with a limit, so one call may cost any sum")
 
@@ -196,7 +202,7 @@ class Budget(Ledger):
         model: ImageModel,  # a ValueError where its price is not known
     ) -> ImageModel:
         """Return the model, paid from this budget."""
-        self.prices.most_for_image(price_name(model))
+        self.prices.most_for_image(image_order(model))
         self._check_limits(model)
         return _PaidImages(self, model)
 
@@ -229,7 +235,7 @@ class _Paid:
             tries += paid
             return budget.may_retry(most, paid)
 
-        limits = budget.prices.limits(price_name(self._model))
+        limits = budget.prices.limits(self._model.name)
         asked = replace(call or Call(), may_retry=may_retry, **limits)
         passed = {"call": asked} if getattr(self._model, "takes_call", False) else {}
         try:
@@ -274,16 +280,18 @@ class _PaidImages(_Paid):
 
     async def generate(self, request: ImageRequest, *, call: Call | None = None) -> GeneratedImage:
         """Return the model's image; BudgetSpent where there is no money for it."""
-        name, prices = price_name(self._model), self._budget.prices
-        ask, most = partial(self._model.generate, request), prices.most_for_image(name)
-        return await self._pay(most, ask, lambda image: prices.image_cost(name), call)
+        prices, sent = self._budget.prices, len(request.prompt.encode("utf-8", "replace"))
+        order = image_order(self._model, request.aspect_ratio, len(request.references), sent)
+        ask, most = partial(self._model.generate, request), prices.most_for_image(order)
+        return await self._pay(most, ask, lambda image: prices.image_cost(order), call)
 
     def affords(
         self,
         images: int,  # to be drawn
     ) -> bool:
         """Tell whether the budget has money for so many images now."""
-        each = self._budget.prices.most_for_image(price_name(self._model))
+        order = image_order(self._model, references=self._model.max_references)
+        each = self._budget.prices.most_for_image(order)
         return self._budget.affords(images * each)
 
     async def adopt(self, prediction_id: str, *, call: Call | None = None) -> GeneratedImage | None:
@@ -319,27 +327,29 @@ def estimate(
     *,
     looks: Sequence[tuple[str, Usage]] = (),  # each call about images: the model, and tokens
     repairs: Sequence[tuple[str, Usage]] = (),  # the same if all repairs are needed, beside them
-    edits: int = 0,  # to be drawn if all repairs are needed
+    edits: Sequence[tuple[int, int]] = (),  # as `images`, if all repairs are needed
     chat_calls: int,  # of `high`; 0: there are no agents
-    images: int,  # to be drawn
+    images: Sequence[tuple[int, int]],  # of each: references, and bytes of its prompt
     director: str,  # name of the model
     critic: str,  # name of the model
-    image_model: str,  # name of the model
+    order: Callable[[int, int], ImageOrder],  # what is asked with so many of both
     prices: Prices,  # what calls cost
 ) -> Estimate:
     """Return about what a run will cost."""
     agents = (director, critic) if chat_calls > len(looks) + len(repairs) else ()
-    each = prices.image_cost(image_model)
 
     def total(
-        scenes: Sequence[tuple[Usage, Usage]], calls: Sequence[tuple[str, Usage]], drawn: int
+        scenes: Sequence[tuple[Usage, Usage]], calls: Sequence[tuple[str, Usage]],
+        drawn: Sequence[tuple[int, int]],
     ) -> float | None:
         asked = [call for scene in scenes if agents for call in zip(agents, scene, strict=True)]
         costs = [prices.chat_cost(name, usage) for name, usage in [*asked, *calls]]
-        return sum_known([*costs, *[each] * drawn])
+        return sum_known([*costs, *(prices.image_cost(order(*size)) for size in drawn)])
 
-    names = dict.fromkeys([*agents, *(name for name, _ in [*looks, *repairs]), image_model])
-    unpriced = [name for name in names if prices.price_of(name) is None]
-    return Estimate(low=total(low, looks, images), images=images, edits=edits,
-                    high=total(high, [*looks, *repairs], images + edits), chat_calls=chat_calls,
+    asked = dict.fromkeys([*agents, *(name for name, _ in [*looks, *repairs])])
+    unpriced = [name for name in asked if prices.price_of(name) is None]
+    if any(prices.image_cost(order(*size)) is None for size in {*images, *edits}):
+        unpriced.append(order(0, 0).label)
+    return Estimate(low=total(low, looks, images), images=len(images), edits=len(edits),
+                    high=total(high, [*looks, *repairs], [*images, *edits]), chat_calls=chat_calls,
                     unpriced=unpriced)

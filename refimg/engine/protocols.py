@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['CleanText', 'clean_text', 'visible_text', 'map_texts', 'Message', 'Usage', 'Reply', 'ChatModel', 'ImageRequest',
-           'GeneratedImage', 'ImageModel', 'Batch', 'RawScore', 'Scorer', 'Call', 'Ledger']
+           'GeneratedImage', 'ImageModel', 'ImageOrder', 'Batch', 'RawScore', 'Scorer', 'Call', 'Ledger']
 
 # %% ../../nbs/engine/protocols.ipynb #d1400003
 _ESCAPES = re.compile(
@@ -170,6 +170,23 @@ class ImageModel(Protocol):
     async def generate(self, request: ImageRequest) -> GeneratedImage:
         """Draw one image, or raise."""
         ...
+
+# %% ../../nbs/engine/protocols.ipynb #80215959
+@dataclass(frozen=True)
+class ImageOrder:
+    """What is asked of an image model, as far as its price may depend on it."""
+
+    model: str  # its name in a record
+    inputs: dict[str, Any] = field(default_factory=dict)  # its own, such as quality or resolution
+    pixels: int | None = None  # width times height; None: not known
+    references: int = 0  # that go along
+    reference_pixels: int | None = None  # of each of them, as it is sent; None: not known
+    prompt: int = 0  # bytes of the prompt
+
+    @property
+    def label(self) -> str:
+        """The model, and the inputs that it is given, as an error names them."""
+        return f"{self.model} with own {', '.join(self.inputs)}" if self.inputs else self.model
 
 # %% ../../nbs/engine/protocols.ipynb #0e1fe43f
 @dataclass(frozen=True, eq=False)

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -128,9 +129,9 @@ class SceneRun:
             run.agents.bound(run.models.scorers, run.drawn, self.number),
             texts[run.settings.score_text],
             run.group, lambda: run.stopped, await run.handover.standards(self.number), run.looking)
-        attempts = Attempts(
-            self.images, queue, run.settings, run.models.image_model, run.call,
-            lambda: run.stopped, run.times_rerun.get(self.number, 0))
+        attempts = Attempts(self.images, queue, run.settings, run.models.image_model, run.call,
+                            lambda: run.stopped, run.times_rerun.get(self.number, 0),
+                            partial(run.agents.reword, self.number, self.notes.bill))
         refinement = Refinement(attempts, self.references, run.handover.plan.max_references)
         run.reporter.begin("generate", self.number, run.total_cost())
         with self.notes.timed("generate"):

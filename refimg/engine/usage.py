@@ -12,7 +12,7 @@ from typing import Any
 from .guidance import DEFAULT, Guidance, guidance_for
 from .instructions import DIMENSIONS
 from .planning import plan_messages
-from .prompts import scene_context
+from .prompts import compose_prompt, scene_context
 from .protocols import Message, Scorer, Usage
 from .references import Chain, ReferencePlan
 from .settings import Settings
@@ -116,8 +116,9 @@ def expected_calls(
     """Return what a run will ask for, as `costs.estimate` takes it: usages, calls and images."""
     model, guidance = settings.image_model, guidance_for(settings.image_model)
     plan = ReferencePlan(Chain(story, settings.chain), settings.max_references)
-    told = [scene_context(story, n, references=plan.expected(n), image_model=model)
-            for n in range(1, len(story.scenes) + 1)]
+    along = [plan.expected(n) for n in range(1, len(story.scenes) + 1)]
+    told = [scene_context(story, n, references=references, image_model=model)
+            for n, references in enumerate(along, start=1)]
     scenes = [(scene.prompt, context) for scene, context in zip(story.scenes, told, strict=True)]
     most, planned = settings.max_enhancement_iterations, settings.plans(story)
     planning = [(_total([plan_messages(story)], _EXPECTED_PLAN), _total([], ""))] * planned
@@ -129,9 +130,13 @@ def expected_calls(
     looks += [call for prompt, _ in scenes if settings.judge
               for call in _comparing(settings.judge, prompt)]
     repairs = [call for _, repairs in seen for call in repairs]
-    edits = len(scenes) * settings.repair_rounds * settings.repair_variations
-    return {"low": low, "high": high, "looks": looks, "repairs": repairs, "edits": edits,
-            "images": len(scenes) * settings.num_variations,
+    written, most_sent = "a lens " * (guidance.words[1] * 3 // 5), settings.max_references
+    sizes = [(len(sent), len(compose_prompt(written, story, n, references=sent).encode()))
+             for n, sent in enumerate(along, start=1)]
+    edits = settings.repair_rounds * settings.repair_variations
+    return {"low": low, "high": high, "looks": looks, "repairs": repairs,
+            "edits": [(min(n + 1, most_sent), text) for n, text in sizes for _ in range(edits)],
+            "images": [size for size in sizes for _ in range(settings.num_variations)],
             "chat_calls": planned + len(scenes) * (2 * most + (negative and most > 0))
             + len(looks) + len(repairs),
             "director": settings.director, "critic": settings.critic}

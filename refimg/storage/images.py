@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image, ImageCms, UnidentifiedImageError, features
 
 # %% auto #0
-__all__ = ['truth_note', 'decode_image', 'read_image', 'is_blank']
+__all__ = ['SENT_SIDE', 'truth_note', 'decode_image', 'read_image', 'small_jpeg', 'is_blank']
 
 # %% ../../nbs/storage/images.ipynb #f5a5cca1
 _logger = logging.getLogger(__name__)
@@ -184,6 +184,19 @@ def read_image(
         problem = cause = error
     told = f"an image must be a {_NAMES} file, got {shown}: {problem}"
     raise ValueError(told) from cause
+
+# %% ../../nbs/storage/images.ipynb #7098694a
+SENT_SIDE = 1536  # pixels of the longer side of a reference image
+
+
+def small_jpeg(
+    path: Path,  # as for `read_image`
+) -> bytes:
+    """Return the image as JPEG, its longer side at most 1536 pixels."""
+    image, out = read_image(path), BytesIO()
+    image.thumbnail((SENT_SIDE, SENT_SIDE))
+    image.save(out, "JPEG", quality=92)
+    return out.getvalue()
 
 # %% ../../nbs/storage/images.ipynb #d394da96
 _FLAT = 6  # of 255, between the darkest and the brightest value of all channels

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import os
 import sys
 from typing import Any, TextIO
 from urllib.parse import urlsplit
@@ -17,7 +18,7 @@ from .documents import decode_text
 from .secrets import log_line
 
 # %% auto #0
-__all__ = ['read_standard_input', 'terminal_text', 'json_line', 'is_utf8', 'host_of']
+__all__ = ['read_standard_input', 'terminal_text', 'json_line', 'is_utf8', 'hosts']
 
 # %% ../../nbs/storage/terminal.ipynb #7f0ec096
 def read_standard_input() -> str:
@@ -58,7 +59,7 @@ def is_utf8(
         return False
 
 # %% ../../nbs/storage/terminal.ipynb #6e577dc2
-def host_of(
+def _host_of(
     address: str,  # such as a base URL
 ) -> str | None:
     """Return the host and the port of an address alone; None where it is no address."""
@@ -68,3 +69,16 @@ def host_of(
     except ValueError:
         return None
     return f"{parts.hostname}{port}" if parts.hostname else None
+
+
+_ADDRESSES = {
+    "OpenAI's protocol": ("OPENAI_BASE_URL", "https://api.openai.com"),
+    "Replicate's protocol": ("REPLICATE_BASE_URL", "https://api.replicate.com"),
+    "weights": ("HF_ENDPOINT", "https://huggingface.co"),
+}
+
+
+def hosts() -> dict[str, str]:
+    """Return the host that is asked, by what it is asked for, as the environment says."""
+    return {what: _host_of(os.environ.get(name, "").strip() or default) or f"{name} is no address"
+            for what, (name, default) in _ADDRESSES.items()}

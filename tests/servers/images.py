@@ -180,6 +180,9 @@ MODELS = {
     "google/nano-banana": schema(
         {"prompt": PROMPT, "image_input": IMAGES, "aspect_ratio": RATIO}, **ENUM
     ),
+    "google/nano-banana-2": schema(
+        {"prompt": PROMPT, "image_input": IMAGES, "aspect_ratio": RATIO}, **ENUM
+    ),
     "black-forest-labs/flux-2-pro": schema(
         {"prompt": PROMPT, "input_images": IMAGES, "aspect_ratio": RATIO, "seed": SEED}, **ENUM
     ),

@@ -11,6 +11,7 @@ None for a good answer; an item with a role waits for that role, one with a `mat
 whose body contains it. After the script all answers are good: the director's is the original with a
 version number, the critic's 60 + 6 for each version. With `lengths` they are as long as real ones,
 and the usage follows from the bytes; what was counted stands in the record, whatever was sent.
+Images are drawn by `drawing.py`; their role is "image".
 An item with `long` is billed as an answer of 128,000 tokens, or of as many as the request allows,
 also where it is an error.
 """
@@ -37,6 +38,7 @@ from urllib.request import Request, urlopen
 
 from refimg.enhance import read_fences
 
+from . import drawing
 from .bombs import zip_bomb
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -117,13 +119,13 @@ def material(body: dict[str, Any]) -> dict[str, str]:
 
 
 def role_of(body: dict[str, Any]) -> str:
-    """Who is asked: "critic", "director", "planner", "author", "inspector", "judge", "editor"."""
+    """Who is asked: "critic", "director", "planner", "author", "inspector", "judge", and so on."""
     given = material(body)
     if "original" in given:
         return "critic" if "prompt" in given else "director"
     if parts_of(body, "image_url"):
         return "inspector" if "questions" in given else "judge"
-    slots = {"story": "planner", "failed": "editor", "prompt": "author"}
+    slots = {"story": "planner", "failed": "editor", "reason": "reworder", "prompt": "author"}
     return next((role for slot, role in slots.items() if slot in given), "other")
 
 
@@ -159,6 +161,7 @@ def good(body: dict[str, Any]) -> str:
     if role == "inspector":
         return answers(given["questions"].count("\n") + 1)
     return {"planner": json.dumps({"style": "ink drawing"}), "author": json.dumps(QUESTIONS),
+            "reworder": "A keeper rests by his lamp, in pale light.",
             "editor": "Make the coat red, and keep the lamp where it is.",
             "judge": json.dumps({"winner": "first", "reason": "Its lamp is lit."}),
             }.get(role, "blur, watermark")
@@ -355,9 +358,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _any(self) -> None:
         length = int(self.headers.get("Content-Length") or 0)
-        raw = self.rfile.read(length).decode("utf-8", "replace")
+        sent = self.rfile.read(length)
+        raw = sent.decode("utf-8", "replace")
         if self.path.startswith("/_control/"):
             self.answer(200, {}, json.dumps(self.control(self.path.rpartition("/")[2], raw)))
+        elif self.path.startswith("/v1/images/") and self.command == "POST":
+            self.draw(sent, raw)
         else:
             self.play(raw)
 
@@ -390,6 +396,33 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(404, {}, error(f"no such path: {self.path}"))
         else:
             self.fault(item, body, headers)
+
+    def draw(self, sent: bytes, raw: str) -> None:
+        """One request for an image: into the record, then what the script says."""
+        headers = {k.lower(): v for k, v in self.headers.items()}
+        with self.server.lock:
+            item = self.server.take("image", raw)
+            seen = {"method": self.command, "path": self.path, "headers": headers, "role": "image",
+                    "fault": item.get("fault"), "at": time.time(), "usage": None, "billed": 0.0}
+            self.server.record.append(seen)
+            number = len(self.server.record)
+        name = item.get("fault")
+        if made := name and refused(item, headers):
+            return self.answer(*made)
+        try:
+            body, told = drawing.answer(
+                self.path, sent, headers.get("content-type", ""), item, number)
+        except drawing.Refusal as refusal:
+            said = error(str(refusal), refusal.code, "invalid_request_error")
+            return self.answer(refusal.status, {}, said)
+        with self.server.lock:
+            seen |= told
+        time.sleep(item.get("seconds", self.server.seconds))
+        if name in ("lost", "hang"):
+            return self.reset()
+        text = json.dumps(body)
+        return self.answer(200, {}, text[: len(text) // 2] if name == "cut" else text,
+                           len(text) if name == "cut" else 0)
 
     def fault(self, item: dict[str, Any], body: dict[str, Any], headers: dict[str, str]) -> None:
         """The answer to a chat request."""
