@@ -19,7 +19,7 @@ from refimg.adapters.inputs import Capabilities, read_schema
 from refimg.adapters.replicate import ReplicateImages
 from refimg.adapters.retry import ProviderError
 from refimg.generate import GenerationFailed, ImageRequest, generate_images
-from refimg.storage.images import decode_image, is_blank, read_image
+from refimg.storage.images import decode_image, is_blank, read_image, small_jpeg
 from tests.fakes import FakeImages, FakeScorer, critic, director, picture
 from tests.servers.images import IMAGES, PROMPT, URI, schema, start_image_server
 
@@ -327,7 +327,7 @@ def test_a_colour_profile_is_converted_to_srgb(tmp_path, mode, form):
     assert near(decode_image(data), (197, 43, 19)) and decode_image(data).info == {}
     (tmp_path / "mine").write_bytes(data)
     assert near(read_image(tmp_path / "mine"), (197, 43, 19))
-    sent = Image.open(io.BytesIO(replicate._small_jpeg(tmp_path / "mine")))
+    sent = Image.open(io.BytesIO(small_jpeg(tmp_path / "mine")))
     assert near(sent, (197, 43, 19), by=8)
 
 

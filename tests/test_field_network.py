@@ -17,7 +17,7 @@ import openai
 import pytest
 
 from refimg import Pipeline, Scene, Story, defaults
-from refimg.adapters import download, predictions, replicate, retry
+from refimg.adapters import download, openai_server, predictions, replicate, retry
 from refimg.adapters import openai as chats
 from refimg.adapters.download import fetch
 from refimg.adapters.network import Unreadable, _Body
@@ -469,7 +469,7 @@ async def test_the_query_of_an_address_goes_along(two, monkeypatch):
     assert (await model.reply(ASKED)).text
     (seen,) = two[0].requests()
     assert seen["path"] == "/v1/chat/completions?api-version=2026-01-01&x="
-    assert "?" not in model.name + model.base_url
+    assert "?" not in model.name + model.server.base_url
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1/v1#x", "http://127.0.0.1:70000/v1",
@@ -553,11 +553,11 @@ async def test_a_price_file_that_goes_bad_costs_no_image(two, tmp_path, monkeypa
 
 
 def test_time_limits_come_from_the_environment(real, monkeypatch):
-    assert (defaults.director().timeout, defaults.image_model().timeout) == (60, 300)
+    assert (defaults.director().server.timeout, defaults.image_model().timeout) == (60, 300)
     monkeypatch.setenv("REFIMG_LLM_TIMEOUT", "240")
     monkeypatch.setenv("REFIMG_IMAGE_TIMEOUT", " 900.5 ")
-    made = defaults.director(), defaults.critic(), defaults.image_model()
-    assert [model.timeout for model in made] == [240, 240, 900.5]
+    made = defaults.director().server, defaults.critic().server, defaults.image_model()
+    assert [each.timeout for each in made] == [240, 240, 900.5]
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "1 min"])
@@ -709,4 +709,4 @@ async def test_an_image_is_unpacked_within_its_bound(two):
 
 def test_the_download_has_no_client_of_its_own():
     """The name is taken from the room that all clients share."""
-    assert download.Transport is replicate.Transport is chats.Transport
+    assert download.Transport is replicate.Transport is openai_server.Transport
