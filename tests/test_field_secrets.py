@@ -6,7 +6,6 @@ import html
 import json
 import logging
 import re
-from pathlib import Path
 from urllib.parse import quote
 
 import pytest
@@ -214,36 +213,6 @@ def test_markers_that_only_hidden_signs_tell_apart_are_refused():
 
 
 # what scorers say, and what their libraries must not
-
-
-@pytest.mark.parametrize("text, noted", [
-    ("黄昏的灯塔，守塔人穿着黄色外套", True), ("حارس المنارة عند الغروب", True),
-    ("Маяк на закате", True), ("a lighthouse at dusk, 灯塔", False),
-    ("Été à la plage, naïve", False), ("12:30 🦊", False), ("", False),
-])
-def test_a_text_in_a_script_that_english_towers_do_not_know_is_noted(text, noted):
-    from refimg.adapters.clip import Aesthetic, ClipScore, PickScore
-    from refimg.score import Batch
-
-    from .clips import tiny_open_clip, tiny_transformers
-
-    batch = Batch((Image.new("RGB", (64, 36)),), text)
-    for scorer in (PickScore(tiny_transformers()), ClipScore(tiny_open_clip())):
-        (found,) = scorer.score(batch)
-        assert found.value is not None and ("another script" in found.note) == noted
-    assert "script" not in Aesthetic(folder=tiny_open_clip()).score(batch)[0].note
-
-
-def test_a_tower_of_many_languages_is_not_noted(monkeypatch):
-    from refimg.adapters import towers
-
-    def vectors(given):
-        import torch
-
-        return torch.ones(len(given), 2)
-
-    made = towers.Towers(vectors, vectors, len, 75, 1.0, english=False)
-    assert towers.Embedder(Path(), lambda folder: made).text_note("黄昏的灯塔") == ""
 
 
 @pytest.fixture

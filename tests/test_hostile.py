@@ -9,7 +9,6 @@ import pytest
 
 from bench import hostile
 from bench._lives import Lives
-from tests.sampling import sampled
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 BORNE = {"finished", "errors"}
@@ -34,14 +33,15 @@ def outcome(ordeal: hostile.Ordeal, lives: Lives, place: str, name: str) -> list
     return [one for one in found if one[0] not in BORNE | {"over_hold"}]
 
 
-@pytest.mark.parametrize("place, name", sampled([
+@pytest.mark.all
+@pytest.mark.parametrize("place, name", [
     ("director", "gzip bomb"), ("model", "gzip bomb error"), ("create", "endless chunks"),
     ("critic", "key coloured"), ("create", "huge error"), ("upload", "key wrapped"),
     ("director", "text nasty"), ("create", "nasty error"), ("create", "key half"),
     ("critic", "wait 'nan'"), ("critic", "deep"), ("create", "status nested"),
     ("model", "latest_version.openapi_schema.components.schemas.aspect_ratio.enum nan"),
     ("output", "picture wide bomb"),
-], 5))  # fmt: skip
+])  # fmt: skip
 def test_a_hostile_answer_does_no_harm(ordeal, lives, place, name):
     assert outcome(ordeal, lives, place, name) == []
 

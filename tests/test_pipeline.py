@@ -1195,17 +1195,6 @@ async def test_a_rerun_keeps_the_chain_of_its_run(run):
     assert again.settings_of(3)["chain"] == "first"
 
 
-async def test_a_pipeline_without_models_finds_them_once(caplog):
-    pipeline = Pipeline()
-    with caplog.at_level(logging.WARNING, "refimg.defaults"):
-        await pipeline.load()
-        found = (pipeline.director, pipeline.image_model, pipeline.scorers)
-        await pipeline.enhance(a_story(1))
-    assert None not in found
-    assert found == (pipeline.director, pipeline.image_model, pipeline.scorers)
-    assert len(caplog.records) == 1
-
-
 async def test_what_can_be_loaded_is_loaded_sync_or_async():
     loaded = []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from refimg import Pipeline, Scene, Story
 from refimg.adapters import towers as adapter
 from refimg.adapters.towers import Embedder, load_open_clip, load_transformers, split_text
 from refimg.sandbox import scorers as module
@@ -359,3 +361,14 @@ def test_loading_leaves_the_root_logger_as_it_is():
     made = subprocess.run([sys.executable, "-c", ROOT_HANDLERS], capture_output=True, text=True,
                           check=True, timeout=120)
     assert made.stdout.strip() == "[]"
+
+
+async def test_a_pipeline_without_models_finds_them_once(caplog):
+    pipeline = Pipeline()
+    with caplog.at_level(logging.WARNING, "refimg.defaults"):
+        await pipeline.load()
+        found = (pipeline.director, pipeline.image_model, pipeline.scorers)
+        await pipeline.enhance(Story(scenes=[Scene(prompt="A fox in snow")]))
+    assert None not in found
+    assert found == (pipeline.director, pipeline.image_model, pipeline.scorers)
+    assert len(caplog.records) == 1
