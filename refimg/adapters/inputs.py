@@ -5,10 +5,12 @@
 # %% ../../nbs/adapters/inputs.ipynb #0f5cfa22
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from typing import Any
 
 from pydantic import (
@@ -21,12 +23,14 @@ from pydantic import (
 )
 
 from .outputs import may_hold_image
-from .shapes import fitting_size, ratio_words, told_pixels
+from .shapes import fitting_size, nearest_ratio, ratio_words, told_pixels
 
 # %% auto #0
-__all__ = ['KNOWN_MODELS', 'Capabilities', 'known_capabilities', 'check_own_inputs', 'read_schema']
+__all__ = ['KNOWN_MODELS', 'ENDS', 'Capabilities', 'known_capabilities', 'warn_of_end', 'check_own_inputs', 'read_schema']
 
 # %% ../../nbs/adapters/inputs.ipynb #6a779cfc
+_logger = logging.getLogger(__name__)
+
 _COUNTS = {"num_outputs", "num_images", "num_samples", "number_of_images", "max_images",
            "num_images_per_prompt", "batch_size", "n"}  # of images in one prediction
 
@@ -49,6 +53,9 @@ class Capabilities:
     sized: bool = False  # True: it has width and height in place of an aspect ratio
     fields: dict[str, dict] = field(default_factory=dict)  # its schema, by input; {}: not read
     required: tuple[str, ...] = ()  # inputs that must be given
+    tags: str | None = None  # name of the input for the references' tags, as in "@image1"
+    off: dict[str, Any] = field(default_factory=dict)  # inputs that keep the prompt as it is
+    read_on: str = ""  # the date of a row of the table
 
     @property
     def max_references(self) -> int:
@@ -91,7 +98,7 @@ class Capabilities:
         if not self.prompt:
             raise ValueError("model must be one with an input for the prompt, got one with "
                              f"{', '.join(self.fields)}")
-        inputs = dict(more or {}) | {self.prompt: prompt} | self._reference_input(references)
+        inputs = self.off | dict(more or {}) | self._referring(prompt, references)
         if seed is not None:
             if not self.seed:
                 raise ValueError(f"seed must be None for this model, got {seed!r}")
@@ -111,8 +118,11 @@ class Capabilities:
             raise ValueError(wrong)
         return inputs
 
-    def _reference_input(self, references: Sequence[str]) -> dict[str, Any]:
-        """Return the reference images under the model's name for them."""
+    def _referring(self, prompt: str, references: Sequence[str]) -> dict[str, Any]:
+        """Return the prompt and the reference images under the model's names for them.
+
+        A model that wants tags gets them, and "@image1" in the prompt for "Image 1".
+        """
         most = self.max_references
         if len(references) > most:
             raise ValueError(
@@ -122,8 +132,16 @@ class Capabilities:
             raise ValueError("references must be at least 1 for this model, such as a story's "
                              "initial_reference_image, got 0")
         if self.reference is None or not references:
-            return {}
-        return {self.reference: list(references) if self.many else references[0]}
+            return {self.prompt: prompt}
+        sent = {self.reference: list(references) if self.many else references[0]}
+        if self.tags:
+            sent[self.tags] = [f"image{number}" for number in range(1, len(references) + 1)]
+            if len(references) == 1:
+                prompt = prompt.replace("The reference image", "@image1", 1)
+            prompt = re.sub(rf"\bImage ([1-{len(references)}])\b", r"@image\1", prompt)
+            missing = [f"@{tag}" for tag in sent[self.tags] if f"@{tag}" not in prompt]
+            prompt += f"\nKeep to {' and '.join(missing)}." if missing else ""
+        return sent | {self.prompt: prompt}
 
     def _shape(self, aspect_ratio: str) -> dict[str, Any]:
         """Return the aspect ratio in the model's own word for it, or a size that has it."""
@@ -135,6 +153,8 @@ class Capabilities:
         if allowed and aspect_ratio not in self.words:
             told = (f"aspect_ratio must be one of {', '.join(map(str, allowed))}, "
                     f"got {aspect_ratio!r:.80}")
+            if near := nearest_ratio(aspect_ratio, self.words):
+                told += f"; the nearest is {near!r}"
             if own := [word for word in allowed if word not in self.words.values()]:
                 told += f"; a word may be chosen by inputs={{{self.ratio!r}: {own[0]!r}}}"
             raise ValueError(told)
@@ -162,30 +182,49 @@ class Capabilities:
 # %% ../../nbs/adapters/inputs.ipynb #a691b1d0
 _SHARED = ("1:1", "4:3", "3:4", "16:9", "9:16")
 _BANANA = (*_SHARED, "2:3", "3:2", "4:5", "5:4", "21:9")
+_GPT = ("1:1", "3:2", "2:3")
+_FLUX, _IDEOGRAM = {"prompt_upsampling": False}, {"magic_prompt_option": "Off"}
+_V3 = {"seed": True, "off": _IDEOGRAM}
 
 
 def _row(
-    reference: str, most: int = 0, aspect_ratios: tuple[str, ...] = _SHARED, **more: Any
+    reference: str | None, most: int = 0, aspect_ratios: tuple[str, ...] = _SHARED, **more: Any
 ) -> Capabilities:
     """Return a row of the table; with `most` the reference input is a list of that many."""
-    return Capabilities(reference, most > 0, most or 1, aspect_ratios=aspect_ratios, **more)
+    row = {"aspect_ratios": aspect_ratios, "read_on": "2026-11-22"} | more
+    return Capabilities(reference, most > 0, most or 1, **row)
 
 
 KNOWN_MODELS: dict[str, Capabilities] = {
-    "google/nano-banana": _row("image_input", 3, aspect_ratios=_BANANA),
-    "google/nano-banana-2": _row("image_input", 14, aspect_ratios=_BANANA),
-    "black-forest-labs/flux-kontext-pro": _row("input_image", seed=True),
+    "google/nano-banana": _row("image_input", 3, _BANANA),
+    "google/nano-banana-2": _row("image_input", 14, (*_BANANA, "1:4", "4:1", "1:8", "8:1")),
+    "google/nano-banana-pro": _row("image_input", 14, _BANANA),
+    "google/imagen-4": _row(None),
+    "black-forest-labs/flux-kontext-pro": _row("input_image", seed=True, off=_FLUX),
     "black-forest-labs/flux-2-pro": _row("input_images", 8, seed=True),
     "black-forest-labs/flux-2-max": _row("input_images", 8, seed=True),
-    "black-forest-labs/flux-2-flex": _row("input_images", 10, seed=True),
+    "black-forest-labs/flux-2-flex": _row("input_images", 10, seed=True, off=_FLUX),
+    "black-forest-labs/flux-2-dev": _row("input_images", 4, seed=True),
     "black-forest-labs/flux-2-klein-4b": _row("images", 5, seed=True),
+    "black-forest-labs/flux-2-klein-9b": _row("images", 5, seed=True),
     "bytedance/seedream-4": _row("image_input", 10),
-    "bytedance/seedream-4.5": _row("image_input", 10),
-    "bytedance/seedream-5-lite": _row("image_input", 10),
-    "openai/gpt-image-1.5": _row("input_images", 10, aspect_ratios=("1:1", "3:2", "2:3")),
+    "bytedance/seedream-4.5": _row("image_input", 14),
+    "bytedance/seedream-5-lite": _row("image_input", 14),
+    "bytedance/seedream-5-pro": _row("image_input", 10),
+    "openai/gpt-image-1.5": _row("input_images", 10, _GPT),
+    "openai/gpt-image-2": _row("input_images", 16, _GPT),
     "qwen/qwen-image-edit": _row("image", needs_reference=True),
+    "qwen/qwen-image-edit-plus": _row("image", 3, seed=True, needs_reference=True),
+    "ideogram-ai/ideogram-character": _row(
+        "character_reference_image", seed=True, needs_reference=True, off=_IDEOGRAM),
+    "ideogram-ai/ideogram-v3-turbo": _row("style_reference_images", 3, **_V3),
+    "ideogram-ai/ideogram-v3-balanced": _row("style_reference_images", 3, **_V3),
+    "ideogram-ai/ideogram-v3-quality": _row("style_reference_images", 3, **_V3),
+    "runwayml/gen4-image": _row("reference_images", 3, seed=True, tags="reference_tags"),
+    "luma/photon": _row("image_reference", seed=True),
     "luma/photon-flash": _row("image_reference", seed=True),
     "minimax/image-01": _row("subject_reference"),
+    "xai/grok-imagine-image-2": _row("image"),
 }
 
 
@@ -196,6 +235,24 @@ def known_capabilities(
     """Return the model's row; None where its schema is needed."""
     row = KNOWN_MODELS.get(model)
     return row if row and reference_input in (None, row.reference) else None
+
+# %% ../../nbs/adapters/inputs.ipynb #ac181154
+ENDS: dict[str, tuple[str, str]] = {  # the day, and the successor
+    "google/nano-banana": ("2026-10-02", "google/nano-banana-2"),
+    "google/imagen-4": ("2026-09-30", "google/nano-banana-2"),
+}
+
+
+def warn_of_end(
+    model: str,  # owner/name, or owner/name:version
+    today: date,
+) -> bool:
+    """Log a warning if the model's end has come; return whether it has."""
+    day, successor = ENDS.get(model.partition(":")[0], ("9999-12-31", ""))
+    if over := today >= date.fromisoformat(day):
+        _logger.warning("the end of %s was announced for %s: %s takes its place",
+                        model, day, successor)
+    return over
 
 # %% ../../nbs/adapters/inputs.ipynb #00c30b25
 class _Limits(BaseModel, strict=True):
@@ -224,16 +281,38 @@ _RATIOS = ("aspect_ratio", "image_size", "size", "ratio", "orientation")
 _PROMPTS = ("prompt", "text", "text_prompt", "prompt_text", "positive_prompt", "caption")
 
 
+_REWRITE = ("prompt_upsampling", "magic_prompt_option", "prompt_optimizer", "prompt_extend",
+            "prompt_expansion", "enhance_prompt", "prompt_enhancement")
+
+
+def _switched_off(fields: dict[str, dict]) -> dict[str, Any]:
+    """Return the inputs that keep a model from rewriting the prompt, which two agents wrote."""
+    off: dict[str, Any] = {}
+    for name in fields.keys() & set(_REWRITE):
+        words = [w for w in fields[name].get("enum", ()) if str(w).lower() in ("off", "none")]
+        if words or fields[name].get("type") == "boolean":
+            off[name] = words[0] if words else False
+    return off
+
+
 def _reference(fields: dict[str, dict], wanted: str | None) -> str | None:
-    """Return the name of the reference input, which is the wanted one where one is wanted."""
+    """Return the name of the reference input, which is the wanted one where one is wanted.
+
+    An image that is painted over needs a mask, and is none.
+    """
     files = [name for name, entry in fields.items()
              if "uri" in (entry.get("format"), entry.get("items", {}).get("format"))]
     if wanted and wanted not in fields:
         raise ValueError(f"reference_input must be a file input of the model {files}, "
                          f"got {wanted!r}")
-    good = (n for n in files if re.search("image|reference", n, re.I))
-    other = "mask|control|style|last_frame"
-    return wanted or next((n for n in good if not re.search(other, n, re.I)), None)
+    good = [n for n in files if re.search("image|reference", n, re.I)
+            and not re.search("mask|control|style|last_frame", n, re.I)]
+    for name in [n for n in good if "mask" in fields and "reference" not in n.lower()]:
+        told = str(fields[name].get("description", ""))
+        if re.search("inpaint|mask", told, re.I) and not re.search("img2img", told, re.I):
+            good.remove(name)
+    good.sort(key=lambda name: "reference" not in name.lower())
+    return wanted or next(iter(good), None)
 
 
 def check_own_inputs(
@@ -298,4 +377,7 @@ def read_schema(
         sized={"width", "height"} <= fields.keys() and "aspect_ratio" not in fields,
         fields=fields,
         required=required,
+        tags="reference_tags" if many and "reference_tags" in fields else None,
+        off=_switched_off(fields),
+        read_on=known.read_on if known else "",
     )

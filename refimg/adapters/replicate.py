@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from refimg.adapters.inputs import (
     check_own_inputs,
     known_capabilities,
     read_schema,
+    warn_of_end,
 )
 from .network import Transport, check_network, header_value
 from .outputs import Prediction, logged_seed
@@ -47,6 +49,7 @@ _logger = logging.getLogger(__name__)
 
 _REPLICATE = "https://api.replicate.com"
 _CALL = r"(/v1/(models/.*|files)|(/v1)?/(predictions|chat/completions))/?$"  # no base URL
+_NAME = r"\w[\w.-]*/\w[\w.-]*(:\w+)?"  # owner/name, or owner/name:version
 _KEEP = 1800.0  # seconds that an upload is used
 _UPLOAD = 60.0  # seconds for one attempt
 _SCHEMA = {"most": 8_000_000}  # bytes of a model's page
@@ -210,12 +213,12 @@ class ReplicateImages:
         reference_input: str | None = None,  # the reference input's name, where no rule finds it
         timeout: float = 300.0,  # seconds for one prediction
     ):
-        named = isinstance(model, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(:\w+)?", model, re.A)
-        if not named:
+        if not (isinstance(model, str) and re.fullmatch(_NAME, model, re.A)):
             raise ValueError(f"model must be owner/name or owner/name:version, got {model!r}")
         if not 0 < timeout < math.inf:
             raise ValueError(f"timeout must be a number of seconds above 0, got {timeout!r}")
         check_own_inputs(inputs or {})
+        warn_of_end(model, date.today())
         self.server, self.model = _Server(base_url, api_token, client), model
         self.inputs, self.reference_input = dict(inputs or {}), reference_input
         self.timeout, self.version = timeout, model.partition(":")[2]

@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 import re
 from bisect import bisect
+from collections.abc import Iterable
 from fractions import Fraction
 from typing import Any
 
 # %% auto #0
-__all__ = ['ratio_words', 'fitting_size', 'told_pixels']
+__all__ = ['ratio_words', 'nearest_ratio', 'fitting_size', 'told_pixels']
 
 # %% ../../nbs/adapters/shapes.ipynb #d2115c38
 _COMMON = ((1, 1), (4, 3), (3, 2), (16, 9), (5, 4), (21, 9), (2, 1))
@@ -46,6 +47,21 @@ def ratio_words(
         if ratio and (ratio == word or ratio not in words):
             words[ratio] = word
     return words
+
+# %% ../../nbs/adapters/shapes.ipynb #f2435b4b
+def nearest_ratio(
+    wanted: str,  # "W:H"
+    offered: Iterable[str],  # likewise
+) -> str | None:
+    """Return the offered aspect ratio of the nearest form; None where nothing is offered."""
+    if not re.fullmatch(r"[1-9]\d*:[1-9]\d*", wanted):
+        return None
+
+    def shape(ratio: str) -> float:
+        wide, high = map(int, ratio.split(":"))
+        return math.log(wide / high)
+
+    return min(offered, key=lambda ratio: abs(shape(ratio) - shape(wanted)), default=None)
 
 # %% ../../nbs/adapters/shapes.ipynb #62dd6308
 def _pixels(entry: dict[str, Any]) -> list[int]:

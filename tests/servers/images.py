@@ -196,6 +196,13 @@ MODELS = {
 }
 
 
+def fits(wanted: dict[str, Any], described: dict[str, Any]) -> bool:
+    """Whether a schema that allows nothing else allows this input."""
+    from jsonschema import Draft202012Validator
+
+    return Draft202012Validator(described).is_valid(wanted)
+
+
 def version_of(model: str) -> str:
     """The id of a model's only version."""
     return hashlib.sha256(model.encode()).hexdigest()
@@ -359,6 +366,9 @@ class World:
         if model not in MODELS:
             raise problem(404, fault, headers)
         if not {"prompt", "text"} & body.get("input", {}).keys():
+            raise problem(422, fault, headers)
+        described = MODELS[model]["components"]["schemas"]["Input"]
+        if described.get("additionalProperties") is False and not fits(body["input"], described):
             raise problem(422, fault, headers)
         if time.time() - self.last < self.gap:
             raise problem(429, {"seconds": 1}, headers)
