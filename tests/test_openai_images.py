@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import re
 from itertools import product
 from pathlib import Path
@@ -289,14 +290,46 @@ async def test_one_key_runs_a_story(server, tmp_path, monkeypatch):
     assert len(result.references) == 3 and result.sandbox is False
     paths = [request["path"] for request in requests]
     assert paths.count("/v1/images/generations") == 2 and paths.count("/v1/images/edits") == 4
-    chat = {"gpt-5.5": (5, 30), "gpt-5.4-mini": (0.75, 4.5)}
-    bill = sum(request["billed"] for request in drawn(server))
+    assert result.cost == pytest.approx(bill(requests), abs=1e-6)
+
+
+def bill(requests: list[dict]) -> float:
+    """What the server charges for these requests, in USD."""
+    chat, charged = {"gpt-5.5": (5, 30), "gpt-5.4-mini": (0.75, 4.5)}, 0.0
     for request in requests:
-        if request["role"] != "image":
+        charged += request.get("billed") or 0.0
+        if request["role"] != "image" and (usage := request["usage"]):
             read, written = chat[request["json"]["model"]]
-            usage = request["usage"]
-            bill += (usage["prompt_tokens"] * read + usage["completion_tokens"] * written) / 1e6
-    assert result.cost == pytest.approx(bill, abs=1e-6)
+            charged += (usage["prompt_tokens"] * read + usage["completion_tokens"] * written) / 1e6
+    return charged
+
+
+STORIES = Path(__file__).resolve().parents[2] / "shared/data/prompts/stories"
+names = sorted(path.stem for path in STORIES.glob("*.json")) or ["none"]
+
+
+@pytest.mark.skipif(not STORIES.is_dir(), reason="no ../shared/data/prompts/stories here")
+@pytest.mark.parametrize("name", sampled(names, 8))
+async def test_stories_of_others_by_one_key_with_15_percent_faults(server, tmp_path, name):
+    """As many references as scenes, true types, no key in a body, and the cost is the bill."""
+    chance = random.Random(name)
+    free = {"image": ("429", "500", "503", "blocked"), "director": ("429", "500", "503"),
+            "critic": ("429", "500", "503")}  # nothing is charged for these
+    server.script([{"fault": chance.choice(free[role]) if chance.random() < 0.15 else None,
+                    "role": role} for _ in range(60) for role in free])
+    scenes = json.loads((STORIES / f"{name}.json").read_text("utf-8"))["scenes"]
+    frames = [shot["first_frame"] for scene in scenes for shot in scene["shots"]][:4]
+    story = Story(scenes=[Scene(prompt=frame) for frame in frames])
+    run = Pipeline.from_env(scorers=[FakeScorer()], num_variations=2, journal=None,
+                            max_enhancement_iterations=2, plan=False)
+    result = await run.run(story, output_dir=tmp_path / "images")
+    requests = server.requests()
+    assert len(result.references) == len(story.scenes)
+    assert all(decode_image(path.read_bytes()).size == (1536, 864) for path in result.references)
+    assert {kind for each in drawn(server) for kind in each.get("files", ())} == {"image/jpeg"}
+    assert not any(KEY in str(each.get("body", "")) for each in requests)
+    assert any(each["fault"] for each in requests)
+    assert result.cost == pytest.approx(bill(requests), abs=1e-6)
 
 
 FAULTS = ["429", "500", "blocked", "lost", "cut", "no-base64", "empty", "503", "no-usage"]
@@ -305,8 +338,6 @@ FAULTS = ["429", "500", "blocked", "lost", "cut", "no-base64", "empty", "503", "
 @pytest.mark.parametrize("seed", sampled(list(range(12)), 6))
 async def test_as_many_references_come_out_whatever_fails(server, tmp_path, seed):
     """About 15 % of all calls fail, each in its own way."""
-    import random
-
     chance = random.Random(seed)
     server.script([{"fault": chance.choice(FAULTS) if chance.random() < 0.15 else None,
                     "role": "image"} for _ in range(80)])
